@@ -1,0 +1,74 @@
+"""clipkit: pretrain CLIP-style models, classify images zero-shot, search images by text.
+
+Importing this package loads neither torch nor faiss; each public name is loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ClipkitError": "clipkit.errors",
+    "EmbeddingStore": "clipkit.store.embeddings",
+    "Encoder": "clipkit.model.encoder",
+    "Hit": "clipkit.store.vector_index",
+    "Manifest": "clipkit.manifest",
+    "ModelRef": "clipkit.manifest",
+    "Prediction": "clipkit.model.classifier",
+    "Searcher": "clipkit.tasks.search",
+    "TrainConfig": "clipkit.config",
+    "VectorIndex": "clipkit.store.vector_index",
+    "ZeroShotClassifier": "clipkit.model.classifier",
+    "build_index": "clipkit.tasks.index",
+    "check_data": "clipkit.tasks.check",
+    "embed": "clipkit.tasks.embed",
+    "evaluate_retrieval": "clipkit.tasks.evaluate",
+    "evaluate_zeroshot": "clipkit.tasks.evaluate",
+    "find_images": "clipkit.data.images",
+    "info_nce": "clipkit.model.loss",
+    "load": "clipkit.model.load",
+    "open_source": "clipkit.data.sources",
+    "read_image": "clipkit.data.images",
+    "tokenize": "clipkit.model.tokenizer",
+    "train": "clipkit.tasks.train",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from clipkit.config import TrainConfig as TrainConfig
+    from clipkit.data.images import find_images as find_images
+    from clipkit.data.images import read_image as read_image
+    from clipkit.data.sources import open_source as open_source
+    from clipkit.errors import ClipkitError as ClipkitError
+    from clipkit.manifest import Manifest as Manifest
+    from clipkit.manifest import ModelRef as ModelRef
+    from clipkit.model.classifier import Prediction as Prediction
+    from clipkit.model.classifier import ZeroShotClassifier as ZeroShotClassifier
+    from clipkit.model.encoder import Encoder as Encoder
+    from clipkit.model.load import load as load
+    from clipkit.model.loss import info_nce as info_nce
+    from clipkit.model.tokenizer import tokenize as tokenize
+    from clipkit.store.embeddings import EmbeddingStore as EmbeddingStore
+    from clipkit.store.vector_index import Hit as Hit
+    from clipkit.store.vector_index import VectorIndex as VectorIndex
+    from clipkit.tasks.check import check_data as check_data
+    from clipkit.tasks.embed import embed as embed
+    from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
+    from clipkit.tasks.evaluate import evaluate_zeroshot as evaluate_zeroshot
+    from clipkit.tasks.index import build_index as build_index
+    from clipkit.tasks.search import Searcher as Searcher
+    from clipkit.tasks.train import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clipkit' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,85 @@
+"""clipkit embed, clipkit index and clipkit search."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clipkit.cli.output import (
+    DATA_HELP,
+    MODEL_HELP,
+    model_or_default,
+    note,
+    note_skipped,
+    print_facts,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from clipkit.model.encoder import Encoder
+
+app = typer.Typer(help="Build indexes of image vectors.", no_args_is_help=True)
+
+
+def embed(
+    images: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+) -> None:
+    """Encode images and store their vectors; run again, it encodes only what is new."""
+    from clipkit.model.load import load
+    from clipkit.tasks.embed import embed as run
+
+    store = run(images, out, load(model_or_default(model)))
+    note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
+    print_facts([("store", out), ("images", len(store)), ("model", store.model)])
+
+
+@app.command("build")
+def build(
+    source: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
+    out: Annotated[Path, typer.Option(help="Directory of the index.")],
+    model: Annotated[str | None, typer.Option(help=f"Only for images. {MODEL_HELP}")] = None,
+    spec: Annotated[str, typer.Option(help="FAISS factory string; inner product always.")] = "Flat",
+) -> None:
+    """Index a store; a folder of images is embedded first, then indexed."""
+    from clipkit.tasks.index import build_index
+
+    def load_encoder() -> "Encoder":
+        from clipkit.model.load import load
+
+        return load(model_or_default(model))
+
+    index = build_index(source, out, spec=spec, load=load_encoder)
+    print_facts([("index", out), ("vectors", len(index)), ("spec", spec), ("model", index.model)])
+
+
+def search(
+    index: Annotated[Path, typer.Argument(help="Directory of the index.")],
+    query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to look for; adds up.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Find images by text, by image, or by both together."""
+    if query is None and image is None:
+        raise typer.BadParameter("name a query, an --image, or both")
+    from clipkit.store.vector_index import VectorIndex
+
+    opened = VectorIndex.open(index)
+
+    from clipkit.model.load import load_ref
+    from clipkit.tasks.search import Searcher
+
+    searcher = Searcher(opened, load_ref(opened.model))
+    hits = searcher.search(caption=query, image=image, k=k)
+    if as_json:
+        for rank, hit in enumerate(hits, 1):
+            print_json({"rank": rank, "score": hit.score, "key": hit.key})
+        return
+    print_table(
+        ("rank", "score", "key"),
+        [(str(rank), f"{hit.score:.3f}", hit.key) for rank, hit in enumerate(hits, 1)],
+    )
+    note(f"answered by {opened.model}")

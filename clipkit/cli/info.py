@@ -1,0 +1,34 @@
+"""clipkit info."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipkit.cli.output import print_facts, print_json
+
+
+def info(
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, store or index.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a directory holds and what made it."""
+    from clipkit.tasks.info import describe
+
+    found = describe(path)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    print_facts([("path", path), *_flat(found.facts)])
+    print_facts((f"file {name}", f"{size:,} bytes") for name, size in found.files.items())
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested names with a space between, empty parts left out."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += _flat(value, "" if name == "detail" else f"{prefix}{name} ")
+        elif value not in (None, "", []):
+            lines.append((f"{prefix}{name}", value))
+    return lines

@@ -1,0 +1,66 @@
+"""Printing: tables for people, one JSON object a line for programs."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MODEL_HELP = (
+    "A run or checkpoint directory; NAME/TAG or NAME/path/to/weights with an open_clip model "
+    "name; or hf-hub:org/name."
+)
+DATA_HELP = (
+    "A folder (sidecar texts, metadata.csv|jsonl, or class folders), CSV/TSV, JSONL, Parquet, "
+    "WebDataset tars (shards-{000..012}.tar), hf:org/name:split, or a saved datasets directory."
+)
+
+
+def print_json(item: dict[str, Any]) -> None:
+    """One object on one line."""
+    print(json.dumps(item, ensure_ascii=False), flush=True)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Aligned columns, never cut: numbers to the right, texts to the left."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    numeric = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(header))]
+    for line in lines:
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "").replace("%", "").replace("-", "").isdigit()
+
+
+def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
+    """Names and values, one a line, the values aligned."""
+    shown = [(name, str(value)) for name, value in facts]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def note(message: str) -> None:
+    """Tell a person something that is not the result: on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def note_skipped(count: int, where: str) -> None:
+    """Say how many items were skipped, if any were."""
+    if count:
+        note(f"skipped {count} {'item' if count == 1 else 'items'}: {where}")
+
+
+def model_or_default(model: str | None) -> str:
+    """The MODEL named, or the default one, saying so."""
+    if model:
+        return model
+    from clipkit.model.load import DEFAULT_MODEL
+
+    note(f"using the model {DEFAULT_MODEL}; name another one with --model")
+    return DEFAULT_MODEL

@@ -1,0 +1,41 @@
+"""clipkit tokenize."""
+
+from typing import Annotated
+
+import typer
+
+from clipkit.cli.output import print_facts, print_json
+
+
+def tokenize(
+    texts: Annotated[list[str], typer.Argument(help="The texts.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Show how texts are read: tokens, ids, how much of the 77 is used, what is cut."""
+    from clipkit.model.tokenizer import CONTEXT, inspect
+
+    for number, text in enumerate(texts):
+        found = inspect(text)
+        if as_json:
+            print_json(
+                {
+                    "text": text,
+                    "ids": found.ids,
+                    "tokens": found.tokens,
+                    "used": found.used,
+                    "context": CONTEXT,
+                    "lost": found.lost,
+                }
+            )
+            continue
+        if number:
+            print()
+        print_facts(
+            [
+                ("text", text),
+                ("tokens", " ".join(found.tokens)),
+                ("ids", " ".join(map(str, found.ids))),
+                ("used", f"{found.used} of {CONTEXT}"),
+                ("cut", found.lost or "nothing"),
+            ]
+        )

@@ -1,0 +1,46 @@
+"""clipkit train."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipkit.cli.output import note, note_skipped, print_facts
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file with the run's configuration.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one field; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+) -> None:
+    """Pretrain a dual encoder on image–caption pairs."""
+    from clipkit.config import load_config
+
+    resolved = load_config(config, settings or [])
+
+    from clipkit.tasks.train import train as run
+
+    result = run(resolved, out, resume=resume)
+    note_skipped(len(result.skipped), f"listed in {result.run / 'skipped.jsonl'}")
+    if result.cut.cut:
+        note(result.cut.render())
+    if not result.finished:
+        overrides = "".join(f" --set {setting}" for setting in settings or [])
+        note(
+            f"stopped at step {result.step}, saved; go on with: "
+            f"clipkit train {config}{overrides} --out {out} --resume"
+        )
+        raise typer.Exit(130)
+    print_facts(
+        [
+            ("run", out),
+            ("steps", result.step),
+            *((f"held-out {name}", f"{value:.3f}") for name, value in result.held_out.items()),
+        ]
+    )

@@ -1,0 +1,244 @@
+"""The configuration of a training run: frozen dataclasses, TOML in, resolved TOML out.
+
+Each field is documented here, next to its one default. A TOML file has one table per section
+(``[model]``, ``[data]``, ``[augment]``, ``[optim]``, ``[train]``); ``--set section.key=value``
+overrides single fields.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from clipkit.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which towers to train. Either ``name``, or all of ``embed_dim``, ``vision`` and ``text``."""
+
+    __pydantic_config__ = _STRICT
+    name: str = ""
+    """An open_clip model name, such as "ViT-S-32"; built with random weights."""
+    embed_dim: int = 0
+    """Width of the shared vector space, for own towers."""
+    vision: dict[str, Any] = field(default_factory=dict)
+    """Own image tower: open_clip's `vision_cfg` fields (image_size, layers, width, patch_size, or
+    timm_model_name, timm_pool, timm_proj)."""
+    text: dict[str, Any] = field(default_factory=dict)
+    """Own text tower: open_clip's `text_cfg` fields (width, heads, layers). Context and vocabulary
+    are always CLIP's 77 and 49,408."""
+    start: str = ""
+    """A MODEL (run, checkpoint or open_clip name with weights) whose weights to start from; it
+    brings its own towers, so the other fields stay empty."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of the image channels in [0, 1], subtracted from images (OpenAI CLIP's by default)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of the image channels in [0, 1], by which images are divided."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the image–caption pairs come from."""
+
+    __pydantic_config__ = _STRICT
+    train: str = ""
+    """DATA to train on: folder, CSV/TSV, JSONL, Parquet, WebDataset tars, `hf:org/name:split`."""
+    held_out: str = ""
+    """DATA for retrieval during training; empty: a share of the training pairs is held out."""
+    held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training images held out when `held_out` is empty, at most 1,000 images."""
+    image_column: str = ""
+    """Column of the images; empty: found by its usual names."""
+    caption_column: str = ""
+    """Column of the captions; empty: found by its usual names."""
+    streaming: Literal["auto", "yes", "no"] = "auto"
+    """Whether to read front to back instead of at random; auto: what does not fit in memory."""
+    long_captions: Literal["cut", "error", "split"] = "cut"
+    """What happens to captions over 77 tokens: cut and counted, refused before training starts,
+    or split at sentence ends into several captions of the same image."""
+    skip_limit: Share = 0.05
+    """Largest share of unreadable pairs that training puts up with."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Threads that decode images; auto: one per core, at most 16."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training images. Held-out images are never changed."""
+
+    __pydantic_config__ = _STRICT
+    crop_scale: tuple[Share, Share] = (0.5, 1.0)
+    """Share of the image's area kept by the random resized crop, from and to."""
+    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)
+    """Width over height of the random crop, from and to."""
+    flip: Share = 0.0
+    """Probability of a mirror image. Off by default: captions say left and right."""
+    color_jitter: Share = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    grayscale: Share = 0.0
+    """Probability of a grey image."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation, in degrees either way; corners are filled with the image's edge colour."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    __pydantic_config__ = _STRICT
+    lr: Positive = 5e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    """Decoupled weight decay; never applied to gains, biases and the temperature."""
+    beta1: Share = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: Share = 0.98
+    """Decay of AdamW's second moment."""
+    eps: Positive = 1e-6
+    """AdamW's epsilon."""
+    warmup: Share = 0.05
+    """Share of the run over which the learning rate climbs from zero."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    temperature: Positive = 0.07
+    """Initial temperature; its inverse, the logit scale, is learned and clamped at 100."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how to train."""
+
+    __pydantic_config__ = _STRICT
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Pairs per step; each pair's negatives are the others of its batch."""
+    epochs: Count = 32
+    """Passes over the training pairs."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in all, instead of `epochs`; 0: `epochs` decides. Streams of unknown length need it."""
+    minutes: Annotated[float, Field(ge=0)] = 0.0
+    """Stop after this long, with the schedule fitted to the time; 0: no limit. A run ended by the
+    clock cannot be repeated step for step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto: bf16 where a short measurement finds it faster. Weights
+    and loss are always float32."""
+    duplicates: Literal["mask", "ignore"] = "mask"
+    """Pairs with the same caption in one batch: not each other's negatives, or ignored."""
+    seed: int = 0
+    """Seed of weights, order, caption choice and augmentation."""
+    eval_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs between two measurements of held-out retrieval; 0: only at the end."""
+    save_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs between two checkpoints; 0: only at the end."""
+    keep: Count = 2
+    """How many of the latest checkpoints to keep."""
+    log_steps: Count = 10
+    """Steps between two lines of log.jsonl."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run, section by section."""
+
+    __pydantic_config__ = _STRICT
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: LoopConfig = LoopConfig()
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML file and apply ``section.key=value`` overrides.
+
+    Relative paths in ``[data]`` are taken from where the command runs, as on the command line.
+
+    Raises:
+        ConfigError: the file is missing or no TOML; an unknown key (with the nearest known one);
+            a wrong type or value.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}), expected a TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(content, override)
+    return parse_config(content, origin=str(path))
+
+
+def parse_config(content: dict[str, Any], origin: str = "the configuration") -> TrainConfig:
+    """Check a nested dictionary and turn it into a TrainConfig; raises ConfigError as above."""
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_sentence(error)}") from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The configuration as TOML with every field written out."""
+    return tomli_w.dumps(_plain(asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what TOML can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Apply one ``section.key=value``; the value is read as TOML, else as a plain string."""
+    target, equals, text = override.partition("=")
+    *sections, key = target.strip().split(".")
+    if not equals or not sections or not all(sections) or not key:
+        raise ConfigError(
+            f"--set {override!r} is not section.key=value, for example train.epochs=5"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
+    content[key] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing wrong, in one sentence."""
+    problem = error.errors()[0]
+    # pydantic adds the alternatives of a union to the path; a person knows only the key.
+    where = ".".join(map(str, problem["loc"][:2]))
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section, _, key = where.rpartition(".")
+        known = list(_known_keys(section))
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known are: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    found = json.dumps(problem["input"], default=str)
+    return f"{where} is {found}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(section: str) -> list[str]:
+    """Names of a section's fields; of the sections for an empty name."""
+    sections = {item.name: item.type for item in fields(TrainConfig)}
+    return [item.name for item in fields(sections[section])] if section else list(sections)  # type: ignore[arg-type]

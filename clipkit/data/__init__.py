@@ -1,0 +1,1 @@
+"""From files to batches: images, image–caption pairs, prompts. Never imports the model."""

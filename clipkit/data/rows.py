@@ -1,0 +1,218 @@
+"""The rows that every source boils down to, held in memory or streamed."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from clipkit.data.images import Skipped, read_image
+from clipkit.errors import ImageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features, IterableDataset
+
+Row = dict[str, Any]
+MEMORY_LIMIT = 2 << 30  # bytes; what is larger streams unless told otherwise
+_LOST = "\ufffd"  # what stands where bytes were not UTF-8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Column names given by a person; None is found by the usual names, an empty one is absent."""
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+
+
+class Skips(list[Skipped]):
+    """A list that takes each entry once: a stream meets the same bad rows at every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[Skipped] = set()
+
+    def append(self, item: Skipped) -> None:
+        """Add an entry, unless it is there."""
+        if item not in self._known:
+            self._known.add(item)
+            super().append(item)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data source, opened.
+
+    Attributes:
+        spec: what was asked for.
+        kind: image, folder, sidecars, classes, metadata, csv, jsonl, parquet, tars, saved or hub.
+        rows: with the columns ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
+            (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``.
+        root: the directory that paths and keys are relative to; None for the hub.
+        fingerprint: changes when the content does; made from names, sizes and times alone.
+        skipped: what was left out; of a stream, so far.
+    """
+
+    spec: str
+    kind: str
+    rows: "Dataset | IterableDataset"
+    root: Path | None
+    fingerprint: str
+    skipped: list[Skipped]
+
+    @property
+    def streaming(self) -> bool:
+        """Whether ``rows`` can only be read in order and has no length."""
+        return not hasattr(self.rows, "__len__")
+
+
+def row_image(row: Row) -> Image.Image:
+    """The picture of a row, RGB; raises ImageError where it cannot be read."""
+    data, path = row["image"]["bytes"], row["image"]["path"]
+    if data is None and path is None:
+        raise ImageError("has neither bytes nor a path")
+    return read_image(Path(path) if data is None else data)
+
+
+def features() -> "Features":
+    """The columns of every source, as ``datasets`` names them."""
+    from datasets import Features, Value
+
+    # A plain struct, for an Image feature would take a path it finds on disk over the bytes.
+    image = {"bytes": Value("binary"), "path": Value("string")}
+    text = Value("string")
+    return Features({"key": text, "image": image, "captions": [text], "label": text})
+
+
+def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
+    """Rows as Arrow record batches of the common columns, ``size`` rows each."""
+    import pyarrow as pa
+
+    schema = features().arrow_schema
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield pa.RecordBatch.from_pylist(chunk, schema)
+            chunk = []
+    if chunk:
+        yield pa.RecordBatch.from_pylist(chunk, schema)
+
+
+def in_memory(
+    batches: Iterable["pa.RecordBatch"], fingerprint: str, skipped: list[Skipped]
+) -> "Dataset":
+    """One dataset of all batches, with every key once.
+
+    The same image file again adds its captions to the first row of it; another image under a
+    key that is taken is skipped.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    schema = features().arrow_schema
+    place: dict[str, int] = {}
+    captions: list[list[str]] = []
+    labels: list[str | None] = []
+    kept = []
+    for batch in batches:
+        images = batch.column("image")
+        has_bytes = images.field("bytes").is_valid().to_pylist()
+        fresh = []
+        texts = batch.column("captions").to_pylist()
+        known = batch.column("label").to_pylist()
+        for index, key in enumerate(batch.column("key").to_pylist()):
+            at = place.setdefault(key, len(captions))
+            fresh.append(at == len(captions))
+            if fresh[-1]:
+                captions.append(texts[index])
+                labels.append(known[index])
+            elif has_bytes[index]:
+                skipped.append(Skipped(key, "its key is taken by an earlier image"))
+            else:
+                captions[at] += texts[index]
+                labels[at] = labels[at] or known[index]
+        kept.append(images if all(fresh) else images.filter(pa.array(fresh)))
+    columns = [
+        pa.array(list(place), pa.string()),
+        pa.chunked_array(kept, schema.field("image").type),
+    ]
+    columns += [pa.array(captions, schema.field("captions").type), pa.array(labels, pa.string())]
+    return Dataset(pa.table(columns, schema=schema), fingerprint=fingerprint)
+
+
+def as_stream(
+    read: Callable[[list[Any]], Iterator["pa.RecordBatch"]], shards: list[Any]
+) -> "IterableDataset":
+    """A stream over shards, which ``datasets`` may shuffle and deal out.
+
+    Rows of the same image file are merged where they follow each other; beyond that, keys are not
+    checked, which would take memory without bound.
+    """
+    from datasets import IterableDataset
+
+    def generate(shards: list[Any]) -> Iterator[Row]:
+        return merge_neighbours(row for batch in read(shards) for row in batch.to_pylist())
+
+    return IterableDataset.from_generator(
+        generate, features=features(), gen_kwargs={"shards": shards}
+    )
+
+
+def merge_neighbours(rows: Iterable[Row]) -> Iterator[Row]:
+    """Join rows that follow each other and name the same image file."""
+    held: Row | None = None
+    for row in rows:
+        path = row["image"]["path"]
+        if held is not None and path is not None and held["image"]["path"] == path:
+            held["captions"] += row["captions"]
+            held["label"] = held["label"] or row["label"]
+            continue
+        if held is not None:
+            yield held
+        held = row
+    if held is not None:
+        yield held
+
+
+def clean_captions(values: Any, key: str, skipped: list[Skipped]) -> list[str]:
+    """Captions from a string or a list, blank ones dropped; damaged ones dropped and told."""
+    captions = []
+    for value in values if isinstance(values, list) else [values]:
+        text = "" if value is None else clean_text(value)
+        if _LOST in text:
+            skipped.append(Skipped(key, "a caption of it is not UTF-8 and is left out"))
+        elif text:
+            captions.append(text)
+    return captions
+
+
+def clean_text(value: Any) -> str:
+    """A value as stripped text that can be encoded: lone surrogates become U+FFFD."""
+    text = str(value).strip()
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def is_damaged(text: str) -> bool:
+    """Whether bytes of a text were lost in decoding."""
+    return _LOST in text
+
+
+def fingerprint_of(files: Iterable[tuple[str, Path]], *more: object) -> str:
+    """A hash over names, sizes and modification times of files, and whatever else counts."""
+    digest = hashlib.blake2b(repr(more).encode("utf-8", "surrogateescape"), digest_size=16)
+    for name, path in files:
+        try:
+            status = os.stat(path)
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError:
+            line = f"{name}\0absent\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

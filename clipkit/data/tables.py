@@ -1,0 +1,194 @@
+"""Tables of images and captions: CSV and TSV, JSON lines, Parquet."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.data.columns import Columns, Common, find_columns
+from clipkit.data.images import Skipped
+from clipkit.data.rows import (
+    MEMORY_LIMIT,
+    Row,
+    Skips,
+    Source,
+    Wanted,
+    as_stream,
+    clean_text,
+    fingerprint_of,
+    in_memory,
+)
+from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TABLES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_SEPARATORS = ",;\t|"
+_TEXT_GROWTH = 4  # rows of a text table take about four times its size while they are gathered
+_CHUNK = 4096  # rows
+
+
+def open_table(
+    files: list[Path], wanted: Wanted, streaming: bool | None, *, kind: str | None = None
+) -> Source:
+    """Open one CSV or JSON lines file, or Parquet files of the same columns.
+
+    Raises:
+        DataError: a file is no such table, or the columns needed are not there.
+    """
+    form = TABLES[files[0].suffix.lower()]
+    spec, root, skipped = str(files[0]), files[0].parent, Skips()
+    if form != "parquet" and len(files) > 1:
+        raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
+    growth = 1 if form == "parquet" else _TEXT_GROWTH
+    try:
+        size = sum(file.stat().st_size for file in files) * growth
+        if form == "parquet":
+            read, shards = _parquet(files, wanted, skipped)
+        else:
+            read, shards = _text(form, files[0], wanted, skipped), files
+    except OSError as error:
+        raise DataError(f"{spec} cannot be read: {error}") from None
+    prints = fingerprint_of([(file.name, file) for file in files], wanted)
+    rows: Any
+    if size > MEMORY_LIMIT if streaming is None else streaming:
+        rows = as_stream(read, shards)
+    else:
+        rows = in_memory(read(shards), prints, skipped)
+    return Source(spec, kind or form, rows, root, prints, skipped)
+
+
+def _parquet(
+    files: list[Path], wanted: Wanted, skipped: list[Skipped]
+) -> tuple[Callable[[list[Any]], Iterator["pa.RecordBatch"]], list[Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shards: list[tuple[Path, int, int]] = []
+    rows = 0
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as table:
+                schema = table.schema_arrow
+                for group in range(table.num_row_groups):
+                    shards.append((file, group, rows))
+                    rows += table.metadata.row_group(group).num_rows
+        except pa.ArrowException as error:
+            raise DataError(f"{file} is no intact Parquet file: {error}") from None
+        if file is files[0]:
+            columns = columns_of(schema, wanted, str(file))
+    common = Common(columns, files[0].parent, skipped, width=len(str(max(rows - 1, 0))))
+
+    def read(shards: list[tuple[Path, int, int]]) -> Iterator["pa.RecordBatch"]:
+        for file, group, first in shards:
+            try:
+                with pq.ParquetFile(file) as table:
+                    batches = table.iter_batches(256, row_groups=[group], columns=columns.used)
+                    for batch in batches:
+                        yield common.batch(batch, first)
+                        first += len(batch)
+            except (pa.ArrowException, OSError, KeyError) as error:
+                reason = f"row group {group} cannot be read from row {first} on: {error}"
+                skipped.append(Skipped(file.name, reason))
+
+    return read, shards
+
+
+def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
+    """The columns of an Arrow schema, with the class names that ``datasets`` keeps in it."""
+    from datasets import ClassLabel, Features
+
+    columns = find_columns({part.name: part.type for part in schema}, wanted, spec)
+    if columns.label and b"huggingface" in (schema.metadata or {}):
+        kind = Features.from_arrow_schema(schema)[columns.label]
+        if isinstance(kind, ClassLabel):
+            return replace(columns, classes=kind.names)
+    return columns
+
+
+def _text(
+    form: str, file: Path, wanted: Wanted, skipped: list[Skipped]
+) -> Callable[[list[Any]], Iterator["pa.RecordBatch"]]:
+    records = _csv_records if form == "csv" else _json_records
+    # Told at the second, full reading; the names alone are wanted here.
+    head = list(islice(records(file, []), 1000))
+    names = dict.fromkeys(name for record in head for name in record)
+    if not names:
+        raise DataError(f"{file} holds no rows, expected a {form} table of images")
+    columns = find_columns(names, wanted, str(file))
+    common = Common(columns, file.parent, skipped)
+
+    def read(files: list[Path]) -> Iterator["pa.RecordBatch"]:
+        first = 0
+        for one in files:
+            for batch in _arrow(records(one, skipped), columns):
+                yield common.batch(batch, first)
+                first += len(batch)
+
+    return read
+
+
+def _arrow(records: Iterable[Row], columns: Columns) -> Iterator["pa.RecordBatch"]:
+    import pyarrow as pa
+
+    records = iter(records)
+    while chunk := list(islice(records, _CHUNK)):
+        arrays = {}
+        for name in columns.used:
+            values = [_texts(record.get(name)) for record in chunk]
+            if name in columns.captions:
+                arrays[name] = pa.array(values, pa.list_(pa.string()))
+            else:
+                first = [value[0] if value else None for value in values]
+                arrays[name] = pa.array(first, pa.string())
+        yield pa.RecordBatch.from_pydict(arrays)
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [clean_text(one) for one in values if one is not None]
+
+
+def _csv_records(file: Path, skipped: list[Skipped]) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        first = stream.readline()
+        separator = max(
+            _SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), []))
+        )
+        stream.seek(0)
+        reader = csv.reader(stream, delimiter=separator)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            for record in reader:
+                if len(record) == len(header):
+                    yield dict(zip(header, record, strict=True))
+                elif record:
+                    found = f"has {len(record)} fields, its header has {len(header)}"
+                    skipped.append(Skipped(f"{file.name}:{reader.line_num}", found))
+        except csv.Error as error:
+            raise DataError(f"{file}:{reader.line_num} is not CSV: {error}") from None
+
+
+def _json_records(file: Path, skipped: list[Skipped]) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                skipped.append(Skipped(f"{file.name}:{number}", f"is not JSON: {error}"))
+                continue
+            if isinstance(record, dict):
+                yield record
+            elif line.strip():
+                skipped.append(Skipped(f"{file.name}:{number}", "is no JSON object"))

@@ -1,0 +1,181 @@
+"""WebDataset tars: the files of one item share their name up to the first dot."""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.data.columns import CAPTION, LABEL
+from clipkit.data.images import SUFFIXES, Skipped, is_utf8, printable
+from clipkit.data.rows import (
+    Row,
+    Skips,
+    Source,
+    Wanted,
+    as_stream,
+    clean_captions,
+    clean_text,
+    fingerprint_of,
+    in_memory,
+    to_batches,
+)
+from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGE_LIMIT = 256 << 20  # bytes of one member
+TEXT_LIMIT = 1 << 20
+MAX_SHARDS = 1_000_000
+_TEXTS = ("txt", "json", "cls")
+_CHUNK = 16  # rows, images and all, held at a time
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand(pattern: str) -> list[str]:
+    """Expand braces as a shell does: ``a-{000..012}.tar``, ``{train,val}.tar``.
+
+    Raises:
+        DataError: that would be more than a million names.
+    """
+    start, end = pattern.find("{"), pattern.find("}")
+    if not 0 <= start < end:
+        return [pattern]
+    body = pattern[start + 1 : end]
+    if numbers := _RANGE.fullmatch(body):
+        first, last, width = int(numbers[1]), int(numbers[2]), len(numbers[1])
+        if last - first >= MAX_SHARDS:
+            raise DataError(f"{pattern} means more than {MAX_SHARDS} files; name fewer at a time")
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    else:
+        choices = body.split(",")
+    tails = expand(pattern[end + 1 :])
+    if len(choices) * len(tails) > MAX_SHARDS:
+        raise DataError(f"{pattern} means more than {MAX_SHARDS} files; name fewer at a time")
+    return [pattern[:start] + choice + tail for choice in choices for tail in tails]
+
+
+def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Source:
+    """Open WebDataset shards, as a stream unless told otherwise.
+
+    An item is an image member with a caption in ``.txt`` (one a line) or in a field of ``.json``,
+    and a label in ``.cls`` or in ``.json``; a caption or label name given means such a field.
+    """
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    skipped = Skips()
+    reader = _Reader(root, wanted, skipped)
+    prints = fingerprint_of([(file.name, file) for file in files], wanted)
+
+    def read(shards: list[Path]) -> Iterator["pa.RecordBatch"]:
+        return to_batches((row for shard in shards for row in reader.rows(shard)), _CHUNK)
+
+    held = streaming is False
+    rows: Any = in_memory(read(files), prints, skipped) if held else as_stream(read, files)
+    return Source(str(files[0]), "tars", rows, root, prints, skipped)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    root: Path
+    wanted: Wanted
+    skipped: list[Skipped]
+
+    def rows(self, shard: Path) -> Iterator[Row]:
+        """The rows of one shard, as far as it can be read."""
+        name = shard.relative_to(self.root).as_posix()
+        seen: set[str] = set()
+        try:
+            with tarfile.open(shard, "r|") as tar:
+                for base, parts in self._items(tar, name):
+                    row = self._row(f"{name}/{base}", parts)
+                    if row is None:
+                        continue
+                    if row["key"] in seen:
+                        self._skip(row["key"], "its key is taken by an earlier image")
+                        continue
+                    seen.add(row["key"])
+                    yield row
+            if not _has_end_mark(shard):
+                self._skip(name, "has no end mark and may be truncated; all in it was read")
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            state = "is damaged or truncated" if shard.is_file() else "does not exist"
+            self._skip(name, f"{state}, {len(seen)} images of it were read: {error}")
+
+    def _skip(self, key: str, reason: str) -> None:
+        self.skipped.append(Skipped(printable(key), reason))
+
+    def _items(self, tar: tarfile.TarFile, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Base name and members by suffix; members of one item follow each other."""
+        current, parts = "", dict[str, bytes]()
+        for member in tar:
+            # Reading a stream keeps every header it met; a shard may have a million.
+            tar.members = []  # type: ignore[attr-defined]
+            folder, slash, file = member.name.rpartition("/")
+            stem, _, suffix = file.partition(".")
+            base, suffix = folder + slash + stem, suffix.lower()
+            if base != current and parts:
+                yield current, parts
+            if base != current:
+                current, parts = base, {}
+            if not member.isreg() or not stem or not _is_known(suffix):
+                continue
+            limit = TEXT_LIMIT if suffix in _TEXTS else IMAGE_LIMIT
+            if member.size > limit:
+                self._skip(f"{name}/{member.name}", f"has {member.size} bytes, over {limit}")
+                continue
+            content = tar.extractfile(member)
+            parts[suffix] = content.read() if content else b""
+        if parts:
+            yield current, parts
+
+    def _row(self, base: str, parts: dict[str, bytes]) -> Row | None:
+        suffix = next((suffix for suffix in parts if suffix not in _TEXTS), None)
+        if suffix is None:
+            self._skip(base, "has no image beside it")
+            return None
+        key = f"{base}.{suffix}"
+        if not is_utf8(key):
+            self._skip(key, "its name is not UTF-8; rename it")
+            return None
+        fields = self._fields(key, parts.get("json"))
+        captions: Any = _field(fields, self.wanted.caption, CAPTION)
+        if "txt" in parts and self.wanted.caption is None:
+            captions = parts["txt"].decode("utf-8", "replace").splitlines()
+        label = _field(fields, self.wanted.label, LABEL)
+        if "cls" in parts and self.wanted.label is None:
+            label = parts["cls"].decode("utf-8", "replace")
+        return {
+            "key": key,
+            "image": {"bytes": parts[suffix], "path": None},
+            "captions": clean_captions(captions, key, self.skipped),
+            "label": None if label is None else clean_text(label) or None,
+        }
+
+    def _fields(self, key: str, text: bytes | None) -> dict[str, Any]:
+        try:
+            fields = json.loads((text or b"{}").decode("utf-8", "replace"))
+        except (ValueError, RecursionError) as error:
+            self._skip(key, f"the JSON beside it is damaged and left out: {error}")
+            return {}
+        return fields if isinstance(fields, dict) else {}
+
+
+def _is_known(suffix: str) -> bool:
+    return suffix in _TEXTS or f".{suffix}" in SUFFIXES
+
+
+def _field(fields: dict[str, Any], given: str | None, usual: tuple[str, ...]) -> Any:
+    if given is not None:
+        return fields.get(given)
+    return next((fields[name] for name in usual if name in fields), None)
+
+
+def _has_end_mark(shard: Path) -> bool:
+    # A tar ends in blocks of zeros (POSIX ustar); without one, what follows was cut away.
+    with shard.open("rb") as stream:
+        stream.seek(-512, os.SEEK_END)
+        return not any(stream.read())

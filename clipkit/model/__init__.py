@@ -1,0 +1,1 @@
+"""From batches to unit vectors: tokenizer, towers, loss, checkpoints."""

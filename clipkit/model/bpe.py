@@ -1,0 +1,136 @@
+"""Byte-level byte-pair encoding of CLIP: words to ids and back.
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", §2.4;
+Sennrich et al. 2016 for the merges. The merge table is the file that open_clip ships.
+"""
+
+import gzip
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+from clipkit.errors import CaptionError, MissingExtraError
+
+START, END = 49406, 49407
+VOCAB = 49408
+SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
+WORD_END = "</w>"
+MERGES = VOCAB - 2 * 256 - len(SPECIAL)
+_GONE = -1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The 49,408 entries: 256 bytes, 256 bytes that end a word, 48,894 merges, start and end.
+
+    Attributes:
+        byte_ids: the id of each byte value; plus 256 where the byte ends a word.
+        ranks: a pair of ids to the rank of its merge; the merged id is ``2 * 256 + rank``.
+        pieces: each id's bytes, with ``</w>`` where a word ends.
+    """
+
+    byte_ids: list[int]
+    ranks: dict[tuple[int, int], int]
+    pieces: list[bytes]
+
+    def encode_word(self, word: str) -> list[int]:
+        """Ids of one word, by merging neighbours in the order in which the merges were learned.
+
+        CLIP's reference repeats: find the pair of lowest rank, merge all its occurrences from the
+        left. Merging one occurrence at a time, lowest (rank, position) first, is the same, since a
+        merge only makes pairs that hold the new symbol, and a merge of that symbol was learned
+        later: nothing made on the way can outrank, or become, an occurrence still waiting. So a
+        heap and a linked list do it in O(n log n), and a word of 100,000 letters does not hang.
+        """
+        symbols = [self.byte_ids[byte] for byte in word.encode()]
+        symbols[-1] += 256
+        after, before = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
+        ranks, end = self.ranks, len(symbols)
+        heap = [
+            (rank, left)
+            for left, pair in enumerate(pairwise(symbols))
+            if (rank := ranks.get(pair)) is not None
+        ]
+        heapq.heapify(heap)
+        while heap:
+            rank, left = heapq.heappop(heap)
+            right = after[left]
+            if right == end or ranks.get((symbols[left], symbols[right])) != rank:
+                continue  # one of the two was merged with its other neighbour meanwhile
+            symbols[left], symbols[right] = 2 * 256 + rank, _GONE
+            after[left] = after[right]
+            if after[left] < end:
+                before[after[left]] = left
+            for first, second in ((before[left], left), (left, after[left])):
+                if first >= 0 and second < end:
+                    rank_of_new = ranks.get((symbols[first], symbols[second]))
+                    if rank_of_new is not None:
+                        heapq.heappush(heap, (rank_of_new, first))
+        return [symbol for symbol in symbols if symbol != _GONE]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``: a space after each word, U+FFFD for half a character.
+
+        Raises:
+            CaptionError: an id is outside the vocabulary.
+        """
+        ids = list(ids)
+        if strange := [i for i in ids if not 0 <= i < VOCAB]:
+            raise CaptionError(f"found token id {strange[0]}, expected 0 to {VOCAB - 1}")
+        text = b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+        return text.replace(WORD_END, " ")
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    """The vocabulary, read once.
+
+    Raises:
+        MissingExtraError: open_clip, whose merge table is read, is not installed.
+    """
+    order, alphabet = _alphabet()
+    ids = {char: i for i, char in enumerate(alphabet)}
+    ids |= {char + WORD_END: 256 + i for i, char in enumerate(alphabet)}
+    pieces = [bytes([byte]) for byte in order]
+    pieces += [piece + WORD_END.encode() for piece in pieces]
+    ranks = {}
+    with gzip.open(_merges_file(), "rt", encoding="utf-8") as lines:
+        next(lines)  # a version line
+        for rank, line in zip(range(MERGES), lines, strict=False):
+            left, right = line.split()
+            ranks[ids[left], ids[right]] = rank
+            pieces.append(pieces[ids[left]] + pieces[ids[right]])
+            ids[left + right] = 2 * 256 + rank
+    pieces += [name.encode() for name in SPECIAL]
+    byte_ids = [0] * 256
+    for i, byte in enumerate(order):
+        byte_ids[byte] = i
+    return Vocabulary(byte_ids, ranks, pieces)
+
+
+def _alphabet() -> tuple[list[int], list[str]]:
+    """The 256 byte values in the vocabulary's order, and the character of each in the merge table.
+
+    A byte that Latin-1 shows as a visible character is written as it; the others, which a text
+    file would not survive, follow as the characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(visible))
+    return visible + hidden, [*map(chr, visible), *(chr(256 + i) for i in range(len(hidden)))]
+
+
+def _merges_file() -> Path:
+    # find_spec locates a top-level package without running it: importing open_clip takes seconds.
+    spec = find_spec("open_clip")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(place) / "bpe_simple_vocab_16e6.txt.gz"
+        if file.is_file():
+            return file
+    raise MissingExtraError(
+        "CLIP's merge table is not here, expected it in the package open_clip; "
+        "pip install open_clip_torch"
+    )

@@ -1,0 +1,123 @@
+"""A checkpoint directory that open_clip itself can load.
+
+``open_clip_config.json`` and ``open_clip_model.safetensors`` are the names open_clip looks for in
+``local-dir:PATH``; ``training_state.pt`` beside them is what a run needs to go on.
+"""
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+from torch import nn
+
+from clipkit.errors import ArtifactError
+from clipkit.manifest import ArtifactWriter, Manifest, ModelRef, write_json
+from clipkit.model.encoder import Encoder
+from clipkit.model.network import DualEncoder, activations, heads
+from clipkit.model.tokenizer import CONTEXT, VOCAB
+
+
+@dataclass(frozen=True)
+class Towers:
+    """An open_clip model and all that is needed to build it again.
+
+    Attributes:
+        clip: the open_clip model.
+        model_config: its constructor's arguments, open_clip's ``model_cfg``.
+        preprocess: its ``preprocess_cfg`` (size, mean, std, interpolation, resize mode).
+    """
+
+    clip: Any
+    model_config: dict[str, Any]
+    preprocess: dict[str, Any]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it takes, in pixels."""
+        size = self.preprocess["size"]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    def encoder(self, network: DualEncoder, name: str) -> Encoder:
+        """An Encoder over ``network`` as it stands now."""
+        model = ModelRef(name, "", fingerprint(self.clip, self.preprocess), vector_dim(self.clip))
+        transform = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
+        return Encoder(network, model, transform)
+
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+STATE = "training_state.pt"
+
+
+def fingerprint(clip: nn.Module, preprocess: dict[str, Any]) -> str:
+    """SHA-256 of all that decides a vector: weights, activation, preprocessing, tokenizer.
+
+    Args:
+        clip: an open_clip model.
+        preprocess: its ``preprocess_cfg``.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        array = tensor.detach().float().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.shape}\n".encode())
+        digest.update(memoryview(np.atleast_1d(array)).cast("B"))
+    facts = {
+        "activations": activations(clip),
+        "heads": heads(clip.modules()),
+        "preprocess": {key: preprocess[key] for key in sorted(preprocess)},
+        "tokenizer": f"CLIP byte-level BPE, {VOCAB} entries, context {CONTEXT}",
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=list).encode())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: Path, towers: Towers, state: dict[str, Any], detail: dict[str, Any]
+) -> ModelRef:
+    """Write a whole checkpoint directory, in one step.
+
+    Args:
+        path: the directory, ``RUN/step-N``.
+        towers: the model to save and its configuration.
+        state: what training needs to go on; tensors, numbers, strings and containers of them.
+        detail: what the manifest says beside the model: ``step`` and held-out metrics.
+    """
+    clip, preprocess = towers.clip, towers.preprocess
+    model = ModelRef(str(path), "", fingerprint(clip, preprocess), vector_dim(clip))
+    with ArtifactWriter(path, "checkpoint", replace=True) as writer:
+        config = {"model_cfg": towers.model_config, "preprocess_cfg": preprocess}
+        write_json(writer.temp / CONFIG, config)
+        tensors = {name: t.detach().contiguous().clone() for name, t in clip.state_dict().items()}
+        save_file(tensors, writer.temp / WEIGHTS, metadata={"format": "pt"})
+        torch.save(state, writer.temp / STATE)
+        writer.finish(Manifest("checkpoint", model, int(detail["step"]), detail=detail))
+    return model
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """The ``training_state.pt`` of a checkpoint; raises ArtifactError if it cannot be read."""
+    try:
+        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(
+            f"{path / STATE} cannot be read ({error}); resume from an earlier step or start anew"
+        ) from None
+    return state
+
+
+def vector_dim(clip: nn.Module) -> int:
+    """Width of the vectors that an open_clip model makes."""
+    text = getattr(clip, "text", clip)
+    projection: Any = text.text_projection
+    if projection is None:
+        return int(text.ln_final.weight.shape[0])  # type: ignore[union-attr]
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
+    return int(projection.shape[1])

@@ -1,0 +1,151 @@
+"""From rows of a source to vectors: decode in the background, encode in batches."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from clipkit.data.images import Skipped
+from clipkit.data.sources import Source, row_image
+from clipkit.data.workers import map_ordered
+from clipkit.errors import DataError, ImageError
+from clipkit.model.encoder import Encoder, Vectors
+from clipkit.model.tokenizer import CutReport
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Images and captions of a source as vectors.
+
+    Attributes:
+        images: float32 [n, dim].
+        captions: float32 [m, dim].
+        owners: int64 [m], the row of each caption's image.
+        keys: the n images' keys.
+        texts: the m captions.
+        labels: the n images' labels, None where there is none.
+        skipped: images that could not be read.
+        report: how many captions were cut to 77 tokens.
+    """
+
+    images: Vectors
+    captions: Vectors
+    owners: NDArray[np.int64]
+    keys: list[str]
+    texts: list[str]
+    labels: list[str | None]
+    skipped: list[Skipped] = field(default_factory=list)
+    report: CutReport = field(default_factory=CutReport)
+
+
+def encoded_batches(
+    encoder: Encoder,
+    rows: Iterable[Row],
+    *,
+    batch_size: int,
+    workers: int,
+    on_skip: Callable[[str, str], None],
+) -> Iterator[tuple[Vectors, list[Row]]]:
+    """Encode the images of rows, decoding the next ones meanwhile.
+
+    Args:
+        encoder: the model.
+        rows: rows of a Source.
+        batch_size: images per batch.
+        workers: decoding threads.
+        on_skip: called with key and reason of each image that cannot be read.
+
+    Yields:
+        vectors, float32 [m, dim], and the m rows they belong to, in order.
+    """
+
+    def decode(row: Row) -> tuple[Row, torch.Tensor | str]:
+        try:
+            return row, encoder.preprocess(row_image(row))
+        except ImageError as error:
+            return row, str(error)
+
+    ready: list[tuple[Row, torch.Tensor]] = []
+    for row, result in map_ordered(decode, rows, workers=workers, ahead=2 * batch_size):
+        if isinstance(result, str):
+            on_skip(row["key"], result)
+            continue
+        ready.append((row, result))
+        if len(ready) == batch_size:
+            yield _encode(encoder, ready)
+            ready = []
+    if ready:
+        yield _encode(encoder, ready)
+
+
+def _encode(
+    encoder: Encoder, ready: Sequence[tuple[Row, torch.Tensor]]
+) -> tuple[Vectors, list[Row]]:
+    vectors = encoder.encode_images(torch.stack([tensor for _, tensor in ready]))
+    return vectors, [row for row, _ in ready]
+
+
+def encode_pairs(
+    encoder: Encoder,
+    source: Source,
+    *,
+    workers: int,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: bool = True,
+    with_captions: bool = True,
+) -> EncodedPairs:
+    """Encode every image and every caption of a source.
+
+    Args:
+        encoder: the model.
+        source: where the pairs come from.
+        workers: decoding threads.
+        batch_size: images per batch.
+        limit: read at most so many rows.
+        progress: show a bar on stderr.
+        with_captions: encode the captions too, and leave out images that have none.
+
+    Raises:
+        DataError: not one image can be read, or there is no caption where captions are wanted.
+    """
+    skipped = list(source.skipped)
+    vectors, rows = [], []
+    total = None if source.streaming else len(source.rows)
+    with tqdm(total=total, unit="img", desc="encoding", disable=None if progress else True) as bar:
+        for part, encoded in encoded_batches(
+            encoder,
+            islice(iter(source.rows), limit),
+            batch_size=batch_size,
+            workers=workers,
+            on_skip=lambda key, reason: skipped.append(Skipped(key, reason)),
+        ):
+            vectors.append(part)
+            rows += encoded
+            bar.update(len(encoded))
+    if not rows:
+        raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
+    captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
+    if with_captions and not captions:
+        raise DataError(
+            f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
+        )
+    texts = [text for _, text in captions] if with_captions else []
+    report = CutReport()
+    return EncodedPairs(
+        images=np.concatenate(vectors),
+        captions=encoder.encode_captions(texts, report=report),
+        owners=np.array([i for i, _ in captions], np.int64),
+        keys=[row["key"] for row in rows],
+        texts=texts,
+        labels=[row["label"] for row in rows],
+        skipped=skipped,
+        report=report,
+    )

@@ -1,0 +1,118 @@
+"""One optimisation step on one batch, and the state that the next one starts from."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipkit.config import TrainConfig
+from clipkit.errors import TrainingError
+from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
+from clipkit.model.loss import caption_groups, info_nce
+from clipkit.model.network import DualEncoder, is_convolutional
+from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
+
+BAD_STEPS_IN_A_ROW = 20
+"""So many steps without a finite gradient, one after the other, end a run."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        loss: of the batch, float32 [].
+        grad_norm: norm of the whole gradient before clipping; not finite if the step was left out.
+        lr: the learning rate used.
+    """
+
+    loss: Tensor
+    grad_norm: float
+    lr: float
+
+
+class Learner:
+    """The network and its optimiser.
+
+    Args:
+        towers: what to train.
+        config: how.
+        device: where.
+    """
+
+    def __init__(self, towers: Towers, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.towers, self.device = config, towers, device
+        self.network = DualEncoder(towers.clip, config.train.precision).to(device)
+        self.layout = torch.contiguous_format
+        if is_convolutional(towers.clip):
+            self.layout = torch.channels_last
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.network, config.optim)
+        self.skipped_steps = self._bad_in_a_row = 0
+        mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
+        self._mean = (255 * mean)[:, None, None].to(device)
+        self._std = (255 * std)[:, None, None].to(device)
+
+    def take_step(self, images: Tensor, tokens: Tensor, step: int, progress: float) -> StepReport:
+        """Learn from one batch.
+
+        Args:
+            images: uint8 [n, 3, height, width].
+            tokens: int64 [n, 77].
+            step: its number, which seeds dropout.
+            progress: share of the run done after it, in [0, 1], which sets the learning rate.
+
+        Raises:
+            TrainingError: ``BAD_STEPS_IN_A_ROW`` steps had no finite gradient.
+        """
+        # Each step draws from a seed of its own, so that a resumed run draws the same.
+        torch.manual_seed(self.config.train.seed * 1_000_003 + step)
+        rate = learning_rate(progress, self.config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        tokens = tokens.to(self.device, non_blocking=True)
+        groups = caption_groups(tokens) if self.config.train.duplicates == "mask" else None
+        loss = info_nce(*self.network(self.normalized(images), tokens), groups=groups)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        limit = self.config.optim.clip_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.towers.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
+            self._bad_in_a_row = 0
+        else:
+            self._leave_out(step)
+        return StepReport(loss.detach(), norm, rate)
+
+    def _leave_out(self, step: int) -> None:
+        self.skipped_steps += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+            raise TrainingError(
+                f"no finite gradient in {BAD_STEPS_IN_A_ROW} steps up to step {step}; lower "
+                f"optim.lr (now {self.config.optim.lr:g}) and go on from the last checkpoint in a "
+                "new run through model.start"
+            )
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it."""
+        images = images.to(self.device, non_blocking=True)
+        return images.to(torch.float32, memory_format=self.layout).sub_(self._mean).div_(self._std)
+
+    def state(self) -> dict[str, Any]:
+        """The optimiser's state and counts; weights are saved beside it."""
+        return {"optimizer": self.optimizer.state_dict(), "skipped_steps": self.skipped_steps}
+
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Take over weights and state of a checkpoint; returns its whole training state."""
+        self.towers.clip.load_state_dict(load_file(checkpoint / WEIGHTS))
+        state = load_training_state(checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped_steps = state["skipped_steps"]
+        return state

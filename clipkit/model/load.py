@@ -1,0 +1,234 @@
+"""Load a MODEL: a run or checkpoint of ours, an open_clip name with weights, or a hub repository.
+
+Building and downloading are open_clip's own; what is added is that nothing goes wrong quietly:
+the activation follows the weights, a text tower that is not CLIP's is refused, and every failure
+is one sentence.
+"""
+
+import difflib
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+from safetensors import SafetensorError
+
+from clipkit.errors import ModelError
+from clipkit.manifest import MANIFEST, ModelRef, is_complete, read_manifest
+from clipkit.model.checkpoint import CONFIG, fingerprint, vector_dim
+from clipkit.model.encoder import Encoder
+from clipkit.model.network import DualEncoder, why_unsuitable
+
+DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
+"""The MODEL where none is named."""
+
+
+def load(model: str | Path = DEFAULT_MODEL, *, device: str | None = None) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        model: a run or checkpoint directory of ours (a run stands for its last checkpoint); an
+            open_clip directory (``open_clip_config.json`` beside weights); ``NAME/TAG`` or
+            ``NAME/path/to/weights`` with an open_clip model name; ``hf-hub:org/name``.
+        device: where to put it; None: a CUDA device if there is one, else the CPU.
+
+    Raises:
+        ModelError: unknown name or tag, weights that cannot be reached or do not fit, or a text
+            tower without CLIP's 77 tokens.
+    """
+    name, weights = resolve(str(model))
+    clip, _, transform = _create(name, weights)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    preprocess = dict(clip.visual.preprocess_cfg)
+    label = name.removeprefix("local-dir:")
+    reference = ModelRef(label, weights, fingerprint(clip, preprocess), vector_dim(clip))
+    return Encoder(DualEncoder(clip).to(device).eval(), reference, transform)
+
+
+def load_ref(model: ModelRef) -> Encoder:
+    """Load the model that made something, and check that it is still the same.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ModelMismatchError: what is there now has other weights or preprocessing.
+    """
+    encoder = load(f"{model.name}/{model.weights}" if model.weights else model.name)
+    model.require(
+        encoder.model,
+        what="this artifact",
+        repair="put the model back that made it, or embed and index again with the new one",
+    )
+    return encoder
+
+
+def resolve(model: str) -> tuple[str, str]:
+    """Split a MODEL into open_clip's model name and its weights (empty for directories and hubs).
+
+    Raises:
+        ModelError: nothing of that name exists.
+    """
+    if model.startswith("hf-hub:"):
+        return model, ""
+    path = Path(model.removeprefix("local-dir:"))
+    if path.is_dir():
+        return f"local-dir:{checkpoint_directory(path)}", ""
+    name, weights = _split_name(model)
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else "see open_clip.list_models()"
+        raise ModelError(
+            f"{model!r} is no directory and no open_clip model name with weights; {hint}"
+        )
+    if not weights:
+        raise ModelError(
+            f"{model} names no weights, and random ones would give meaningless vectors; "
+            f"expected {name}/TAG or {name}/path/to/weights, TAG one of {_tags(name)}"
+        )
+    for file in (Path(weights), Path("/") / weights):
+        if file.is_file():
+            return name, str(file.absolute())
+    if get_pretrained_cfg(name, weights):
+        return name, weights
+    raise ModelError(f"{weights!r} is neither a file nor a tag of {name}; its tags: {_tags(name)}")
+
+
+def _split_name(model: str) -> tuple[str, str]:
+    """``NAME/WEIGHTS``, where OpenAI's spelling of NAME may hold a slash itself (``ViT-B/32``)."""
+    first, _, rest = model.partition("/")
+    second, _, weights = rest.partition("/")
+    if first not in open_clip.list_models() and f"{first}-{second}" in open_clip.list_models():
+        return f"{first}-{second}", weights
+    return first, rest
+
+
+def _tags(name: str, most: int = 8) -> str:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    more = f" and {len(tags) - most} more" if len(tags) > most else ""
+    return (", ".join(tags[:most]) or "none") + more
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """The directory with the weights: ``path`` itself, or the last checkpoint of a run.
+
+    Raises:
+        ModelError: ``path`` holds no model.
+    """
+    path = path.absolute()
+    if (path / CONFIG).is_file():
+        return path
+    steps = run_checkpoints(path)
+    if steps:
+        return steps[-1]
+    found = "nothing of clipkit's"
+    if is_complete(path):
+        found = f"a clipkit {read_manifest(path).kind}"
+    elif (path / "config.toml").is_file():
+        found = "a run without a finished checkpoint"
+    raise ModelError(
+        f"{path} holds {found}, expected a run, a checkpoint or a directory with {CONFIG}"
+    )
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, in order of their steps."""
+    found = [p for p in run.glob("step-*") if (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's ``model_cfg`` of a name as ``resolve`` returns it.
+
+    Raises:
+        ModelError: it cannot be read, or its text tower is not CLIP's.
+    """
+    try:
+        with _quiet():
+            config: dict[str, Any] = deepcopy(open_clip.get_model_config(name))
+        text = config["text_cfg"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(_unreachable(name, error)) from None
+    reason = "it has another text tower" if "multimodal_cfg" in config else why_unsuitable(text)
+    if "siglip" in name.lower() and not name.startswith("local-dir:"):
+        reason = reason or "SigLIP has its own tokenizer"
+    if reason:
+        raise ModelError(
+            f"{name.removeprefix('local-dir:')} cannot be used: {reason}; clipkit takes models "
+            "with CLIP's byte-level BPE of 49,408 entries and its 77-token context"
+        )
+    return config
+
+
+def _create(name: str, weights: str) -> tuple[CLIP | CustomTextCLIP, Any, Any]:
+    """Build the model with open_clip, every failure a ModelError."""
+    model_config(name)
+    tag = get_pretrained_cfg(name, weights) if weights else None
+    try:
+        with _quiet():
+            # Downloading first keeps a network failure apart from weights that do not fit.
+            if tag:
+                download_pretrained(tag)
+            created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
+                name,
+                pretrained=weights or None,
+                # The activation belongs to the weights: open_clip only warns when they disagree.
+                force_quick_gelu=bool(tag and tag.get("quick_gelu")),
+                weights_only=True,
+            )
+    except (OSError, ConnectionError, ValueError) as error:
+        raise ModelError(_unreachable(f"{name}/{weights}".rstrip("/"), error)) from None
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{weights or name} is damaged or would run code when opened, so it was not; "
+            "expected weights as .safetensors or a plain PyTorch state dict"
+        ) from None
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        what = f"{name}/{weights}".rstrip("/").removeprefix("local-dir:")
+        raise ModelError(f"the weights of {what} do not fit the model: {_short(error)}") from None
+    if not _has_weights(name, weights):
+        raise ModelError(f"{name} has a configuration but no weights; expected both")
+    return created
+
+
+def _has_weights(name: str, weights: str) -> bool:
+    """Whether there were weights to load: open_clip goes on with random ones if a file is gone."""
+    if weights:
+        return True
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        return any(f.suffix in (".safetensors", ".bin", ".pth") for f in folder.iterdir())
+    with _quiet():
+        return bool(open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:")))
+
+
+def _unreachable(what: str, error: Exception) -> str:
+    return (
+        f"{what} could not be loaded ({_short(error)}): its files are not in the local cache and "
+        "the hub was not reached; connect to the network once, or name weights on disk as "
+        "NAME/path/to/weights.safetensors"
+    )
+
+
+def _short(error: Exception, limit: int = 200) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's logging through the root logger; what matters is raised instead."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

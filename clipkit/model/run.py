@@ -1,0 +1,115 @@
+"""The directory of a training run: config.toml, log.jsonl, step-N/, and a manifest at the end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clipkit.config import TrainConfig, dump_config, load_config
+from clipkit.errors import ArtifactError, ConfigError
+from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json
+from clipkit.model.load import run_checkpoints
+
+CONFIG_FILE = "config.toml"
+LOG_FILE = "log.jsonl"
+
+
+class RunDirectory:
+    """A run on disk, held by one process at a time.
+
+    Args:
+        path: the directory.
+        config: the resolved configuration of the run.
+        resume: go on with what is there.
+
+    Raises:
+        ArtifactError: it exists and ``resume`` is not set, or another process holds it.
+        ConfigError: ``resume`` is set and the run was started with another configuration.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, *, resume: bool) -> None:
+        self.path = path.absolute()
+        self.config = config
+        if resume:
+            self._require_same_config()
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ArtifactError(self._taken())
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = DirectoryLock(self.path / ".lock", self.path)
+        if not resume:
+            (self.path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        self.checkpoint = max(run_checkpoints(self.path), key=_step, default=None)
+
+    def _taken(self) -> str:
+        if not (self.path / CONFIG_FILE).is_file():
+            return f"{self.path} exists and is no clipkit run; name another --out"
+        steps = run_checkpoints(self.path)
+        state = f"its last checkpoint is {steps[-1].name}" if steps else "without a checkpoint yet"
+        return (
+            f"{self.path} already holds a run ({state}); go on with --resume, or name another --out"
+        )
+
+    def _require_same_config(self) -> None:
+        file = self.path / CONFIG_FILE
+        if not file.is_file():
+            raise ArtifactError(
+                f"{self.path} holds no run to resume ({CONFIG_FILE} is missing); "
+                "start it without --resume"
+            )
+        before, now = dump_config(load_config(file)), dump_config(self.config)
+        changed = sorted(set(now.splitlines()) - set(before.splitlines()))
+        if before != now:
+            raise ConfigError(
+                f"{self.path} was started with another configuration (now: {'; '.join(changed)}); "
+                f"resume with {file}, or start a new run"
+            )
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl so far; a line torn by a crash is left out."""
+        return read_log(self.path)
+
+    def rewind(self, step: int) -> None:
+        """Drop log lines after ``step``: those steps will be taken again."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line.get("step", 0) <= step]
+        (self.path / LOG_FILE).write_text("".join(kept), encoding="utf-8")
+
+    def step_path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.path / f"step-{step}"
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the latest ``keep`` checkpoints."""
+        for path in run_checkpoints(self.path)[:-keep]:
+            (path / MANIFEST).unlink()  # from here on it is no checkpoint, whatever happens
+            shutil.rmtree(path)
+
+    def finish(self, manifest: Manifest) -> None:
+        """Mark the run as complete."""
+        sync_tree(self.path)
+        write_json(self.path / MANIFEST, manifest.to_dict())
+
+    def close(self) -> None:
+        """Let another process at it."""
+        self._lock.release()
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl; a line torn by a crash is left out."""
+    file = run / LOG_FILE
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -1,0 +1,97 @@
+"""Build the towers of a training run from its configuration."""
+
+import difflib
+import math
+from dataclasses import fields
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from torch import nn
+
+from clipkit.config import ModelConfig
+from clipkit.errors import ConfigError
+from clipkit.model.checkpoint import Towers
+from clipkit.model.load import load, model_config, resolve
+from clipkit.model.network import why_unsuitable
+from clipkit.model.tokenizer import CONTEXT, VOCAB
+
+
+def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
+    """Build towers with random weights, or take over those of ``config.start``.
+
+    Args:
+        config: which towers.
+        temperature: initial temperature of new towers.
+        seed: of the random weights.
+
+    Raises:
+        ConfigError: neither or several of name, own towers and start; unknown tower settings.
+        ModelError: a name that open_clip does not know, or weights that cannot be reached.
+    """
+    own = bool(config.vision or config.text or config.embed_dim)
+    if (own, bool(config.name), bool(config.start)).count(True) != 1:
+        raise ConfigError(
+            "[model] needs exactly one of: name (an open_clip model name), start (a MODEL to go on "
+            "from), or all of embed_dim, vision and text (own towers)"
+        )
+    if config.start:
+        return _from_weights(config.start)
+    settings = _own(config) if own else model_config(_known(config.name))
+    torch.manual_seed(seed)
+    clip = _construct(settings)
+    clip.logit_scale.data.fill_(math.log(1 / temperature))
+    overlay = {"mean": config.mean, "std": config.std, "size": clip.visual.image_size}
+    preprocess = merge_preprocess_dict(PreprocessCfg(), overlay)
+    set_model_preprocess_cfg(clip, preprocess)
+    return Towers(clip, settings, preprocess)
+
+
+def _known(name: str) -> str:
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else "see open_clip.list_models()"
+        raise ConfigError(f"model.name {name!r} is no open_clip model; {hint}")
+    return name
+
+
+def _from_weights(start: str) -> Towers:
+    encoder = load(start, device="cpu")
+    name, _ = resolve(start)
+    clip: Any = encoder.network.clip
+    settings = model_config(name)
+    # Tags trained with QuickGELU are loaded with it whatever the name's configuration says.
+    settings["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in clip.modules())
+    return Towers(clip, settings, dict(clip.visual.preprocess_cfg))
+
+
+def _own(config: ModelConfig) -> dict[str, Any]:
+    if not (config.vision and config.text and config.embed_dim):
+        raise ConfigError("[model] own towers need all of embed_dim, vision and text")
+    _check_keys("model.vision", config.vision, CLIPVisionCfg)
+    _check_keys("model.text", config.text, CLIPTextCfg)
+    text = {"context_length": CONTEXT, "vocab_size": VOCAB, **config.text}
+    if reason := why_unsuitable(text):
+        raise ConfigError(f"[model.text] cannot be used: {reason}")
+    return {"embed_dim": config.embed_dim, "vision_cfg": dict(config.vision), "text_cfg": text}
+
+
+def _check_keys(section: str, given: dict[str, Any], known_by: type) -> None:
+    known = [f.name for f in fields(known_by)]
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]}?" if close else f"known are: {', '.join(known)}"
+            raise ConfigError(f"unknown key {section}.{key}; {hint}")
+
+
+def _construct(settings: dict[str, Any]) -> Any:
+    arguments = {k: v for k, v in settings.items() if k != "custom_text"}
+    arguments["vision_cfg"] = {**arguments["vision_cfg"], "timm_model_pretrained": False}
+    kind: type[nn.Module] = CustomTextCLIP if settings.get("custom_text") else open_clip.CLIP
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"[model] open_clip cannot build these towers: {error}") from None

@@ -1,0 +1,63 @@
+"""What long work tells of itself: throughput, waiting, and that someone wants it to stop."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Meter:
+    """Samples per second and the share of time spent waiting, since it was last read."""
+
+    def __init__(self) -> None:
+        self.samples, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Pass items on, counting the time each took to come as waiting."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - asked
+            yield item
+
+    def read(self) -> tuple[float, float]:
+        """Samples per second and the share of time waited, in [0, 1]; then start over."""
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        result = self.samples / elapsed, self._waited / elapsed
+        self.samples, self._waited, self._since = 0, 0.0, time.perf_counter()
+        return result
+
+
+@contextmanager
+def catch_interrupts() -> Iterator[list[int]]:
+    """Collect the numbers of SIGINT and SIGTERM instead of stopping in the middle of a step.
+
+    After the first one the usual handlers are back, so a second stops at once. Outside the main
+    thread signals cannot be caught; there the list stays empty.
+    """
+    received: list[int] = []
+    before = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    with suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,1 @@
+"""Vectors at rest: embedding stores and indexes. Never imports torch."""

@@ -1,0 +1,135 @@
+"""Shards on disk: vectors-00000.npy beside records-00000.parquet, in the same row order."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from clipkit.errors import ArtifactError
+
+Vectors = NDArray[np.float32]
+"""float32 [n, dim], rows of unit length."""
+Record = dict[str, Any]
+"""One row of a store, with the columns of ``SCHEMA``."""
+
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "size": pa.int64(),
+        "mtime_ns": pa.int64(),
+        "captions": pa.list_(pa.string()),
+        "label": pa.string(),
+    }
+)
+UNIT_TOLERANCE = 1e-3
+
+
+def check_vectors(vectors: NDArray[Any], records: list[Record], dim: int) -> None:
+    """Refuse what is no float32 [len(records), dim] of finite numbers and unit rows.
+
+    Raises:
+        ArtifactError: says what is wrong with which row.
+    """
+    expected = f"expected float32 [{len(records)}, {dim}], one row a record"
+    if vectors.dtype != np.float32 or vectors.shape != (len(records), dim):
+        raise ArtifactError(f"the vectors are {vectors.dtype} {list(vectors.shape)}, {expected}")
+    lengths = np.linalg.norm(vectors, axis=1)
+    # Written so that NaN, for which every comparison is false, counts as bad.
+    bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))
+    if len(bad):
+        raise ArtifactError(
+            f"the vector of {records[bad[0]]['key']!r} has length {lengths[bad[0]]:.4g}, expected "
+            "unit length and finite numbers; encode with a clipkit Encoder, which normalises"
+        )
+
+
+def digest(record: Record) -> int:
+    """A number that is the same for equal records, within one process."""
+    captions = tuple(record["captions"] or ())
+    return hash((record["key"], record["size"], record["mtime_ns"], captions, record["label"]))
+
+
+def shard_names(number: int) -> tuple[str, str]:
+    """The file names of a shard's vectors and records."""
+    return f"vectors-{number:05d}.npy", f"records-{number:05d}.parquet"
+
+
+def shard_numbers(folder: Path) -> list[int]:
+    """The numbers of the shards in ``folder``, ascending; numbers may be missing."""
+    names = (re.fullmatch(r"vectors-(\d{5,})\.npy", name) for name in os.listdir(folder))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def read_shard(folder: Path, number: int, dim: int) -> tuple[Vectors, pa.Table]:
+    """A shard's vectors, memory-mapped float32 [m, dim], and its records, a table of m rows.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, foreign, or the two do not fit each other.
+    """
+    vector_name, record_name = shard_names(number)
+    try:
+        vectors = np.load(folder / vector_name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(folder / vector_name, str(error)) from None
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or vectors.shape[1] != dim:
+        found = f"{vectors.dtype} {list(vectors.shape)}, expected float32 [rows, {dim}]"
+        raise _damaged(folder / vector_name, found)
+    table = read_records(folder / record_name)
+    if len(table) != len(vectors):
+        found = f"{len(table)} records for {len(vectors)} vectors"
+        raise _damaged(folder / record_name, found)
+    return vectors, table
+
+
+def read_records(file: Path) -> pa.Table:
+    """The records of a shard or an index.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, or lacks a column of ``SCHEMA``.
+    """
+    try:
+        with pq.ParquetFile(file) as parquet:
+            return parquet.read(columns=SCHEMA.names).cast(SCHEMA)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise _damaged(file, str(error)) from None
+
+
+def write_shard(folder: Path, number: int, vectors: Vectors, records: pa.Table) -> None:
+    """Write a shard, flushed to disk; each of its two files appears in one step.
+
+    Raises:
+        OSError: the disk is full or forbids it.
+    """
+    vector_name, record_name = shard_names(number)
+    _write_file(folder / vector_name, lambda stream: np.save(stream, vectors))
+    _write_file(folder / record_name, lambda stream: pq.write_table(records, stream))
+
+
+def remove_shard(folder: Path, number: int) -> None:
+    """Remove both files of a shard."""
+    for name in shard_names(number):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    temp = file.with_name(f".{file.name}.tmp")
+    try:
+        with temp.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        temp.unlink(missing_ok=True)  # on a full disk a torn file would be in the way of the next
+        raise
+    temp.replace(file)
+
+
+def _damaged(file: Path, found: str) -> ArtifactError:
+    reason = " ".join(found.split()).rstrip(".")
+    return ArtifactError(f"{file} is damaged ({reason}); remove {file.parent} and make it again")

@@ -1,0 +1,66 @@
+"""Make images searchable: ``clipkit index build STORE|IMAGES --out INDEX``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipkit.errors import ModelError
+from clipkit.manifest import ArtifactWriter, is_complete, partial_path
+from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.spec import new_index
+from clipkit.store.vector_index import VectorIndex
+
+if TYPE_CHECKING:
+    from clipkit.model.encoder import Encoder
+
+
+def build_index(
+    source: str | Path,
+    out: str | Path,
+    *,
+    spec: str = "Flat",
+    load: "Callable[[], Encoder] | None" = None,
+) -> VectorIndex:
+    """Build an index of a store, or of images, which are embedded into ``OUT.store`` first.
+
+    An index that stands at ``out`` is replaced, in one step when the new one is finished.
+
+    Args:
+        source: a store, or whatever ``open_source`` opens.
+        out: where the index shall stand.
+        spec: FAISS factory string.
+        load: gives the encoder for images; not called for a store.
+
+    Raises:
+        SpecError: the spec is malformed, or impossible for these vectors.
+        ArtifactError: ``out`` is taken by something else, or the source is a damaged store.
+        ModelError: images, and nothing to encode them with.
+        DataError: images that cannot be opened, or too many bad ones.
+    """
+    out, path = Path(out), Path(source)
+    if is_complete(path) or partial_path(path).is_dir():
+        store = EmbeddingStore.open(path)
+    else:
+        store = _embed(source, out, spec, load)
+    return VectorIndex.build(store, out, spec, replace=True)
+
+
+def _embed(
+    source: str | Path, out: Path, spec: str, load: "Callable[[], Encoder] | None"
+) -> EmbeddingStore:
+    # Here, because indexing a store needs neither torch nor datasets.
+    from clipkit.data.sources import open_source
+    from clipkit.tasks.embed import embed
+
+    if load is None:
+        raise ModelError(
+            f"{source} is no clipkit store, and embedding its images takes a model; name one "
+            "with --model, or `clipkit embed` them first"
+        )
+    images = open_source(source)
+    encoder = load()
+    # What can be refused is refused now, not after hours of encoding.
+    new_index(spec, encoder.dim, None if images.streaming else len(images.rows))
+    with ArtifactWriter(out, "index", replace=True):
+        pass
+    return embed(images, out.with_name(f"{out.name}.store"), encoder)

@@ -1,0 +1,100 @@
+"""Search images by caption, by image, or by both: ``clipkit search INDEX "a red bicycle"``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.data.images import read_image
+from clipkit.errors import CaptionError, DataError, ImageError, ModelError
+from clipkit.store.vector_index import Hit, VectorIndex
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clipkit.model.encoder import Encoder
+
+
+class Searcher:
+    """Answers queries from an index, best first.
+
+    Args:
+        index: what is searched.
+        encoder: the model that made it, for captions and images; a ready vector needs none.
+
+    Raises:
+        ModelMismatchError: ``encoder`` is another model than the index's.
+    """
+
+    def __init__(self, index: VectorIndex, encoder: "Encoder | None" = None) -> None:
+        if encoder is not None:
+            index.model.require(
+                encoder.model,
+                what=f"the index {index.path}",
+                repair="search with its own model, or make it anew with "
+                "`clipkit index build IMAGES --out INDEX --model MODEL`",
+            )
+        self.index, self.encoder = index, encoder
+
+    def by_vector(self, vector: NDArray[np.float32], k: int = 10) -> list[Hit]:
+        """The ``k`` items nearest to a vector, float32 [dim]."""
+        return self.index.search(np.asarray(vector)[None], k)[0]
+
+    def by_caption(self, caption: str, k: int = 10) -> list[Hit]:
+        """The ``k`` items that fit a caption best; raises CaptionError for a blank one."""
+        return self.search(caption=caption, k=k)
+
+    def by_image(self, image: "str | Path | Image.Image", k: int = 10) -> list[Hit]:
+        """The ``k`` items most like an image; raises ImageError where it cannot be read."""
+        return self.search(image=image, k=k)
+
+    def search(
+        self,
+        caption: str | None = None,
+        image: "str | Path | Image.Image | None" = None,
+        k: int = 10,
+    ) -> list[Hit]:
+        """The ``k`` items nearest to a caption, an image, or both together.
+
+        Two queries add up as unit vectors, and the sum is normalised again.
+
+        Raises:
+            CaptionError: a blank caption.
+            ImageError: the image cannot be read.
+            DataError: neither is given, or the two cancel each other out.
+            ModelError: there is no encoder.
+        """
+        vectors = []
+        if caption is not None:
+            if not caption.strip():
+                raise CaptionError("the caption is empty, expected words to search for")
+            vectors.append(self._encoder().encode_captions([caption])[0])
+        if image is not None:
+            picture = _read(image) if isinstance(image, str | Path) else image
+            vectors.append(self._encoder().encode_images([picture])[0])
+        if not vectors:
+            raise DataError("there is nothing to search for, expected a caption, an image or both")
+        total = np.sum(vectors, axis=0)
+        length = float(np.linalg.norm(total))
+        if length < 1e-3:
+            raise DataError(
+                "the caption and the image are opposites, so that their sum has no direction; "
+                "search for one of them"
+            )
+        return self.by_vector(total / length, k)
+
+    def _encoder(self) -> "Encoder":
+        if self.encoder is None:
+            raise ModelError(
+                f"captions and images are encoded by {self.index.model}, which is not loaded; "
+                "give Searcher its encoder, or search with a vector"
+            )
+        return self.encoder
+
+
+def _read(path: str | Path) -> "Image.Image":
+    try:
+        return read_image(Path(path))
+    except ImageError as error:
+        raise ImageError(f"{path} cannot be searched with, it {error}") from None

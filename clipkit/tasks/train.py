@@ -1,0 +1,287 @@
+"""Pretrain a dual encoder: ``clipkit train CONFIG.toml --out RUN``."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from clipkit.config import DataConfig, TrainConfig, load_config
+from clipkit.data.augment import augmentation
+from clipkit.data.held_out import split_held_out
+from clipkit.data.pairs import PairBatch, PairLoader
+from clipkit.data.sources import Source, open_source
+from clipkit.data.workers import worker_count
+from clipkit.errors import ConfigError, DataError, TrainingError
+from clipkit.manifest import Manifest, ModelRef, is_complete
+from clipkit.metrics import retrieval_recall
+from clipkit.model.checkpoint import save_checkpoint
+from clipkit.model.encode_pairs import encode_pairs
+from clipkit.model.learner import Learner, StepReport
+from clipkit.model.precision import resolve_precision
+from clipkit.model.run import CONFIG_FILE, RunDirectory
+from clipkit.model.tokenizer import CutReport, split_caption, tokenize
+from clipkit.model.towers import build_towers
+from clipkit.plots import plot_run
+from clipkit.progress import Meter, catch_interrupts
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        run: its directory.
+        step: the last step taken.
+        finished: False if it was interrupted; ``resume`` goes on.
+        held_out: recall on the held-out pairs at the end.
+        cut: what was cut from captions over 77 tokens.
+        skipped: why training images could not be used, by key.
+    """
+
+    run: Path
+    step: int
+    finished: bool
+    held_out: dict[str, float]
+    cut: CutReport
+    skipped: dict[str, str]
+
+
+def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResult:
+    """Train as configured; Ctrl-C saves a checkpoint and ends with ``finished=False``.
+
+    Args:
+        config: what to train, on what, and how.
+        out: the run's directory.
+        resume: go on from its last checkpoint; the steps are those of a run never interrupted.
+
+    Raises:
+        ConfigError, DataError, ModelError, ArtifactError: something cannot be used as asked.
+        TrainingError: the run is finished already, or its gradients stay non-finite.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train is empty; name the image–caption pairs to train on")
+    if resume and is_complete(out):
+        raise TrainingError(
+            f"{out} is finished; to train it further, start a new run with model.start={out}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = _with_precision(config, out, device, resume)
+    training, held_out = _open_sources(config.data, config.train.seed)
+    cut = _check_captions(training, config.data)
+    towers = build_towers(config.model, config.optim.temperature, config.train.seed)
+    run = RunDirectory(out, config, resume=resume)
+    try:
+        loop = _Loop(config, run, Learner(towers, config, device), training, held_out)
+        with catch_interrupts() as interrupted:
+            loop.run_steps(interrupted)
+        loop.close(cut, training.fingerprint)
+    finally:
+        run.close()
+    return TrainResult(run.path, loop.step, loop.finished, loop.recall, cut, loop.loader.skipped)
+
+
+def _with_precision(
+    config: TrainConfig, out: Path, device: torch.device, resume: bool
+) -> TrainConfig:
+    """Fix what ``auto`` stands for: measured once, kept when a run is resumed."""
+    precision = config.train.precision
+    if resume and precision == "auto" and (out / CONFIG_FILE).is_file():
+        precision = load_config(out / CONFIG_FILE).train.precision
+    resolved = resolve_precision(precision, device)
+    return replace(config, train=replace(config.train, precision=resolved))
+
+
+def _open_sources(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
+    """The training pairs and the held-out ones (None if there shall be none)."""
+    streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
+    columns = {"image": config.image_column or None, "caption": config.caption_column or None}
+    training = open_source(config.train, streaming=streaming, **columns)
+    if config.held_out:
+        return training, open_source(config.held_out, **columns)
+    return split_held_out(training, config.held_out_share, seed)
+
+
+def _check_captions(source: Source, config: DataConfig) -> CutReport:
+    """Count what 77 tokens will cut; a stream's captions are counted as they come.
+
+    Raises:
+        DataError: there are no captions.
+        CaptionError: one does not fit, where ``long_captions`` is ``"error"``.
+    """
+    report = CutReport()
+    if source.streaming:
+        return report
+    policy = "error" if config.long_captions == "error" else "cut"
+    some = False
+    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
+        texts = [text for captions in batch["captions"] for text in captions]
+        some = some or bool(texts)
+        if config.long_captions == "split":
+            texts = [part for text in texts for part in split_caption(text)]
+        tokenize(texts, policy=policy, report=report)
+    if not some:
+        raise DataError(
+            f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
+        )
+    return report
+
+
+class _Loop:
+    """The steps of a run, with what is logged, measured and saved between them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunDirectory,
+        learner: Learner,
+        training: Source,
+        held_out: Source | None,
+    ) -> None:
+        self.config, self.run, self.learner, self.held_out = config, run, learner, held_out
+        self.workers = worker_count(config.data.workers)
+        self.loader = PairLoader(
+            training,
+            preprocess=augmentation(config.augment, learner.towers.image_size),
+            tokenize=lambda texts: tokenize(texts, report=CutReport()),
+            split=split_caption if config.data.long_captions == "split" else None,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            workers=self.workers,
+            skip_limit=config.data.skip_limit,
+        )
+        self.steps = self._steps_in_all()
+        self.step = self.epoch = self.batch = 0
+        self.seconds = 0.0
+        self.recall: dict[str, float] = {}
+        self.finished = False
+        if run.checkpoint:
+            state = learner.restore(run.checkpoint)
+            self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+            self.seconds, self.recall = state["seconds"], state["recall"]
+            self.loader.skipped.update(state["skipped"])
+        run.rewind(self.step)
+
+    def _steps_in_all(self) -> int:
+        """Steps of the whole run; 0 where only the clock ends it."""
+        per_epoch, loop = self.loader.batches_per_epoch, self.config.train
+        if loop.steps:
+            return loop.steps
+        if per_epoch is None and not loop.minutes:
+            raise ConfigError(
+                "the length of a stream is not known beforehand; set train.steps or train.minutes"
+            )
+        return loop.epochs * per_epoch if per_epoch else 0
+
+    def run_steps(self, interrupted: list[int]) -> None:
+        """Take the steps that are left, until the end or until something is ``interrupted``."""
+        started = time.perf_counter() - self.seconds
+        meter = Meter()
+        with tqdm(
+            total=self.steps or None, initial=self.step, unit="step", disable=None, desc="training"
+        ) as bar:
+            for batch in meter.waiting(self._batches()):
+                report = self.learner.take_step(
+                    batch.images, batch.tokens, self.step, self._progress(ahead=1)
+                )
+                self.step += 1
+                self.seconds = time.perf_counter() - started
+                self.finished = self._progress() >= 1
+                meter.samples += len(batch.keys)
+                bar.update()
+                if self.finished or interrupted or self.step % self.config.train.log_steps == 0:
+                    bar.set_postfix_str(self._log(report, meter))
+                if self.finished or interrupted:
+                    break
+                self._between_steps()
+
+    def _batches(self) -> Iterator[PairBatch]:
+        """Batches from where the run stands, epoch after epoch."""
+        while True:
+            for batch in self.loader.batches(self.epoch, self.batch):
+                self.batch += 1
+                yield batch
+            if not self.batch:
+                raise DataError(f"{self.config.data.train} gave not one batch in a whole epoch")
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def _progress(self, ahead: int = 0) -> float:
+        """Share of the run done, by steps or by the clock, whichever is further."""
+        limit = 60 * self.config.train.minutes
+        by_steps = (self.step + ahead) / self.steps if self.steps else 0.0
+        return max(by_steps, self.seconds / limit if limit else 0.0)
+
+    def _log(self, report: StepReport, meter: Meter) -> str:
+        """Write a line of the log; the same in short for the progress bar."""
+        loss = float(report.loss)
+        speed, waited = meter.read()
+        self.run.log(
+            {
+                "step": self.step,
+                "epoch": self.epoch,
+                "loss": loss,
+                "grad_norm": report.grad_norm,
+                "lr": report.lr,
+                "scale": float(self.learner.network.scale.detach()),
+                "seconds": round(self.seconds, 3),
+                "samples_per_second": round(speed, 1),
+                "waiting_for_data": round(waited, 4),
+            }
+        )
+        return f"loss {loss:.3f}, {speed:.0f} samples/s"
+
+    def _between_steps(self) -> None:
+        if self._due(self.config.train.eval_epochs):
+            self._measure()
+        if self._due(self.config.train.save_epochs):
+            self._save()
+
+    def _due(self, epochs: float) -> bool:
+        every = round(epochs * (self.loader.batches_per_epoch or self.steps))
+        return bool(every) and self.step % every == 0
+
+    def _measure(self) -> None:
+        """Recall on the held-out pairs, into the log."""
+        if self.held_out is None:
+            return
+        encoder = self.learner.towers.encoder(self.learner.network, str(self.run.path))
+        pairs = encode_pairs(encoder, self.held_out, workers=self.workers, progress=False)
+        self.recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
+        self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
+
+    def _save(self) -> ModelRef:
+        state = self.learner.state() | {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "recall": self.recall,
+            "skipped": self.loader.skipped,
+        }
+        model = save_checkpoint(
+            self.run.step_path(self.step),
+            self.learner.towers,
+            state,
+            {"step": self.step, "epoch": self.epoch, "held_out": self.recall},
+        )
+        self.run.prune(self.config.train.keep)
+        return model
+
+    def close(self, cut: CutReport, source_fingerprint: str) -> None:
+        """Measure, save and draw; a run that came to its end gets its manifest."""
+        if self.finished:
+            self._measure()
+        model = self._save()
+        plot_run(self.run.lines(), self.run.path / "curve.png", self.run.path.name)
+        if self.finished:
+            source = {"data": self.config.data.train, "fingerprint": source_fingerprint}
+            detail = {
+                "held_out": self.recall,
+                "seconds": round(self.seconds, 1),
+                "skipped_steps": self.learner.skipped_steps,
+                "skipped_images": self.loader.skipped,
+                "cut_captions": asdict(cut),
+            }
+            self.run.finish(Manifest("run", model, self.step, source, detail))

@@ -1,0 +1,86 @@
+"""Labels and templates, from the command line or from files."""
+
+from pathlib import Path
+
+import pytest
+
+from clipkit.data.prompts import (
+    DEFAULT_TEMPLATES,
+    label_captions,
+    read_labels,
+    read_templates,
+)
+from clipkit.errors import CaptionError
+
+
+def test_labels_from_a_list():
+    assert read_labels("cat, dog ,red  fox") == ["cat", "dog", "red fox"]
+    assert read_labels("cat/kitten,dog/puppy") == ["cat/kitten", "dog/puppy"]
+
+
+def test_labels_from_a_file(tmp_path):
+    file = tmp_path / "labels"
+    file.write_bytes("\ufeffcat\r\n\n  red fox  \nsalt, pepper\nécureuil\n".encode())
+    expected = ["cat", "red fox", "salt, pepper", "écureuil"]
+    assert read_labels(str(file)) == expected
+    assert read_labels(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("", "holds no label"),
+        (" , ", "holds no label"),
+        ("cat,,dog", "empty label as number 2"),
+        ("cat", "only 'cat', .* always 1"),
+        ("cat,dog,Cat", r"'Cat' twice \(first as 'cat'\)"),
+        ("a,b,a", "'a' twice"),
+        ("labels.txt", "labels.txt is no file"),
+        ("data/labels", "data/labels is no file"),
+        (Path("labels"), "labels is no file"),
+    ],
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(CaptionError, match=message):
+        read_labels(labels)
+
+
+@pytest.mark.parametrize("read", [read_labels, read_templates])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no"), (b"\n \n", "holds no"), (b"caf\xe9 {}\n", "in UTF-8")],
+)
+def test_bad_files(tmp_path, read, content, message):
+    file = tmp_path / "list.txt"
+    file.write_bytes(content)
+    with pytest.raises(CaptionError, match=message) as error:
+        read(file)
+    assert str(file) in str(error.value)
+
+
+def test_templates_from_a_file(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("a drawing of a {}.\n\n {} on {}\n")
+    assert read_templates(file) == ["a drawing of a {}.", "{} on {}"]
+
+
+def test_templates_that_cannot_be_used(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("a photo of a {}.\na photo of a {label}.\n")
+    with pytest.raises(CaptionError, match=r"'a photo of a {label}\.' has no slot"):
+        read_templates(file)
+    with pytest.raises(CaptionError, match="is no file"):
+        read_templates(tmp_path)
+
+
+def test_captions_are_labels_times_templates():
+    assert label_captions(["cat", "{x}"], ["a {}.", "{}"]) == [["a cat.", "cat"], ["a {x}.", "{x}"]]
+    with pytest.raises(CaptionError, match="no slot"):
+        label_captions(["cat"], ["a cat"])
+
+
+def test_default_templates_serve():
+    assert read_templates(None) == list(DEFAULT_TEMPLATES)
+    captions = label_captions(["cat"], read_templates(None))[0]
+    assert len(set(captions)) == len(DEFAULT_TEMPLATES)
+    assert all("cat" in caption for caption in captions)

@@ -1,0 +1,270 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import COLOURS, tiny_model
+from PIL import Image
+from safetensors.torch import load_file
+
+import clipkit
+from clipkit.config import dump_config, parse_config
+from clipkit.errors import (
+    ArtifactError,
+    CaptionError,
+    ConfigError,
+    DataError,
+    SkipLimitError,
+    TrainingError,
+)
+from clipkit.model.optim import learning_rate
+from clipkit.model.run import read_log
+from clipkit.tasks.train import train
+
+WEIGHTS = "open_clip_model.safetensors"
+
+
+def configured(folder, **sections):
+    settings = {
+        "model": tiny_model(),
+        "data": {"train": str(folder), "held_out_share": 0.25, "workers": 1},
+        "optim": {"lr": 3e-3, "warmup": 0.1},
+        "train": {"batch_size": 3, "epochs": 4, "precision": "fp32", "log_steps": 1},
+    }
+    for name, values in sections.items():
+        settings[name] = settings[name] | values
+    return parse_config(settings)
+
+
+def curve(run):
+    """The log without what depends on the clock."""
+    clock = ("seconds", "samples_per_second", "waiting_for_data")
+    return [{k: v for k, v in line.items() if k not in clock} for line in read_log(run)]
+
+
+def last_weights(run):
+    steps = sorted(run.glob("step-*"), key=lambda p: int(p.name[5:]))
+    return load_file(steps[-1] / WEIGHTS)
+
+
+def assert_same_run(one, other):
+    assert curve(one) == curve(other)
+    ours, theirs = last_weights(one), last_weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_learns_what_colour_words_mean(colour_folder, tmp_path):
+    config = configured(colour_folder, train={"epochs": 60, "eval_epochs": 0, "save_epochs": 0})
+    result = train(config, tmp_path / "run")
+    assert result.finished
+    losses = [line["loss"] for line in read_log(result.run) if "loss" in line]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    encoder = clipkit.load(result.run)
+    swatches = [Image.new("RGB", (32, 32), colour) for colour in COLOURS.values()]
+    scores = (
+        encoder.encode_images(swatches)
+        @ encoder.encode_captions([f"a {name} picture" for name in COLOURS]).T
+    )
+    assert scores.argmax(axis=1).tolist() == [0, 1, 2]
+
+
+def test_same_seed_same_run_whatever_the_workers(colour_folder, tmp_path):
+    for name, workers in (("one", 0), ("two", 2)):
+        train(configured(colour_folder, data={"workers": workers}), tmp_path / name)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    train(configured(colour_folder, train={"seed": 1}), tmp_path / "other")
+    assert curve(tmp_path / "one") != curve(tmp_path / "other")
+
+
+def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_path):
+    result = train(configured(colour_folder), tmp_path / "run")
+    step = result.run / f"step-{result.step}"
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{step}")
+    model.eval()
+    encoder = clipkit.load(step)
+    images = [Image.open(file).convert("RGB") for file in sorted(colour_folder.glob("*.png"))]
+    texts = ["a red picture", "", "blue " * 200]
+    with torch.no_grad():
+        wanted_images = model.encode_image(torch.stack([preprocess(i) for i in images]), True)
+        tokens = open_clip.get_tokenizer(f"local-dir:{step}")(texts)
+        wanted_texts = model.encode_text(tokens, normalize=True)
+    np.testing.assert_allclose(encoder.encode_images(images), wanted_images, atol=1e-6)
+    with pytest.warns(UserWarning, match="77"):
+        found = encoder.encode_captions(texts)
+    np.testing.assert_allclose(found, wanted_texts, atol=1e-6)
+    assert encoder.scale == pytest.approx(float(model.logit_scale.exp().detach()))
+
+
+@pytest.mark.parametrize("when", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_resumes_as_if_never_interrupted(colour_folder, tmp_path, when):
+    config = configured(colour_folder, train={"epochs": 40, "save_epochs": 1, "keep": 50})
+    train(config, tmp_path / "whole")
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    command = [sys.executable, "-m", "clipkit", "train", "config.toml", "--out", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "run").glob("step-*/manifest.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(when)
+    _, errors = process.communicate(timeout=120)
+    if when == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--out run --resume" in errors
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_bad_images_are_skipped_counted_and_listed(colour_folder, tmp_path):
+    (colour_folder / "red-0.png").write_bytes(b"no image")
+    config = configured(colour_folder, data={"held_out_share": 0.0, "skip_limit": 0.5})
+    result = train(config, tmp_path / "run")
+    assert list(result.skipped) == ["red-0.png"]
+    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").open()]
+    assert [line["key"] for line in listed] == ["red-0.png"]
+    assert listed[0]["reason"]
+
+
+def test_too_many_bad_images_end_the_run(colour_folder, tmp_path):
+    for file in list(colour_folder.glob("*.png"))[:6]:
+        file.write_bytes(b"")
+    with pytest.raises(SkipLimitError, match="clipkit data check"):
+        train(configured(colour_folder, data={"held_out_share": 0.0}), tmp_path / "run")
+
+
+def test_long_captions_are_counted_refused_or_split(colour_folder, tmp_path):
+    long = "a red picture. " + "It shows one colour and nothing else at all. " * 12
+    (colour_folder / "red-0.txt").write_text(long)
+    keep_all = {"held_out_share": 0.0}
+    result = train(configured(colour_folder, data=keep_all), tmp_path / "cut")
+    assert (result.cut.seen, result.cut.cut) == (12, 1)
+    with pytest.raises(CaptionError, match="77"):
+        train(configured(colour_folder, data=keep_all | {"long_captions": "error"}), tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+    result = train(
+        configured(colour_folder, data=keep_all | {"long_captions": "split"}), tmp_path / "s"
+    )
+    assert result.cut.cut == 0
+    assert result.cut.seen > 12
+
+
+def test_a_run_by_the_clock_ends_in_time(colour_folder, tmp_path):
+    config = configured(colour_folder, train={"minutes": 0.03, "epochs": 100_000})
+    result = train(config, tmp_path / "run")
+    lines = [line for line in read_log(result.run) if "loss" in line]
+    assert result.finished
+    assert 1.8 <= lines[-1]["seconds"] < 20
+    assert lines[-1]["lr"] < 0.1 * max(line["lr"] for line in lines)
+
+
+def test_a_stream_needs_its_length_named(colour_folder, tmp_path):
+    config = configured(colour_folder, data={"streaming": "yes", "held_out_share": 0.0})
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        train(config, tmp_path / "run")
+    config = configured(
+        colour_folder, data={"streaming": "yes", "held_out_share": 0.0}, train={"steps": 6}
+    )
+    assert train(config, tmp_path / "run").step == 6
+
+
+def test_out_that_is_taken(colour_folder, tmp_path):
+    config = configured(colour_folder, train={"epochs": 1})
+    train(config, tmp_path / "run")
+    with pytest.raises(ArtifactError, match="already holds a run.*--resume"):
+        train(config, tmp_path / "run")
+    with pytest.raises(TrainingError, match="is finished"):
+        train(config, tmp_path / "run", resume=True)
+    with pytest.raises(ArtifactError, match="is no clipkit run"):
+        train(config, colour_folder)
+    with pytest.raises(ArtifactError, match="no run to resume"):
+        train(config, tmp_path / "nothing", resume=True)
+
+
+def test_resume_refuses_another_configuration(colour_folder, tmp_path):
+    config = configured(colour_folder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(dump_config(config))
+    with pytest.raises(ConfigError, match="another configuration.*lr = 0.5"):
+        train(configured(colour_folder, optim={"lr": 0.5}), tmp_path / "run", resume=True)
+
+
+def test_data_without_captions_or_name(tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (20, 20)).save(folder / f"{number}.png")
+    with pytest.raises(DataError, match="no captions"):
+        train(configured(folder), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"data\.train is empty"):
+        train(configured(""), tmp_path / "run")
+
+
+def test_a_run_can_start_from_another(colour_folder, tmp_path):
+    first = train(configured(colour_folder, train={"epochs": 1}), tmp_path / "first")
+    settings = {
+        "model": {"start": str(first.run)},
+        "data": {"train": str(colour_folder), "held_out_share": 0.0},
+        "optim": {"lr": 1e-9},
+        "train": {"batch_size": 3, "epochs": 1, "precision": "fp32"},
+    }
+    second = train(parse_config(settings), tmp_path / "second")
+    before, after = last_weights(first.run), last_weights(second.run)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({}, "exactly one of"),
+        ({"name": "ViT-S-32", "start": "x"}, "exactly one of"),
+        ({"name": "ViT-S-33"}, "did you mean"),
+        ({"embed_dim": 8}, "all of embed_dim"),
+        (tiny_model() | {"text": {"wdith": 3}}, "did you mean width"),
+        (tiny_model() | {"text": {"context_length": 64}}, "its context is 64"),
+        (tiny_model() | {"vision": {"timm_model_name": "resnet0"}}, "cannot build"),
+    ],
+)
+def test_impossible_towers(colour_folder, tmp_path, model, sentence):
+    settings = {"model": model, "data": {"train": str(colour_folder)}}
+    with pytest.raises((ConfigError,), match=sentence):
+        train(parse_config(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weight_decay_spares_gains_biases_and_temperature():
+    from clipkit.model.optim import build_optimizer
+    from clipkit.model.towers import build_towers
+
+    towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, 0)
+    groups = build_optimizer(towers.clip, parse_config({}).optim).param_groups
+    names = {id(p): name for name, p in towers.clip.named_parameters()}
+    decayed = {names[id(p)] for p in groups[0]["params"]}
+    spared = {names[id(p)] for p in groups[1]["params"]}
+    assert groups[1]["weight_decay"] == 0
+    assert "logit_scale" in spared
+    assert all("bias" not in name and ".ln_" not in name for name in decayed)
+    assert "token_embedding.weight" in decayed
+    assert len(decayed) + len(spared) == len(names)
+
+
+def test_learning_rate_climbs_then_falls_to_zero():
+    config = parse_config({"optim": {"lr": 1.0, "warmup": 0.2}}).optim
+    rates = [learning_rate(progress, config) for progress in (0, 0.1, 0.2, 0.6, 1.0)]
+    assert rates == pytest.approx([0, 0.5, 1.0, 0.5, 0.0])
+
+
+def test_the_temperature_is_clamped(colour_folder, tmp_path):
+    config = configured(colour_folder, optim={"temperature": 0.0101, "lr": 0.05})
+    result = train(config, tmp_path / "run")
+    scales = [line["scale"] for line in read_log(result.run) if "scale" in line]
+    assert max(scales) <= 100.001
+    assert scales[0] > 90

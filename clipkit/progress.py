@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -44,7 +44,7 @@ def catch_interrupts() -> Iterator[list[int]]:
     thread signals cannot be caught; there the list stays empty.
     """
     received: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():

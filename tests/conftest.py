@@ -1,11 +1,26 @@
 """Shared fixtures: real data where present, a tiny network with a fixed seed, small pictures."""
 
+import os
 from pathlib import Path
+
+# Tiny networks are fastest on one thread, and sums come in one order.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Streams leave lock files in the cache of `datasets`: not in the person's own."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "clipkit"
 # Lower rooms are never to know of higher ones.
 LAYERS = [
     {"errors"},
-    {"config", "manifest", "metrics", "plots", "progress"},
+    {"config", "manifest", "metrics", "pages", "plots", "progress"},
     {"data"},
     {"store", "model"},
     {"tasks"},
@@ -20,6 +20,11 @@ LAYERS = [
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 # A server answers searches; a folder is embedded before it is indexed.
 TASK_IMPORTS = {("serve", "search"), ("index", "embed")}
+# The demo is by its nature a walk over all commands.
+TASK_IMPORTS |= {
+    ("demo", step)
+    for step in ("train", "embed", "index", "search", "classify", "evaluate", "demo_page")
+}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",))
 
 

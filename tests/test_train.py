@@ -104,7 +104,7 @@ def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_p
 
 @pytest.mark.parametrize("when", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_resumes_as_if_never_interrupted(colour_folder, tmp_path, when):
-    config = configured(colour_folder, train={"epochs": 40, "save_epochs": 1, "keep": 50})
+    config = configured(colour_folder, train={"epochs": 12, "save_epochs": 1, "keep": 50})
     train(config, tmp_path / "whole")
     (tmp_path / "config.toml").write_text(dump_config(config))
     command = [sys.executable, "-m", "clipkit", "train", "config.toml", "--out", "run"]
@@ -128,7 +128,8 @@ def test_bad_images_are_skipped_counted_and_listed(colour_folder, tmp_path):
     config = configured(colour_folder, data={"held_out_share": 0.0, "skip_limit": 0.5})
     result = train(config, tmp_path / "run")
     assert list(result.skipped) == ["red-0.png"]
-    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").open()]
+    text = (tmp_path / "run" / "skipped.jsonl").read_text(encoding="utf-8")
+    listed = [json.loads(line) for line in text.splitlines()]
     assert [line["key"] for line in listed] == ["red-0.png"]
     assert listed[0]["reason"]
 
@@ -173,6 +174,19 @@ def test_a_stream_needs_its_length_named(colour_folder, tmp_path):
         colour_folder, data={"streaming": "yes", "held_out_share": 0.0}, train={"steps": 6}
     )
     assert train(config, tmp_path / "run").step == 6
+
+
+def test_a_streams_long_captions_are_counted_too(colour_folder, tmp_path):
+    (colour_folder / "red-0.txt").write_text("a red picture " * 40)
+    stream = {"streaming": "yes", "held_out_share": 0.0}
+    steps = {"steps": 4}
+    result = train(configured(colour_folder, data=stream, train=steps), tmp_path / "run")
+    assert (result.cut.seen, result.cut.cut) == (12, 1)
+    with pytest.raises(CaptionError, match="77"):
+        train(
+            configured(colour_folder, data=stream | {"long_captions": "error"}, train=steps),
+            tmp_path / "e",
+        )
 
 
 def test_out_that_is_taken(colour_folder, tmp_path):

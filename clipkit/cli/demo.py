@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import print_facts
+from clipkit.cli.output import note, print_facts, print_table
 
 
 def demo(
@@ -17,10 +17,9 @@ def demo(
     """Pretrain on emoji drawings, then classify, index, search, and write a page to look at."""
     from clipkit.tasks.demo import demo as run
 
-    result = run(out, minutes=minutes)
-    print_facts(
-        [
-            *((name, f"{value:.3f}") for name, value in result.metrics.items()),
-            ("page", result.page),
-        ]
+    result = run(out, minutes=minutes, tell=note)
+    print_table(
+        ("measured on the unseen style", "model", "chance"),
+        [(name, f"{m:.3f}", f"{result.chance[name]:.4f}") for name, m in result.metrics.items()],
     )
+    print_facts([("page", result.page)])

@@ -71,7 +71,7 @@ def crop_box(
 def _rotated(image: Image.Image, degrees: float) -> Image.Image:
     """Rotate about the centre; the corners take the colour of the image's own first pixel."""
     fill = image.getpixel((0, 0))
-    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)  # type: ignore[arg-type]
+    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
 def _jittered(image: Image.Image, strength: float, generator: random.Random) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipkit.errors import CaptionError
@@ -41,7 +42,7 @@ def read_labels(labels: str | Path) -> list[str]:
         )
     else:
         found, where = [" ".join(label.split()) for label in text.split(",")], "the list of labels"
-    _check_labels(found, where)
+    check_labels(found, where)
     return found
 
 
@@ -49,7 +50,8 @@ def _looks_like_path(text: str) -> bool:
     return "," not in text and ("/" in text or os.sep in text or bool(re.search(r"\.\w+$", text)))
 
 
-def _check_labels(labels: list[str], where: str) -> None:
+def check_labels(labels: Sequence[str], where: str = "the list of labels") -> None:
+    """Raise CaptionError unless there are two labels or more, none empty and none twice."""
     if not any(labels):
         raise CaptionError(f"{where} holds no label, expected two or more; name them")
     if not all(labels):
@@ -94,7 +96,7 @@ def read_templates(file: Path | None) -> list[str]:
     return templates
 
 
-def check_templates(templates: list[str]) -> None:
+def check_templates(templates: Sequence[str]) -> None:
     """Raise CaptionError unless each template has a slot."""
     for template in templates:
         if SLOT not in template:
@@ -104,7 +106,7 @@ def check_templates(templates: list[str]) -> None:
             )
 
 
-def label_captions(labels: list[str], templates: list[str]) -> list[list[str]]:
+def label_captions(labels: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """The captions of each label, one per template: ``[labels][templates]``.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.prompts import DEFAULT_TEMPLATES, label_captions
+from clipkit.data.prompts import DEFAULT_TEMPLATES, check_labels, label_captions
 from clipkit.errors import ModelMismatchError
 from clipkit.manifest import ModelRef
 from clipkit.model.encoder import Encoder
@@ -56,8 +56,9 @@ class ZeroShotClassifier:
         Raises:
             CaptionError: labels or templates that are empty, repeated, or lack the slot.
         """
+        check_labels(labels)
         captions = label_captions(labels, templates)
-        vectors = encoder.encode_captions(captions)
+        vectors = encoder.encode_captions([text for texts in captions for text in texts])
         means = vectors.reshape(len(labels), len(templates), encoder.dim).mean(axis=1)
         weights = means / np.linalg.norm(means, axis=1, keepdims=True)
         return cls(labels, weights.astype(np.float32), encoder.scale, encoder.model)

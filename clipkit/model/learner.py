@@ -50,7 +50,7 @@ class Learner:
         self.layout = torch.contiguous_format
         if is_convolutional(towers.clip):
             self.layout = torch.channels_last
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.network, config.optim)
         self.skipped_steps = self._bad_in_a_row = 0
         mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
@@ -77,7 +77,8 @@ class Learner:
         self.network.train()
         tokens = tokens.to(self.device, non_blocking=True)
         groups = caption_groups(tokens) if self.config.train.duplicates == "mask" else None
-        loss = info_nce(*self.network(self.normalized(images), tokens), groups=groups)
+        image_vectors, caption_vectors, scale = self.network(self.normalized(images), tokens)
+        loss = info_nce(image_vectors, caption_vectors, scale, groups)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         limit = self.config.optim.clip_norm or math.inf

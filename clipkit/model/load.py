@@ -209,6 +209,8 @@ def _has_weights(name: str, weights: str) -> bool:
 
 
 def _unreachable(what: str, error: Exception) -> str:
+    if what.startswith("local-dir:"):
+        return f"{what.removeprefix('local-dir:')}/{CONFIG} cannot be read ({_short(error)})"
     return (
         f"{what} could not be loaded ({_short(error)}): its files are not in the local cache and "
         "the hub was not reached; connect to the network once, or name weights on disk as "

@@ -32,4 +32,5 @@ def info_nce(images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None
 
 def caption_groups(tokens: Tensor) -> Tensor:
     """Number equal captions alike: int64 [n, context] to int64 [n]."""
-    return tokens.unique(dim=0, return_inverse=True)[1]
+    groups: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
+    return groups

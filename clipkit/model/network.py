@@ -19,6 +19,8 @@ class DualEncoder(nn.Module):
         precision: ``"bf16"`` runs the towers under autocast; weights and outputs stay float32.
     """
 
+    clip: Any  # its attributes are open_clip's, which has no types
+
     def __init__(self, clip: nn.Module, precision: str = "fp32") -> None:
         super().__init__()
         self.clip = clip
@@ -95,10 +97,10 @@ def _encode_trimmed(text: Any, tokens: Tensor) -> Tensor:
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection  # type: ignore[no-any-return]
 
 
-def is_convolutional(clip: nn.Module) -> bool:
+def is_convolutional(clip: Any) -> bool:
     """Whether the image tower is a convolutional network, which runs faster channels-last."""
     # A vision transformer has one convolution, its patch embedding.
-    return sum(isinstance(m, nn.Conv2d) for m in clip.visual.modules()) > 4  # type: ignore[union-attr]
+    return sum(isinstance(m, nn.Conv2d) for m in clip.visual.modules()) > 4
 
 
 def why_unsuitable(text_config: dict[str, Any]) -> str | None:
@@ -136,4 +138,5 @@ def _is_activation(name: str) -> bool:
 
 def heads(modules: Iterable[nn.Module]) -> list[int]:
     """Attention heads of each layer, in order: they shape the result but not the weights."""
-    return [int(m.num_heads) for m in modules if isinstance(getattr(m, "num_heads", None), int)]
+    found = (getattr(module, "num_heads", None) for module in modules)
+    return [count for count in found if isinstance(count, int)]

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError
@@ -12,6 +12,7 @@ from clipkit.model.load import run_checkpoints
 
 CONFIG_FILE = "config.toml"
 LOG_FILE = "log.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 
 
 class RunDirectory:
@@ -79,6 +80,14 @@ class RunDirectory:
         kept = [json.dumps(line) + "\n" for line in self.lines() if line.get("step", 0) <= step]
         (self.path / LOG_FILE).write_text("".join(kept), encoding="utf-8")
 
+    def list_skipped(self, skipped: dict[str, str]) -> None:
+        """Write skipped.jsonl: key and reason of each image that could not be used."""
+        lines = (
+            json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
+            for key, reason in skipped.items()
+        )
+        (self.path / SKIPPED_FILE).write_text("".join(lines), encoding="utf-8")
+
     def step_path(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
         return self.path / f"step-{step}"
@@ -94,8 +103,10 @@ class RunDirectory:
         sync_tree(self.path)
         write_json(self.path / MANIFEST, manifest.to_dict())
 
-    def close(self) -> None:
-        """Let another process at it."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._lock.release()
 
 

@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from clipkit.config import DataConfig, TrainConfig, load_config
+from clipkit.config import DataConfig, LoopConfig, TrainConfig, load_config
 from clipkit.data.augment import augmentation
 from clipkit.data.held_out import split_held_out
 from clipkit.data.pairs import PairBatch, PairLoader
@@ -70,17 +71,19 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = _with_precision(config, out, device, resume)
     training, held_out = _open_sources(config.data, config.train.seed)
-    cut = _check_captions(training, config.data)
+    cut = CutReport()
+    if not training.streaming:
+        _check_captions(training, config.data, cut)
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
-    run = RunDirectory(out, config, resume=resume)
-    try:
-        loop = _Loop(config, run, Learner(towers, config, device), training, held_out)
+    learner = Learner(towers, config, device)
+    loader = _loader(config, training, learner.towers.image_size, cut)
+    steps = _steps_in_all(config.train, loader)
+    with RunDirectory(out, config, resume=resume) as run:
+        loop = _Loop(config, run, learner, loader, held_out, steps)
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)
-        loop.close(cut, training.fingerprint)
-    finally:
-        run.close()
-    return TrainResult(run.path, loop.step, loop.finished, loop.recall, cut, loop.loader.skipped)
+        loop.close(cut)
+    return TrainResult(run.path, loop.step, loop.finished, loop.recall, cut, loop.skipped())
 
 
 def _with_precision(
@@ -96,37 +99,65 @@ def _with_precision(
 
 def _open_sources(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
     """The training pairs and the held-out ones (None if there shall be none)."""
+    image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
-    columns = {"image": config.image_column or None, "caption": config.caption_column or None}
-    training = open_source(config.train, streaming=streaming, **columns)
+    training = open_source(config.train, image=image, caption=caption, streaming=streaming)
     if config.held_out:
-        return training, open_source(config.held_out, **columns)
+        return training, open_source(config.held_out, image=image, caption=caption)
     return split_held_out(training, config.held_out_share, seed)
 
 
-def _check_captions(source: Source, config: DataConfig) -> CutReport:
-    """Count what 77 tokens will cut; a stream's captions are counted as they come.
+def _check_captions(source: Source, config: DataConfig, cut: CutReport) -> None:
+    """Count beforehand what 77 tokens will cut; a stream's captions are counted as they come.
 
     Raises:
         DataError: there are no captions.
         CaptionError: one does not fit, where ``long_captions`` is ``"error"``.
     """
-    report = CutReport()
-    if source.streaming:
-        return report
-    policy = "error" if config.long_captions == "error" else "cut"
     some = False
     for batch in source.rows.select_columns("captions").iter(batch_size=1000):
         texts = [text for captions in batch["captions"] for text in captions]
         some = some or bool(texts)
         if config.long_captions == "split":
             texts = [part for text in texts for part in split_caption(text)]
-        tokenize(texts, policy=policy, report=report)
+        tokenize(texts, policy=_policy(config), report=cut)
     if not some:
         raise DataError(
             f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
         )
-    return report
+
+
+def _policy(config: DataConfig) -> Literal["cut", "error"]:
+    return "error" if config.long_captions == "error" else "cut"
+
+
+def _loader(
+    config: TrainConfig, source: Source, image_size: tuple[int, int], cut: CutReport
+) -> PairLoader:
+    # A table's captions were counted before; a stream's are known only now.
+    report = cut if source.streaming else CutReport()
+    return PairLoader(
+        source,
+        preprocess=augmentation(config.augment, image_size),
+        tokenize=lambda texts: tokenize(texts, policy=_policy(config.data), report=report),
+        split=split_caption if config.data.long_captions == "split" else None,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        workers=worker_count(config.data.workers),
+        skip_limit=config.data.skip_limit,
+    )
+
+
+def _steps_in_all(config: LoopConfig, loader: PairLoader) -> int:
+    """Steps of the whole run; 0 where only the clock ends it."""
+    per_epoch = loader.batches_per_epoch
+    if config.steps:
+        return config.steps
+    if per_epoch is None and not config.minutes:
+        raise ConfigError(
+            "the length of a stream is not known beforehand; set train.steps or train.minutes"
+        )
+    return config.epochs * per_epoch if per_epoch else 0
 
 
 class _Loop:
@@ -137,22 +168,12 @@ class _Loop:
         config: TrainConfig,
         run: RunDirectory,
         learner: Learner,
-        training: Source,
+        loader: PairLoader,
         held_out: Source | None,
+        steps: int,
     ) -> None:
-        self.config, self.run, self.learner, self.held_out = config, run, learner, held_out
-        self.workers = worker_count(config.data.workers)
-        self.loader = PairLoader(
-            training,
-            preprocess=augmentation(config.augment, learner.towers.image_size),
-            tokenize=lambda texts: tokenize(texts, report=CutReport()),
-            split=split_caption if config.data.long_captions == "split" else None,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            workers=self.workers,
-            skip_limit=config.data.skip_limit,
-        )
-        self.steps = self._steps_in_all()
+        self.config, self.run, self.learner, self.loader = config, run, learner, loader
+        self.held_out, self.steps = held_out, steps
         self.step = self.epoch = self.batch = 0
         self.seconds = 0.0
         self.recall: dict[str, float] = {}
@@ -163,17 +184,6 @@ class _Loop:
             self.seconds, self.recall = state["seconds"], state["recall"]
             self.loader.skipped.update(state["skipped"])
         run.rewind(self.step)
-
-    def _steps_in_all(self) -> int:
-        """Steps of the whole run; 0 where only the clock ends it."""
-        per_epoch, loop = self.loader.batches_per_epoch, self.config.train
-        if loop.steps:
-            return loop.steps
-        if per_epoch is None and not loop.minutes:
-            raise ConfigError(
-                "the length of a stream is not known beforehand; set train.steps or train.minutes"
-            )
-        return loop.epochs * per_epoch if per_epoch else 0
 
     def run_steps(self, interrupted: list[int]) -> None:
         """Take the steps that are left, until the end or until something is ``interrupted``."""
@@ -247,7 +257,7 @@ class _Loop:
         if self.held_out is None:
             return
         encoder = self.learner.towers.encoder(self.learner.network, str(self.run.path))
-        pairs = encode_pairs(encoder, self.held_out, workers=self.workers, progress=False)
+        pairs = encode_pairs(encoder, self.held_out, workers=self.loader.workers, progress=False)
         self.recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
 
@@ -269,19 +279,24 @@ class _Loop:
         self.run.prune(self.config.train.keep)
         return model
 
-    def close(self, cut: CutReport, source_fingerprint: str) -> None:
+    def skipped(self) -> dict[str, str]:
+        """Why images could not be used, by key: found on opening the source, or on reading it."""
+        return {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
+
+    def close(self, cut: CutReport) -> None:
         """Measure, save and draw; a run that came to its end gets its manifest."""
         if self.finished:
             self._measure()
         model = self._save()
+        self.run.list_skipped(self.skipped())
         plot_run(self.run.lines(), self.run.path / "curve.png", self.run.path.name)
         if self.finished:
-            source = {"data": self.config.data.train, "fingerprint": source_fingerprint}
+            source = {"data": self.config.data.train, "fingerprint": self.loader.source.fingerprint}
             detail = {
                 "held_out": self.recall,
                 "seconds": round(self.seconds, 1),
                 "skipped_steps": self.learner.skipped_steps,
-                "skipped_images": self.loader.skipped,
+                "skipped_images": len(self.skipped()),
                 "cut_captions": asdict(cut),
             }
             self.run.finish(Manifest("run", model, self.step, source, detail))

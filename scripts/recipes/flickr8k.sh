@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train on Flickr8k photos, measure on the dev photos, index them and search.
+# Usage, from anywhere: bash scripts/recipes/flickr8k.sh OUT
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out="${1:?name a directory for what is made}"
+dev=../shared/data/flickr8k-112-dev.parquet
+
+if [[ ! -f "$dev" ]]; then
+    echo "error: $dev is not there; put Flickr8k as Parquet (key, image, captions) beside the project" >&2
+    exit 1
+fi
+clipkit train scripts/recipes/flickr8k.toml --out "$out/run"
+clipkit eval retrieval "$dev" --model "$out/run"
+clipkit embed "$dev" --out "$out/store" --model "$out/run"
+clipkit index build "$out/store" --out "$out/index"
+clipkit search "$out/index" "a dog runs through the grass" -k 5
+clipkit search "$out/index" "a man on a snowy mountain" -k 5

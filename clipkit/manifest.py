@@ -149,14 +149,13 @@ class ArtifactWriter:
 
     Args:
         path: where the directory shall stand.
-        kind: its kind; an existing complete directory is replaced only when it is of this kind
-            and ``replace`` says so.
-        replace: allow to replace such a directory.
+        kind: its kind.
+        replace: allow a complete directory of this kind to be replaced.
         resume: go on in a sibling left behind by an interrupted writer instead of emptying it,
             and leave it behind when interrupted.
 
     Raises:
-        ArtifactError: ``path`` is taken, or another process is writing it.
+        ArtifactError: ``path`` is taken or cannot be made, or another process is writing it.
     """
 
     def __init__(
@@ -166,7 +165,6 @@ class ArtifactWriter:
         self.kind, self.resume = kind, resume
         self._refuse_strangers(replace)
         self.temp = partial_path(self.path)
-        self.temp.parent.mkdir(parents=True, exist_ok=True)
         self._lock = DirectoryLock(self.temp.with_suffix(".lock"), self.path)
         if not resume:
             shutil.rmtree(self.temp, ignore_errors=True)
@@ -211,17 +209,23 @@ class DirectoryLock:
     """An advisory lock on a file; the kernel drops it when its process dies.
 
     Args:
-        file: the lock file, made if need be.
+        file: the lock file, made if need be, with the directories above it.
         guarded: the directory it stands for, named in the error.
 
     Raises:
-        ArtifactError: another process holds it.
+        ArtifactError: another process holds it, or it cannot be made.
     """
 
     def __init__(self, file: Path, guarded: Path) -> None:
         self.file = file
         while True:
-            self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise ArtifactError(
+                    f"{guarded} cannot be written ({error.strerror}); name another place"
+                ) from None
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -243,24 +247,33 @@ class DirectoryLock:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as indented UTF-8 JSON, in place of what was there, in one step."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a whole UTF-8 file in one step; where that fails, what was there stays."""
     temp = file.with_name(f".{file.name}.tmp")
-    with temp.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temp.replace(file)
+    try:
+        temp.write_text(text, encoding="utf-8")
+        _sync(temp)
+        temp.replace(file)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def sync_tree(path: Path) -> None:
     """Flush every file and directory below ``path`` to disk."""
     for folder, _, files in os.walk(path):
         for name in [*files, "."]:
-            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync(os.path.join(folder, name))
+
+
+def _sync(path: str | Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def move_into_place(temp: Path, path: Path) -> None:
@@ -270,21 +283,15 @@ def move_into_place(temp: Path, path: Path) -> None:
         shutil.rmtree(temp, ignore_errors=True)
     else:
         temp.rename(path)
-    fd = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _sync(path.parent)
 
 
 def _exchange(one: Path, other: Path) -> None:
     """Swap two directories; in one step where the kernel can (Linux ``RENAME_EXCHANGE``)."""
     if sys.platform == "linux":
-        at_cwd, rename_exchange = -100, 2
+        at_cwd, exchange = -100, 2
         libc = ctypes.CDLL(None, use_errno=True)
-        if not libc.renameat2(
-            at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange
-        ):
+        if not libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange):
             return
     aside = one.with_suffix(".old")
     other.rename(aside)

@@ -51,6 +51,21 @@ def test_no_mirror_image_by_default():
         assert pixels[:, 0].mean() > pixels[:, -1].mean()
 
 
+def test_jitter_equals_three_changes_one_after_the_other():
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}
+    found = augmentation(AugmentConfig(color_jitter=0.3, **whole), (40, 60))(
+        picture(), random.Random(5)
+    )
+    generator = random.Random(5)
+    crop_box((60, 40), (1.0, 1.0), (1.5, 1.5), generator)
+    brightness, contrast, saturation = (1 + generator.uniform(-0.3, 0.3) for _ in range(3))
+    pixels = np.asarray(picture(), np.float64) * brightness
+    pixels = 128 + contrast * (pixels - 128)
+    grey = pixels @ [0.299, 0.587, 0.114]
+    pixels = grey[..., None] + saturation * (pixels - grey[..., None])
+    np.testing.assert_allclose(found, pixels.clip(0, 255), atol=1)
+
+
 def test_grayscale_and_flip_by_value():
     gray = augmentation(AugmentConfig(grayscale=1.0), (16, 16))(picture(), random.Random(0))
     assert (gray[..., 0] == gray[..., 1]).all()

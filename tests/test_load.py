@@ -74,8 +74,11 @@ def test_batches_of_any_size_give_the_same_vectors(tiny_checkpoint):
 
 def test_text_trimmed_to_the_batch_equals_the_full_context(tiny_checkpoint):
     encoder = load(tiny_checkpoint)
-    texts = ["a dog", "x " * 100, "", "two <end_of_text> words", "a red bicycle at the sea"]
-    tokens = torch.from_numpy(clipkit.tokenize(texts[:1] + texts[2:]))
+    # "!" before another sign has the id of padding, 0.
+    odd = ["!€ what", "", "two <end_of_text> words", "a red bicycle at the sea", "word " * 75]
+    texts = odd + [f"{'very ' * (number % 20)}long caption {number}" for number in range(120)]
+    tokens = torch.from_numpy(clipkit.tokenize(texts))
+    assert 0 in tokens[0, : int(tokens[0].argmax())].tolist()
     with torch.no_grad():
         whole = encoder.network.clip.encode_text(tokens, normalize=True)
         trimmed = encoder.network.encode_tokens(tokens)

@@ -100,8 +100,12 @@ def test_sidecars(tmp_path):
     put(tmp_path / "x/b.txt", b"caf\xe9\n")
     source = open_source(tmp_path)
     assert source.kind == "sidecars"
-    assert told(source) == [("x/a.png", ["one", "zwei äöü"], None), ("x/c.png", [], None)]
-    assert source.skipped == [Skipped("x/b.png", "its sidecar b.txt is not UTF-8")]
+    assert told(source) == [
+        ("x/a.png", ["one", "zwei äöü"], None),
+        ("x/b.png", [], None),
+        ("x/c.png", [], None),
+    ]
+    assert source.skipped == [Skipped("x/b.png", "its sidecar text is not UTF-8")]
 
 
 def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
@@ -180,10 +184,9 @@ def test_csv_separators_and_usual_names(tmp_path, separator, header):
 def test_rows_of_one_image_are_merged(tmp_path):
     images(tmp_path, "a.png", "b.png")
     put(tmp_path / "t.tsv", "image\ttext\na.png\t1\nb.png\t2\n./a.png\t3\na.png\t \n")
-    assert told(open_source(tmp_path / "t.tsv")) == [
-        ("a.png", ["1", "3"], None),
-        ("b.png", ["2"], None),
-    ]
+    source = open_source(tmp_path / "t.tsv")
+    assert told(source) == [("a.png", ["1", "3"], None), ("b.png", ["2"], None)]
+    assert source.skipped == [Skipped("a.png", "one of its rows has no caption")]
 
 
 def test_neighbours_are_merged_in_a_stream(tmp_path):
@@ -209,12 +212,12 @@ def test_missing_columns(tmp_path):
     put(tmp_path / "t.csv", "bild,worte\na.png,hallo\n")
     found = refusal(tmp_path / "t.csv")
     assert "no image column among: bild, worte" in found
-    assert 'image="…"' in found
+    assert "say which is the image column" in found
     found = refusal(tmp_path / "t.csv", image="bild")
     assert "no caption column among: bild, worte" in found
-    assert 'caption="…"' in found
+    assert "say which is the caption column" in found
     found = refusal(tmp_path / "t.csv", image="bilt")
-    assert "no column 'bilt' among: bild, worte; give another image=" in found
+    assert "no column 'bilt' among: bild, worte; name another image column" in found
 
 
 def test_addresses_are_refused(tmp_path):
@@ -239,6 +242,7 @@ def test_csv_with_bad_rows(tmp_path):
         Skipped("a.png", "a caption of it is not UTF-8 and is left out"),
         Skipped("row 3", "names no image"),
         Skipped("d\ufffd.png", "its path is not UTF-8"),
+        Skipped("a.png", "one of its rows has no caption"),
     ]
 
 
@@ -275,7 +279,14 @@ def test_jsonl(tmp_path):
     put(tmp_path / "t.jsonl", "\n".join(lines))
     source = open_source(tmp_path / "t.jsonl")
     assert told(source) == [("a.png", ["one", "zwei"], "3"), ("b.png", ["three"], None)]
-    assert [item.key for item in source.skipped] == ["t.jsonl:4", "t.jsonl:5", "b.png", "row 3"]
+    assert [(item.key, item.reason.split(":")[0]) for item in source.skipped] == [
+        ("t.jsonl:4", "is no JSON object"),
+        ("t.jsonl:5", "is not JSON"),
+        ("a.png", "one of its captions is empty"),
+        ("b.png", "a caption of it is not UTF-8 and is left out"),
+        ("row 3", "names no image"),
+        ("b.png", "one of its rows has no caption"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
@@ -309,7 +320,10 @@ def test_parquet_with_image_structs(tmp_path, streaming):
     assert source.streaming is streaming
     assert told(source) == [("a.png", ["1"], None), ("l", ["2", "3"], None), ("3", [], None)]
     assert colours(source) == [COLOURS[name] for name in "abc"]
-    assert set(source.skipped) == {Skipped("row 2", "names no image")}
+    assert set(source.skipped) == {
+        Skipped("a.png", "one of its captions is empty"),
+        Skipped("row 2", "names no image"),
+    }
 
 
 def test_parquet_with_raw_bytes_numbers_its_rows(tmp_path):

@@ -8,6 +8,7 @@ import typer
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
+    ImageColumn,
     model_or_default,
     note,
     note_skipped,
@@ -24,9 +25,10 @@ def classify(
         Path | None, typer.Option(help="File of captions, one a line, {} for the label.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many labels per image.")] = 3,
+    image_column: ImageColumn = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Classify images zero-shot: the likeliest labels, with probabilities."""
+    """Classify images zero-shot, with probabilities."""
     from clipkit.data.prompts import read_labels, read_templates
 
     names, captions = read_labels(labels), read_templates(templates)
@@ -37,7 +39,8 @@ def classify(
     from clipkit.model.load import load
     from clipkit.tasks.classify import classify as run
 
-    sources = [open_source(spec) for spec in images]
+    # The images alone are wanted: neither captions nor labels need columns.
+    sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
     encoder = load(model_or_default(model))
     classifier = ZeroShotClassifier.from_labels(encoder, names, captions)
     skipped: list[str] = []
@@ -46,16 +49,20 @@ def classify(
         skipped.append(key)
         note(f"skipped {key}: {reason}")
 
-    rows = []
-    for predictions in run(sources, encoder, classifier, k=k, on_skip=on_skip):
+    rows, count = [], 0
+    for predictions in run(
+        sources, encoder, classifier, k=k, on_skip=on_skip, progress=not as_json
+    ):
+        count += 1
         if as_json:
             found = [{"label": p.label, "score": p.score} for p in predictions]
             print_json({"key": predictions[0].key, "predictions": found})
-        best = "  ".join(f"{p.label} {p.score:.1%}" for p in predictions[1:])
-        rows.append((predictions[0].key, predictions[0].label, f"{predictions[0].score:.1%}", best))
-    if not rows:
+            continue
+        then = "  ".join(f"{p.label} {p.score:.1%}" for p in predictions[1:])
+        rows.append((predictions[0].key, predictions[0].label, f"{predictions[0].score:.1%}", then))
+    if not count:
         raise DataError(f"not one of {len(skipped)} images could be read")
     if not as_json:
         print_table(("key", "label", "probability", "then"), rows)
-        note(f"answered by {encoder.model}")
+    note(f"answered by {encoder.model}")
     note_skipped(len(skipped), "see above")

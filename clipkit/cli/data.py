@@ -4,7 +4,14 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import DATA_HELP, print_json
+from clipkit.cli.output import (
+    DATA_HELP,
+    CaptionColumn,
+    ImageColumn,
+    LabelColumn,
+    print_json,
+    print_text,
+)
 
 app = typer.Typer(help="Look at data before it is used.", no_args_is_help=True)
 
@@ -20,13 +27,18 @@ def check(
     against: Annotated[
         str | None, typer.Option(help="Another set: report the pairs that both hold (leaks).")
     ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    label_column: LabelColumn = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Report what is in data and what is wrong with it."""
     from clipkit.tasks.check import check_data
 
-    report = check_data(data, against)
+    report = check_data(
+        data, against, image=image_column, caption=caption_column, label=label_column
+    )
     if as_json:
         print_json(report.to_dict())
     else:
-        print(report.render())
+        print_text(report.render())

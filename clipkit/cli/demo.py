@@ -14,7 +14,10 @@ def demo(
     ),
     minutes: Annotated[float, typer.Option(min=0.05, help="Longest training, minutes.")] = 5.0,
 ) -> None:
-    """Pretrain on emoji drawings, then classify, index, search, and write a page to look at."""
+    """Pretrain on emoji drawings and search them.
+
+    Then classify and measure on drawings of an unseen style, and write a page to look at.
+    """
     from clipkit.tasks.demo import demo as run
 
     result = run(out, minutes=minutes, tell=note)

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import DATA_HELP, MODEL_HELP, note, note_skipped, print_facts, print_json
+from clipkit.cli.output import (
+    DATA_HELP,
+    MODEL_HELP,
+    CaptionColumn,
+    ImageColumn,
+    LabelColumn,
+    note,
+    note_skipped,
+    print_facts,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from clipkit.tasks.evaluate import Report
@@ -14,14 +24,25 @@ app = typer.Typer(help="Measure a model on data.", no_args_is_help=True)
 Data = Annotated[str, typer.Argument(help=DATA_HELP)]
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+SHOWN = 5
 
 
 @app.command("retrieval")
-def retrieval(data: Data, model: Model, as_json: Json = False) -> None:
-    """Recall@1, 5 and 10: captions finding images, images finding captions."""
+def retrieval(
+    data: Data,
+    model: Model,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    as_json: Json = False,
+) -> None:
+    """Recall of captions finding images and the reverse.
+
+    Recall@1, 5 and 10 both ways: the share of queries that find what belongs to them among the
+    first 1, 5 or 10.
+    """
     from clipkit.data.sources import open_source
 
-    source = open_source(data)
+    source = open_source(data, image=image_column, caption=caption_column)
 
     from clipkit.model.load import load
     from clipkit.tasks.evaluate import evaluate_retrieval
@@ -37,13 +58,20 @@ def zeroshot(
     templates: Annotated[
         Path | None, typer.Option(help="File of captions, one a line, {} for the label.")
     ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy of classification by captions, on images with labels."""
+    """Accuracy of classifying images that have labels.
+
+    The share of images whose label is the likeliest one, or among the five likeliest, and the mean
+    of that share over the classes.
+    """
     from clipkit.data.prompts import read_labels, read_templates
     from clipkit.data.sources import open_source
 
-    names, captions, source = read_labels(labels), read_templates(templates), open_source(data)
+    names, captions = read_labels(labels), read_templates(templates)
+    source = open_source(data, image=image_column, caption="", label=label_column)
 
     from clipkit.model.load import load
     from clipkit.tasks.evaluate import evaluate_zeroshot
@@ -52,7 +80,9 @@ def zeroshot(
 
 
 def _print(report: "Report", as_json: bool) -> None:
-    note_skipped(len(report.skipped), "; ".join(f"{s.key}: {s.reason}" for s in report.skipped[:5]))
+    first = "; ".join(f"{item.key}: {item.reason}" for item in report.skipped[:SHOWN])
+    more = len(report.skipped) - SHOWN
+    note_skipped(len(report.skipped), first + (f"; and {more} more" if more > 0 else ""))
     if report.cut:
         note(report.cut)
     if as_json:

@@ -8,6 +8,8 @@ import typer
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
+    CaptionColumn,
+    ImageColumn,
     model_or_default,
     note,
     note_skipped,
@@ -26,12 +28,21 @@ def embed(
     images: Annotated[str, typer.Argument(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
 ) -> None:
-    """Encode images and store their vectors; run again, it encodes only what is new."""
+    """Encode images and store their vectors.
+
+    Run again, it encodes only what is new or was left by an interrupted run.
+    """
+    from clipkit.data.sources import open_source
+
+    source = open_source(images, image=image_column, caption=caption_column)
+
     from clipkit.model.load import load
     from clipkit.tasks.embed import embed as run
 
-    store = run(images, out, load(model_or_default(model)))
+    store = run(source, out, load(model_or_default(model)))
     note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
     print_facts([("store", out), ("images", len(store)), ("model", store.model)])
 
@@ -43,22 +54,45 @@ def build(
     model: Annotated[str | None, typer.Option(help=f"Only for images. {MODEL_HELP}")] = None,
     spec: Annotated[str, typer.Option(help="FAISS factory string; inner product always.")] = "Flat",
 ) -> None:
-    """Index a store; a folder of images is embedded first, then indexed."""
+    """Index a store, or images.
+
+    Images are embedded first, into a store beside the index, which a later build brings up to date.
+    """
+    from clipkit.store.embeddings import EmbeddingStore
     from clipkit.tasks.index import build_index
 
+    embedded = False
+
     def load_encoder() -> "Encoder":
+        nonlocal embedded
+        embedded = True
         from clipkit.model.load import load
 
         return load(model_or_default(model))
 
     index = build_index(source, out, spec=spec, load=load_encoder)
-    print_facts([("index", out), ("vectors", len(index)), ("spec", spec), ("model", index.model)])
+    store = EmbeddingStore.open(index.manifest.source["store"])
+    if embedded:
+        note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
+    elif model:
+        note(f"--model is for images: {source} is a store, whose vectors are of {store.model}")
+    print_facts(
+        [
+            ("index", out),
+            ("store", store.path),
+            ("vectors", len(index)),
+            ("spec", spec),
+            ("model", index.model),
+        ]
+    )
 
 
 def search(
     index: Annotated[Path, typer.Argument(help="Directory of the index.")],
     query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to look for; adds up.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to look for; adds to the query.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
@@ -77,9 +111,9 @@ def search(
     if as_json:
         for rank, hit in enumerate(hits, 1):
             print_json({"rank": rank, "score": hit.score, "key": hit.key})
-        return
-    print_table(
-        ("rank", "score", "key"),
-        [(str(rank), f"{hit.score:.3f}", hit.key) for rank, hit in enumerate(hits, 1)],
-    )
+    else:
+        print_table(
+            ("rank", "score", "key"),
+            [(str(rank), f"{hit.score:.3f}", hit.key) for rank, hit in enumerate(hits, 1)],
+        )
     note(f"answered by {opened.model}")

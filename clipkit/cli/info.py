@@ -19,16 +19,18 @@ def info(
     if as_json:
         print_json(found.to_dict())
         return
-    print_facts([("path", path), *_flat(found.facts)])
-    print_facts((f"file {name}", f"{size:,} bytes") for name, size in found.files.items())
+    files = [(f"file {name}", f"{size:,} bytes") for name, size in found.files.items()]
+    print_facts([("path", path), *_flat(found.facts), *files])
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested names with a space between, empty parts left out."""
+    """Nested names with a space between; empty parts, and lists, which --json has, left out."""
     lines: list[tuple[str, Any]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
             lines += _flat(value, "" if name == "detail" else f"{prefix}{name} ")
-        elif value not in (None, "", []):
+        elif isinstance(value, float):
+            lines.append((f"{prefix}{name}", f"{value:.4g}"))
+        elif value not in (None, "") and not isinstance(value, list):
             lines.append((f"{prefix}{name}", value))
     return lines

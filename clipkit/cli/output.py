@@ -1,9 +1,14 @@
-"""Printing: tables for people, one JSON object a line for programs."""
+"""Printing, and the arguments that several commands share.
+
+Tables for people, one JSON object a line for programs.
+"""
 
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 MODEL_HELP = (
     "A run or checkpoint directory; NAME/TAG or NAME/path/to/weights with an open_clip model "
@@ -13,6 +18,21 @@ DATA_HELP = (
     "A folder (sidecar texts, metadata.csv|jsonl, or class folders), CSV/TSV, JSONL, Parquet, "
     "WebDataset tars (shards-{000..012}.tar), hf:org/name:split, or a saved datasets directory."
 )
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the images, if not a usual name.")]
+CaptionColumn = Annotated[
+    str | None, typer.Option(help="Column of the captions, if not a usual name; '' for none.")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column of the labels, if not a usual name; '' for none.")
+]
+
+# A file name may hold what a terminal takes for a command, or for a new line.
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)]}
+
+
+def printable(text: str) -> str:
+    r"""A text on one line, control characters as ``\x1b``."""
+    return text.translate(_CONTROLS)
 
 
 def print_json(item: dict[str, Any]) -> None:
@@ -22,7 +42,7 @@ def print_json(item: dict[str, Any]) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Aligned columns, never cut: numbers to the right, texts to the left."""
-    lines = [list(header), *map(list, rows)]
+    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     numeric = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(header))]
     for line in lines:
@@ -37,17 +57,22 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "").replace("%", "").replace("-", "").isdigit()
 
 
+def print_text(text: str) -> None:
+    """Lines that are laid out already."""
+    print("\n".join(map(printable, text.splitlines())))
+
+
 def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
     """Names and values, one a line, the values aligned."""
-    shown = [(name, str(value)) for name, value in facts]
+    shown = [(name, printable(str(value))) for name, value in facts]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         print(f"{name.ljust(width)}  {value}".rstrip())
 
 
 def note(message: str) -> None:
-    """Tell a person something that is not the result: on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Tell a person something that is not the result: on stderr, each line of it a line."""
+    print("\n".join(map(printable, message.splitlines())), file=sys.stderr, flush=True)
 
 
 def note_skipped(count: int, where: str) -> None:

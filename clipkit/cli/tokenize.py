@@ -11,7 +11,10 @@ def tokenize(
     texts: Annotated[list[str], typer.Argument(help="The texts.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Show how texts are read: tokens, ids, how much of the 77 is used, what is cut."""
+    """Show how a model reads texts.
+
+    Tokens, ids, how much of the 77 is used, and what is cut.
+    """
     from clipkit.model.tokenizer import CONTEXT, inspect
 
     for number, text in enumerate(texts):
@@ -23,6 +26,7 @@ def tokenize(
                     "ids": found.ids,
                     "tokens": found.tokens,
                     "used": found.used,
+                    "needed": found.needed,
                     "context": CONTEXT,
                     "lost": found.lost,
                 }
@@ -35,7 +39,13 @@ def tokenize(
                 ("text", text),
                 ("tokens", " ".join(found.tokens)),
                 ("ids", " ".join(map(str, found.ids))),
-                ("used", f"{found.used} of {CONTEXT}"),
+                ("used", f"{found.used} of {CONTEXT}{_excess(found.needed)}"),
                 ("cut", found.lost or "nothing"),
             ]
         )
+
+
+def _excess(needed: int) -> str:
+    from clipkit.model.tokenizer import CONTEXT
+
+    return f", the whole text needs {needed}" if needed > CONTEXT else ""

@@ -54,7 +54,7 @@ def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec
                 f"{spec} has addresses instead of images (columns: {found}); download them first, "
                 "for example with img2dataset, and name the result"
             )
-        raise DataError(f'{spec} has no image column among: {found}; name it with image="…"')
+        raise DataError(f"{spec} has no image column among: {found}; say which is the image column")
     label = _given(wanted.label, types, "label", spec)
     if wanted.label is None:
         label = _usual(types, LABEL)
@@ -66,8 +66,8 @@ def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec
         captions = _usual_captions(types)
         if not captions and not label and set(types) - {image, key}:
             raise DataError(
-                f"{spec} has no caption column among: {found}; "
-                'name it with caption="…", or give caption="" where there is none'
+                f"{spec} has no caption column among: {found}; say which is the "
+                "caption column (an empty name: there is none)"
             )
     return Columns(image, captions, label, key)
 
@@ -77,7 +77,7 @@ def _given(
 ) -> str | None:
     if name and name not in types:
         found = ", ".join(types) or "none"
-        raise DataError(f"{spec} has no column {name!r} among: {found}; give another {role}=")
+        raise DataError(f"{spec} has no column {name!r} among: {found}; name another {role} column")
     return name or None
 
 
@@ -224,5 +224,5 @@ def _image_parts(
     if _holds_bytes(kind):
         return column.cast(pa.binary()), [None] * len(column)
     raise DataError(
-        f'column {name!r} holds {kind}, expected paths or images; give another image="…"'
+        f"the column {name!r} holds {kind}, expected paths or images; name another image column"
     )

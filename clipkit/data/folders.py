@@ -42,8 +42,8 @@ def open_folder(root: Path) -> Source:
             try:
                 row["captions"] = _read_captions(sidecars[key]) if key in sidecars else []
             except DataError as error:
+                # The picture is good: it can be embedded and classified all the same.
                 skipped.append(Skipped(key, str(error)))
-                continue
             yield row
 
     files = [(key, root / key) for key in keys]
@@ -67,14 +67,14 @@ def _sidecar(image: Path) -> Path:
 def _read_captions(sidecar: Path) -> list[str]:
     try:
         if sidecar.stat().st_size > _SIDECAR_LIMIT:
-            raise DataError(f"its sidecar {sidecar.name} is larger than {_SIDECAR_LIMIT} bytes")
+            raise DataError(f"its sidecar text is larger than {_SIDECAR_LIMIT} bytes")
         text = sidecar.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"its sidecar {sidecar.name} is not UTF-8") from None
+        raise DataError("its sidecar text is not UTF-8") from None
     except OSError as error:
-        raise DataError(f"its sidecar {sidecar.name} cannot be read: {error.strerror}") from None
+        raise DataError(f"its sidecar text cannot be read: {error.strerror}") from None
     if is_damaged(text):
-        raise DataError(f"its sidecar {sidecar.name} is not UTF-8")
+        raise DataError("its sidecar text is not UTF-8")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -135,6 +135,8 @@ def in_memory(
             elif has_bytes[index]:
                 skipped.append(Skipped(key, "its key is taken by an earlier image"))
             else:
+                if bool(captions[at]) != bool(texts[index]):
+                    skipped.append(Skipped(key, "one of its rows has no caption"))
                 captions[at] += texts[index]
                 labels[at] = labels[at] or known[index]
         kept.append(images if all(fresh) else images.filter(pa.array(fresh)))
@@ -181,14 +183,14 @@ def merge_neighbours(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def clean_captions(values: Any, key: str, skipped: list[Skipped]) -> list[str]:
-    """Captions from a string or a list, blank ones dropped; damaged ones dropped and told."""
-    captions = []
-    for value in values if isinstance(values, list) else [values]:
-        text = "" if value is None else clean_text(value)
-        if _LOST in text:
-            skipped.append(Skipped(key, "a caption of it is not UTF-8 and is left out"))
-        elif text:
-            captions.append(text)
+    """Captions from a string or a list; damaged ones, and blank ones beside good, are told."""
+    values = values if isinstance(values, list) else [values]
+    texts = [clean_text(value) for value in values if value is not None]
+    captions = [text for text in texts if text and _LOST not in text]
+    if any(_LOST in text for text in texts):
+        skipped.append(Skipped(key, "a caption of it is not UTF-8 and is left out"))
+    if captions and not all(texts):
+        skipped.append(Skipped(key, "one of its captions is empty"))
     return captions
 
 

@@ -101,7 +101,7 @@ class Survey:
 
     def tell(self, key: str, reason: str) -> None:
         """Note that something is wrong with an item."""
-        kind = re.sub(r"\d[\d.,]*", "…", reason)
+        kind = re.sub(r"(?<![\w-])\d[\d.,]*\b", "…", reason)
         self.problems.setdefault(kind, Problem(kind)).add(Skipped(key, reason))
 
     def add_image(self, key: str, seen: _Seen) -> None:

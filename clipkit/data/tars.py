@@ -144,7 +144,8 @@ class _Reader:
         fields = self._fields(key, parts.get("json"))
         captions: Any = _field(fields, self.wanted.caption, CAPTION)
         if "txt" in parts and self.wanted.caption is None:
-            captions = parts["txt"].decode("utf-8", "replace").splitlines()
+            lines = parts["txt"].decode("utf-8", "replace").splitlines()
+            captions = [line for line in lines if line.strip()]
         label = _field(fields, self.wanted.label, LABEL)
         if "cls" in parts and self.wanted.label is None:
             label = parts["cls"].decode("utf-8", "replace")

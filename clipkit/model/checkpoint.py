@@ -7,12 +7,14 @@
 import hashlib
 import json
 import pickle
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -87,6 +89,9 @@ def save_checkpoint(
         towers: the model to save and its configuration.
         state: what training needs to go on; tensors, numbers, strings and containers of them.
         detail: what the manifest says beside the model: ``step`` and held-out metrics.
+
+    Raises:
+        ArtifactError: it cannot be written, as on a full disk; nothing of it is left then.
     """
     clip, preprocess = towers.clip, towers.preprocess
     model = ModelRef(str(path), "", fingerprint(clip, preprocess), vector_dim(clip))
@@ -94,10 +99,24 @@ def save_checkpoint(
         config = {"model_cfg": towers.model_config, "preprocess_cfg": preprocess}
         write_json(writer.temp / CONFIG, config)
         tensors = {name: t.detach().contiguous().clone() for name, t in clip.state_dict().items()}
-        save_file(tensors, writer.temp / WEIGHTS, metadata={"format": "pt"})
-        torch.save(state, writer.temp / STATE)
-        writer.finish(Manifest("checkpoint", model, int(detail["step"]), detail=detail))
+        try:
+            save_file(tensors, writer.temp / WEIGHTS, metadata={"format": "pt"})
+            torch.save(state, writer.temp / STATE)
+            writer.finish(Manifest("checkpoint", model, int(detail["step"]), detail=detail))
+        # Neither library raises an OSError for a disk that is full or gone.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ArtifactError(_cannot_save(path, error)) from None
     return model
+
+
+def _cannot_save(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120].rstrip(".")
+    if shutil.disk_usage(path.parent).free < 2**20:  # torch itself only says "unexpected pos"
+        reason = "its disk is full"
+    return (
+        f"the checkpoint {path} cannot be saved ({reason}); make room and go on from the last one "
+        "with --resume"
+    )
 
 
 def load_training_state(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class EncodedPairs:
         keys: the n images' keys.
         texts: the m captions.
         labels: the n images' labels, None where there is none.
-        skipped: images that could not be read.
+        skipped: images that could not be used, and those of which a caption was left out.
         report: how many captions were cut to 77 tokens.
     """
 
@@ -116,28 +116,38 @@ def encode_pairs(
     Raises:
         DataError: not one image can be read, or there is no caption where captions are wanted.
     """
-    skipped = list(source.skipped)
+    unused: dict[str, str] = {}
+
+    def wanted() -> Iterator[Row]:
+        for row in islice(iter(source.rows), limit):
+            if row["captions"] or not with_captions:
+                yield row
+            else:
+                unused[row["key"]] = "has no caption"
+
     vectors, rows = [], []
     total = None if source.streaming else len(source.rows)
     with tqdm(total=total, unit="img", desc="encoding", disable=None if progress else True) as bar:
         for part, encoded in encoded_batches(
             encoder,
-            islice(iter(source.rows), limit),
+            wanted(),
             batch_size=batch_size,
             workers=workers,
-            on_skip=lambda key, reason: skipped.append(Skipped(key, reason)),
+            on_skip=unused.__setitem__,
         ):
             vectors.append(part)
             rows += encoded
             bar.update(len(encoded))
-    if not rows:
-        raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
-    captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
-    if with_captions and not captions:
+    if not rows and set(unused.values()) == {"has no caption"}:
         raise DataError(
             f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
         )
+    if not rows:
+        raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
+    captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
     texts = [text for _, text in captions] if with_captions else []
+    # Only now, for a stream learns what it left out while it is read.
+    skipped = {item.key: item.reason for item in source.skipped} | unused
     report = CutReport()
     return EncodedPairs(
         images=np.concatenate(vectors),
@@ -146,6 +156,6 @@ def encode_pairs(
         keys=[row["key"] for row in rows],
         texts=texts,
         labels=[row["label"] for row in rows],
-        skipped=skipped,
+        skipped=[Skipped(key, reason) for key, reason in skipped.items()],
         report=report,
     )

@@ -89,7 +89,7 @@ class Encoder:
         """
         tokens = tokenize(list(captions), policy=policy, report=report)
         # Captions of like length together: a batch costs as much as its longest caption.
-        order = np.argsort(np.count_nonzero(tokens, axis=1), kind="stable")
+        order = np.argsort(tokens.argmax(axis=1), kind="stable")
         vectors = np.empty((len(tokens), self.dim), np.float32)
         self.network.eval()
         for start in range(0, len(tokens), batch_size):

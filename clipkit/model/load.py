@@ -82,6 +82,10 @@ def resolve(model: str) -> tuple[str, str]:
         return f"local-dir:{checkpoint_directory(path)}", ""
     name, weights = _split_name(model)
     if name not in open_clip.list_models():
+        if path.is_absolute():
+            raise ModelError(
+                f"the model {model} is not there (any more); put it back, or name another"
+            )
         close = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}?" if close else "see open_clip.list_models()"
         raise ModelError(

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipkit.model.tokenizer import CONTEXT, VOCAB
+
+HALVED = 64
+"""Captions from which on the shorter half is encoded apart; fewer gain nothing."""
+PLAIN_ATTENTION = 32
+"""Longest captions, in tokens, for which plain attention is faster on a CPU."""
 
 
 class DualEncoder(nn.Module):
@@ -54,14 +60,14 @@ class DualEncoder(nn.Module):
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """int64 [n, 77] to unit vectors, float32 [n, dim].
 
-        Runs only up to the longest caption of the batch, which changes nothing: attention is
-        causal and the end token is what is read out, so nothing after it is ever seen.
+        Runs only up to the end of the longest caption, the shorter half of a large batch apart,
+        which changes nothing: attention is causal and the end token is what is read out, so
+        nothing after it is ever seen.
         """
         text = getattr(self.clip, "text", self.clip)
         with self._autocast(tokens.device):
             if is_trimmable(text):
-                longest = int(tokens.count_nonzero(dim=1).max())
-                features = _encode_trimmed(text, tokens[:, : max(longest, 1)])
+                features = _encode_by_length(text, tokens)
             else:
                 features = self.clip.encode_text(tokens)
         return F.normalize(features.float(), dim=-1)
@@ -82,19 +88,39 @@ def is_trimmable(text: nn.Module) -> bool:
     )
 
 
-def _encode_trimmed(text: Any, tokens: Tensor) -> Tensor:
+def _encode_by_length(text: Any, tokens: Tensor) -> Tensor:
+    # The end token has the largest id, and the first one counts, as in CLIP. Counting what is not
+    # padding would be wrong: 0 is also the id of "!".
+    ends = tokens.argmax(dim=1)
+    order = ends.argsort(stable=True)
+    halves = order.chunk(2) if len(order) >= HALVED else (order,)
+    features = torch.cat([_encode_trimmed(text, tokens[half], ends[half]) for half in halves])
+    return features[order.argsort()]
+
+
+def _encode_trimmed(text: Any, tokens: Tensor, ends: Tensor) -> Tensor:
     """The text tower of open_clip on the first positions only: int64 [n, l] to [n, dim]."""
-    length = tokens.shape[1]
+    length = int(ends.max()) + 1 if len(ends) else 1
+    tokens = tokens[:, :length]
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
-    x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
-    # The end token has the largest id, and the first one counts, as in CLIP.
-    ends = tokens.argmax(dim=1)
+    with _attention(x.device, length):
+        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
     x = text.ln_final(x[torch.arange(len(x), device=x.device), ends])
     projection = text.text_projection
     if projection is None:
         return x  # type: ignore[no-any-return]
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection  # type: ignore[no-any-return]
+
+
+def _attention(device: torch.device, length: int) -> AbstractContextManager[Any]:
+    """Plain attention for short captions on a CPU, where the fused kernel is slower.
+
+    A training step of a text tower of width 192 on 256 captions of up to 16 tokens, bf16, two
+    cores: 0.27 s fused, 0.17 s plain.
+    """
+    plain = device.type == "cpu" and length <= PLAIN_ATTENTION
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def is_convolutional(clip: Any) -> bool:

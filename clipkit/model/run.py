@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError
-from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json
+from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json, write_text
 from clipkit.model.load import run_checkpoints
 
 CONFIG_FILE = "config.toml"
@@ -24,7 +24,8 @@ class RunDirectory:
         resume: go on with what is there.
 
     Raises:
-        ArtifactError: it exists and ``resume`` is not set, or another process holds it.
+        ArtifactError: it holds checkpoints and ``resume`` is not set, it is no run, it cannot be
+            written, or another process holds it.
         ConfigError: ``resume`` is set and the run was started with another configuration.
     """
 
@@ -33,23 +34,29 @@ class RunDirectory:
         self.config = config
         if resume:
             self._require_same_config()
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ArtifactError(self._taken())
-        self.path.mkdir(parents=True, exist_ok=True)
+        else:
+            self._refuse_taken()
         self._lock = DirectoryLock(self.path / ".lock", self.path)
-        if not resume:
-            (self.path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-        (self.path / MANIFEST).unlink(missing_ok=True)
+        try:
+            if not resume:
+                write_text(self.path / CONFIG_FILE, dump_config(config))
+            (self.path / MANIFEST).unlink(missing_ok=True)
+        except OSError:
+            self._lock.release()
+            raise
         self.checkpoint = max(run_checkpoints(self.path), key=_step, default=None)
 
-    def _taken(self) -> str:
-        if not (self.path / CONFIG_FILE).is_file():
-            return f"{self.path} exists and is no clipkit run; name another --out"
+    def _refuse_taken(self) -> None:
+        """Raise ArtifactError unless a run may start here: one without a checkpoint is no loss."""
         steps = run_checkpoints(self.path)
-        state = f"its last checkpoint is {steps[-1].name}" if steps else "without a checkpoint yet"
-        return (
-            f"{self.path} already holds a run ({state}); go on with --resume, or name another --out"
-        )
+        if steps:
+            raise ArtifactError(
+                f"{self.path} already holds a run (its last checkpoint is {steps[-1].name}); go on "
+                "with --resume, or name another --out"
+            )
+        begun = (self.path / CONFIG_FILE).is_file()
+        if self.path.exists() and not begun and (not self.path.is_dir() or _shown(self.path)):
+            raise ArtifactError(f"{self.path} exists and is no clipkit run; name another --out")
 
     def _require_same_config(self) -> None:
         file = self.path / CONFIG_FILE
@@ -58,9 +65,10 @@ class RunDirectory:
                 f"{self.path} holds no run to resume ({CONFIG_FILE} is missing); "
                 "start it without --resume"
             )
-        before, now = dump_config(load_config(file)), dump_config(self.config)
-        changed = sorted(set(now.splitlines()) - set(before.splitlines()))
-        if before != now:
+        before = load_config(file)
+        if before != self.config:
+            was, now = (dump_config(config).splitlines() for config in (before, self.config))
+            changed = [line for line in now if line not in was]
             raise ConfigError(
                 f"{self.path} was started with another configuration (now: {'; '.join(changed)}); "
                 f"resume with {file}, or start a new run"
@@ -78,7 +86,7 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Drop log lines after ``step``: those steps will be taken again."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line.get("step", 0) <= step]
-        (self.path / LOG_FILE).write_text("".join(kept), encoding="utf-8")
+        write_text(self.path / LOG_FILE, "".join(kept))
 
     def list_skipped(self, skipped: dict[str, str]) -> None:
         """Write skipped.jsonl: key and reason of each image that could not be used."""
@@ -86,7 +94,7 @@ class RunDirectory:
             json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
             for key, reason in skipped.items()
         )
-        (self.path / SKIPPED_FILE).write_text("".join(lines), encoding="utf-8")
+        write_text(self.path / SKIPPED_FILE, "".join(lines))
 
     def step_path(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
@@ -120,6 +128,11 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What is in a directory but for hidden files, such as a lock left behind."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _step(path: Path) -> int:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipkit.errors import ModelError
-from clipkit.manifest import ArtifactWriter, is_complete, partial_path
+from clipkit.errors import ArtifactError, ModelError
+from clipkit.manifest import ArtifactWriter, is_complete, partial_path, read_manifest
 from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.shards import shard_numbers
 from clipkit.store.spec import new_index
 from clipkit.store.vector_index import VectorIndex
 
@@ -38,11 +39,20 @@ def build_index(
         DataError: images that cannot be opened, or too many bad ones.
     """
     out, path = Path(out), Path(source)
-    if is_complete(path) or partial_path(path).is_dir():
+    if _is_ours(path) or partial_path(path).is_dir():
         store = EmbeddingStore.open(path)
     else:
         store = _embed(source, out, spec, load)
     return VectorIndex.build(store, out, spec, replace=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory is clipkit's: other programs leave a manifest.json beside photos too."""
+    try:
+        read_manifest(path)
+    except ArtifactError:
+        return is_complete(path) and bool(shard_numbers(path))
+    return True
 
 
 def _embed(

@@ -35,6 +35,8 @@ def describe(path: Path) -> Info:
     Raises:
         ArtifactError: there is no such directory, or it is not clipkit's.
     """
+    if path.is_file():
+        raise ArtifactError(f"{path} is a file, expected the directory of a run, store or index")
     files = {
         file.relative_to(path).as_posix(): file.stat().st_size
         for file in sorted(path.rglob("*"))
@@ -52,9 +54,7 @@ def _unfinished_run(path: Path) -> dict[str, Any]:
     # By the names alone, so that looking at a run needs no torch.
     steps = [p for p in path.glob("step-*") if (p / MANIFEST).is_file()]
     if not steps:
-        raise ArtifactError(
-            f"{path} holds a run without a checkpoint; start it again with another --out"
-        )
+        raise ArtifactError(f"{path} holds a run without a checkpoint; start it again")
     last = max(steps, key=lambda p: int(p.name.removeprefix("step-")))
     return read_manifest(last).to_dict() | {
         "kind": "run",

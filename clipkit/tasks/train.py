@@ -4,17 +4,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from clipkit.config import DataConfig, LoopConfig, TrainConfig, load_config
-from clipkit.data.augment import augmentation
-from clipkit.data.held_out import split_held_out
+from clipkit.config import LoopConfig, TrainConfig, load_config
 from clipkit.data.pairs import PairBatch, PairLoader
-from clipkit.data.sources import Source, open_source
-from clipkit.data.workers import worker_count
+from clipkit.data.sources import Source
 from clipkit.errors import ConfigError, DataError, TrainingError
 from clipkit.manifest import Manifest, ModelRef, is_complete
 from clipkit.metrics import retrieval_recall
@@ -23,8 +19,9 @@ from clipkit.model.encode_pairs import encode_pairs
 from clipkit.model.learner import Learner, StepReport
 from clipkit.model.precision import resolve_precision
 from clipkit.model.run import CONFIG_FILE, RunDirectory
-from clipkit.model.tokenizer import CutReport, split_caption, tokenize
+from clipkit.model.tokenizer import CutReport
 from clipkit.model.towers import build_towers
+from clipkit.model.training_data import count_cut_captions, open_training_data, pair_loader
 from clipkit.plots import plot_run
 from clipkit.progress import Meter, catch_interrupts
 
@@ -70,13 +67,13 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = _with_precision(config, out, device, resume)
-    training, held_out = _open_sources(config.data, config.train.seed)
+    training, held_out = open_training_data(config.data, config.train.seed)
     cut = CutReport()
     if not training.streaming:
-        _check_captions(training, config.data, cut)
+        count_cut_captions(training, config.data, cut)
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     learner = Learner(towers, config, device)
-    loader = _loader(config, training, learner.towers.image_size, cut)
+    loader = pair_loader(config, training, learner.towers.image_size, cut)
     steps = _steps_in_all(config.train, loader)
     with RunDirectory(out, config, resume=resume) as run:
         loop = _Loop(config, run, learner, loader, held_out, steps)
@@ -95,57 +92,6 @@ def _with_precision(
         precision = load_config(out / CONFIG_FILE).train.precision
     resolved = resolve_precision(precision, device)
     return replace(config, train=replace(config.train, precision=resolved))
-
-
-def _open_sources(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
-    """The training pairs and the held-out ones (None if there shall be none)."""
-    image, caption = config.image_column or None, config.caption_column or None
-    streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
-    training = open_source(config.train, image=image, caption=caption, streaming=streaming)
-    if config.held_out:
-        return training, open_source(config.held_out, image=image, caption=caption)
-    return split_held_out(training, config.held_out_share, seed)
-
-
-def _check_captions(source: Source, config: DataConfig, cut: CutReport) -> None:
-    """Count beforehand what 77 tokens will cut; a stream's captions are counted as they come.
-
-    Raises:
-        DataError: there are no captions.
-        CaptionError: one does not fit, where ``long_captions`` is ``"error"``.
-    """
-    some = False
-    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
-        texts = [text for captions in batch["captions"] for text in captions]
-        some = some or bool(texts)
-        if config.long_captions == "split":
-            texts = [part for text in texts for part in split_caption(text)]
-        tokenize(texts, policy=_policy(config), report=cut)
-    if not some:
-        raise DataError(
-            f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
-        )
-
-
-def _policy(config: DataConfig) -> Literal["cut", "error"]:
-    return "error" if config.long_captions == "error" else "cut"
-
-
-def _loader(
-    config: TrainConfig, source: Source, image_size: tuple[int, int], cut: CutReport
-) -> PairLoader:
-    # A table's captions were counted before; a stream's are known only now.
-    report = cut if source.streaming else CutReport()
-    return PairLoader(
-        source,
-        preprocess=augmentation(config.augment, image_size),
-        tokenize=lambda texts: tokenize(texts, policy=_policy(config.data), report=report),
-        split=split_caption if config.data.long_captions == "split" else None,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        workers=worker_count(config.data.workers),
-        skip_limit=config.data.skip_limit,
-    )
 
 
 def _steps_in_all(config: LoopConfig, loader: PairLoader) -> int:

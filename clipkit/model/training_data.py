@@ -1,0 +1,81 @@
+"""What a training run reads: its pairs, those held out, and what 77 tokens cut of the captions."""
+
+from typing import Literal
+
+from clipkit.config import DataConfig, TrainConfig
+from clipkit.data.augment import augmentation
+from clipkit.data.held_out import split_held_out
+from clipkit.data.pairs import PairLoader
+from clipkit.data.sources import Source, open_source
+from clipkit.data.workers import worker_count
+from clipkit.errors import DataError
+from clipkit.model.tokenizer import CutReport, split_caption, tokenize
+
+
+def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
+    """The training pairs and the held-out ones (None if there shall be none).
+
+    Args:
+        config: where they come from.
+        seed: decides which are held out where no held-out set is named.
+    """
+    image, caption = config.image_column or None, config.caption_column or None
+    streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
+    training = open_source(config.train, image=image, caption=caption, streaming=streaming)
+    if config.held_out:
+        return training, open_source(config.held_out, image=image, caption=caption)
+    return split_held_out(training, config.held_out_share, seed)
+
+
+def count_cut_captions(source: Source, config: DataConfig, cut: CutReport) -> None:
+    """Count beforehand what 77 tokens will cut; a stream's captions are counted as they come.
+
+    Args:
+        source: a table of pairs.
+        config: what happens to captions that are too long.
+        cut: counts them.
+
+    Raises:
+        DataError: there are no captions.
+        CaptionError: one does not fit, where ``long_captions`` is ``"error"``.
+    """
+    some = False
+    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
+        texts = [text for captions in batch["captions"] for text in captions]
+        some = some or bool(texts)
+        if config.long_captions == "split":
+            texts = [part for text in texts for part in split_caption(text)]
+        tokenize(texts, policy=_policy(config), report=cut)
+    if not some:
+        raise DataError(
+            f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
+        )
+
+
+def _policy(config: DataConfig) -> Literal["cut", "error"]:
+    return "error" if config.long_captions == "error" else "cut"
+
+
+def pair_loader(
+    config: TrainConfig, source: Source, image_size: tuple[int, int], cut: CutReport
+) -> PairLoader:
+    """Batches of training pairs, augmented and tokenized.
+
+    Args:
+        config: of the run.
+        source: its training pairs.
+        image_size: height and width of the images, in pixels.
+        cut: counts the captions that are too long, for a stream.
+    """
+    # A table's captions were counted before; a stream's are known only now.
+    report = cut if source.streaming else CutReport()
+    return PairLoader(
+        source,
+        preprocess=augmentation(config.augment, image_size),
+        tokenize=lambda texts: tokenize(texts, policy=_policy(config.data), report=report),
+        split=split_caption if config.data.long_captions == "split" else None,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        workers=worker_count(config.data.workers),
+        skip_limit=config.data.skip_limit,
+    )

@@ -123,6 +123,9 @@ class LoopConfig:
     __pydantic_config__ = _STRICT
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Pairs per step; each pair's negatives are the others of its batch."""
+    chunk_size: Annotated[int, Field(ge=0)] = 0
+    """Pairs encoded at once, for batches larger than memory: the gradient stays that of the whole
+    batch, each step takes a second forward pass. 0: the whole batch."""
     epochs: Count = 32
     """Passes over the training pairs."""
     steps: Annotated[int, Field(ge=0)] = 0

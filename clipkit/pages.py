@@ -242,5 +242,5 @@ def _curve(points: Sequence[tuple[float, float]], guessing: float) -> str:
 <text x="{right_end}" y="{chance - 6:.1f}" text-anchor="end">guessing</text>
 <polyline points="{line}" fill="none" stroke="var(--blue)" stroke-width="2.2"
  stroke-linejoin="round"/>
-<text x="{left + 8}" y="{chance + 18:.1f}">InfoNCE loss of a batch</text>
+<text x="{right_end}" y="{chance + 18:.1f}" text-anchor="end">InfoNCE loss of a batch</text>
 </svg>"""

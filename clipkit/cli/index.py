@@ -106,7 +106,7 @@ def search(
     from clipkit.model.load import load_ref
     from clipkit.tasks.search import Searcher
 
-    searcher = Searcher(opened, load_ref(opened.model))
+    searcher = Searcher(opened, load_ref(opened.model, f"the index {index}"))
     hits = searcher.search(caption=query, image=image, k=k)
     if as_json:
         for rank, hit in enumerate(hits, 1):

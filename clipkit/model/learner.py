@@ -12,12 +12,16 @@ from torch import Tensor
 from clipkit.config import TrainConfig
 from clipkit.errors import TrainingError
 from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
-from clipkit.model.loss import caption_groups, info_nce
+from clipkit.model.chunks import backward
+from clipkit.model.loss import caption_groups
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
 
 BAD_STEPS_IN_A_ROW = 20
 """So many steps without a finite gradient, one after the other, end a run."""
+
+MOST_CHUNKS = 65_536
+"""Seeds set aside for the chunks of a step."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,18 @@ class Learner:
         Raises:
             TrainingError: ``BAD_STEPS_IN_A_ROW`` steps had no finite gradient.
         """
-        # Each step draws from a seed of its own, so that a resumed run draws the same.
-        torch.manual_seed(self.config.train.seed * 1_000_003 + step)
         rate = learning_rate(progress, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
         tokens = tokens.to(self.device, non_blocking=True)
         groups = caption_groups(tokens) if self.config.train.duplicates == "mask" else None
-        image_vectors, caption_vectors, scale = self.network(self.normalized(images), tokens)
-        loss = info_nce(image_vectors, caption_vectors, scale, groups)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        size = self.config.train.chunk_size or len(tokens)
+        chunks = list(zip(torch.split(images, size), torch.split(tokens, size), strict=True))
+        # Each step draws from a seed of its own, so that a resumed run draws the same.
+        seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
+        loss = backward(self.network, chunks, self.normalized, groups, seed)
         limit = self.config.optim.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         if math.isfinite(norm):
@@ -89,7 +93,7 @@ class Learner:
             self._bad_in_a_row = 0
         else:
             self._leave_out(step)
-        return StepReport(loss.detach(), norm, rate)
+        return StepReport(loss, norm, rate)
 
     def _leave_out(self, step: int) -> None:
         self.skipped_steps += 1

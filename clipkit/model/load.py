@@ -53,8 +53,12 @@ def load(model: str | Path = DEFAULT_MODEL, *, device: str | None = None) -> Enc
     return Encoder(DualEncoder(clip).to(device).eval(), reference, transform)
 
 
-def load_ref(model: ModelRef) -> Encoder:
+def load_ref(model: ModelRef, what: str = "this artifact") -> Encoder:
     """Load the model that made something, and check that it is still the same.
+
+    Args:
+        model: the reference in its manifest.
+        what: it made, for the error.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -63,7 +67,7 @@ def load_ref(model: ModelRef) -> Encoder:
     encoder = load(f"{model.name}/{model.weights}" if model.weights else model.name)
     model.require(
         encoder.model,
-        what="this artifact",
+        what=what,
         repair="put the model back that made it, or embed and index again with the new one",
     )
     return encoder

@@ -1,0 +1,80 @@
+"""Batches larger than memory: the exact gradient of a batch that is encoded in chunks.
+
+GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup", section 3): encode every chunk without a graph, take the loss and its gradient with respect
+to the vectors, then encode each chunk again and hand its vectors' gradient back through it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.model.loss import info_nce
+from clipkit.model.network import DualEncoder
+
+Chunk = tuple[Tensor, Tensor]
+"""Images, uint8 [m, 3, height, width], and tokens, int64 [m, 77]."""
+
+
+def backward(
+    network: DualEncoder,
+    chunks: Sequence[Chunk],
+    prepare: Callable[[Tensor], Tensor],
+    groups: Tensor | None,
+    seed: int,
+) -> Tensor:
+    """Loss of a whole batch, its gradient added to the parameters' own.
+
+    With one chunk this is a plain forward and backward pass; with several, memory is that of one
+    chunk, at the price of a second forward pass. Batch normalisation sees a chunk at a time.
+
+    Args:
+        network: the towers.
+        chunks: the batch in parts.
+        prepare: images to what the image tower expects; called chunk by chunk.
+        groups: int64 [n] over the whole batch, for ``info_nce``.
+        seed: chunk number c draws its dropout from ``seed + c``, the same in both passes.
+
+    Returns:
+        the loss, float32 [], without a graph.
+    """
+
+    def encode(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(seed + number)
+        images, tokens = chunks[number]
+        encoded: tuple[Tensor, Tensor, Tensor] = network(prepare(images), tokens)
+        return encoded
+
+    if len(chunks) == 1:
+        images, texts, scale = encode(0)
+        loss = info_nce(images, texts, scale, groups)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    with torch.no_grad(), _statistics_at_rest(network):
+        parts = [encode(number)[:2] for number in range(len(chunks))]
+    images, texts = (torch.cat(part).requires_grad_() for part in zip(*parts, strict=True))
+    loss = info_nce(images, texts, network.scale, groups)
+    loss.backward()  # type: ignore[no-untyped-call]
+    sizes = [len(part) for part, _ in parts]
+    of_images, of_texts = (torch.split(vectors.grad, sizes) for vectors in (images, texts))
+    for number, wanted in enumerate(zip(of_images, of_texts, strict=True)):
+        torch.autograd.backward(encode(number)[:2], wanted)
+    return loss.detach()
+
+
+@contextmanager
+def _statistics_at_rest(network: nn.Module) -> Iterator[None]:
+    """Keep running statistics still in the first of two passes, or each chunk would count twice."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked

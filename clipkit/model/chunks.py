@@ -7,6 +7,7 @@ to the vectors, then encode each chunk again and hand its vectors' gradient back
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ def backward(
     loss = info_nce(images, texts, network.scale, groups)
     loss.backward()  # type: ignore[no-untyped-call]
     sizes = [len(part) for part, _ in parts]
-    of_images, of_texts = (torch.split(vectors.grad, sizes) for vectors in (images, texts))
-    for number, wanted in enumerate(zip(of_images, of_texts, strict=True)):
+    wanted_of = [torch.split(cast(Tensor, vectors.grad), sizes) for vectors in (images, texts)]
+    for number, wanted in enumerate(zip(*wanted_of, strict=True)):
         torch.autograd.backward(encode(number)[:2], wanted)
     return loss.detach()
 

@@ -46,7 +46,7 @@ def test_equals_the_definition_with_all_gradients(groups, tile):
     assert_equal(ours, textbook(*wanted, groups=groups), found, wanted, 1e-10)
 
 
-@pytest.mark.parametrize("tile", [16, 2048])
+@pytest.mark.parametrize("tile", [16, 1024])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_equals_open_clips_loss(tile, scale):
     wanted = pairs(50, dtype=torch.float32, scale=scale)

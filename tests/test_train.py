@@ -83,8 +83,23 @@ def test_same_seed_same_run_whatever_the_workers(colour_folder, tmp_path):
     assert curve(tmp_path / "one") != curve(tmp_path / "other")
 
 
-def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_path):
-    result = train(configured(colour_folder), tmp_path / "run")
+@pytest.mark.parametrize(
+    "vision",
+    [
+        tiny_model()["vision"],
+        {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32},
+        {
+            "timm_model_name": "resnet10t",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 32,
+        },
+    ],
+    ids=["transformer", "resnet", "timm"],
+)
+def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_path, vision):
+    config = configured(colour_folder, model={"vision": vision}, train={"epochs": 1})
+    result = train(config, tmp_path / "run")
     step = result.run / f"step-{result.step}"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{step}")
     model.eval()

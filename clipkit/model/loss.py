@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 2048
-"""Rows and columns of the logits held at a time: 16 MB in float32."""
+TILE = 1024
+"""Rows and columns of the logits held at a time: 4 MB in float32."""
 
 
 def info_nce(
@@ -70,12 +70,12 @@ def _tiles(
     images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None, tile: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The logits part by part, with the rows and columns they stand for."""
-    scaled = images * scale
     for row in range(0, len(images), tile):
         i = slice(row, row + tile)
+        scaled = images[i] * scale
         for column in range(0, len(texts), tile):
             j = slice(column, column + tile)
-            logits = scaled[i] @ texts[j].T
+            logits = scaled @ texts[j].T
             if groups is not None:
                 same = groups[i, None] == groups[None, j]
                 if row == column:

@@ -225,13 +225,16 @@ def test_resume_refuses_another_configuration(colour_folder, tmp_path):
         train(configured(colour_folder, optim={"lr": 0.5}), tmp_path / "run", resume=True)
 
 
-def test_data_without_captions_or_name(tmp_path):
+def test_data_without_captions_or_name(colour_folder, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
     for number in range(4):
         Image.new("RGB", (20, 20)).save(folder / f"{number}.png")
     with pytest.raises(DataError, match="no captions"):
         train(configured(folder), tmp_path / "run")
+    with pytest.raises(DataError, match="no captions"):
+        train(configured(colour_folder, data={"held_out": str(folder)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"data\.train is empty"):
         train(configured(""), tmp_path / "run")
 

@@ -71,6 +71,9 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     cut = CutReport()
     if not training.streaming:
         count_cut_captions(training, config.data, cut)
+    if held_out and not held_out.streaming:
+        # Without captions it could not be measured on, which is better known before training.
+        count_cut_captions(held_out, replace(config.data, long_captions="cut"), CutReport())
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     learner = Learner(towers, config, device)
     loader = pair_loader(config, training, learner.towers.image_size, cut)
@@ -160,7 +163,10 @@ class _Loop:
                 self.batch += 1
                 yield batch
             if not self.batch:
-                raise DataError(f"{self.config.data.train} gave not one batch in a whole epoch")
+                raise DataError(
+                    f"{self.config.data.train} holds no pair to train on (a share of "
+                    f"{self.config.data.held_out_share:g} was held out); see clipkit data check"
+                )
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _progress(self, ahead: int = 0) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from clipkit.data.images import Skipped, read_image
-from clipkit.errors import ImageError
+from clipkit.errors import DataError, ImageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,6 +69,13 @@ class Source:
     def streaming(self) -> bool:
         """Whether ``rows`` can only be read in order and has no length."""
         return not hasattr(self.rows, "__len__")
+
+
+def no_captions(source: Source) -> DataError:
+    """The error for a source of which captions are wanted and which has none."""
+    return DataError(
+        f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
+    )
 
 
 def row_image(row: Row) -> Image.Image:

@@ -45,9 +45,12 @@ class Towers:
         size = self.preprocess["size"]
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
-    def encoder(self, network: DualEncoder, name: str) -> Encoder:
-        """An Encoder over ``network`` as it stands now."""
-        model = ModelRef(name, "", fingerprint(self.clip, self.preprocess), vector_dim(self.clip))
+    def encoder(self, network: DualEncoder) -> Encoder:
+        """An Encoder over ``network`` while it changes: fit to measure it, not to make artifacts.
+
+        It has no fingerprint, which would take reading all weights and hold until the next step.
+        """
+        model = ModelRef("a network in training", "", "", vector_dim(self.clip))
         transform = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
         return Encoder(network, model, transform)
 

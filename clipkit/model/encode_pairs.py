@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clipkit.data.images import Skipped
-from clipkit.data.sources import Source, row_image
+from clipkit.data.sources import Source, no_captions, row_image
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError
 from clipkit.model.encoder import Encoder, Vectors
@@ -139,9 +139,7 @@ def encode_pairs(
             rows += encoded
             bar.update(len(encoded))
     if not rows and set(unused.values()) == {"has no caption"}:
-        raise DataError(
-            f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
-        )
+        raise no_captions(source)
     if not rows:
         raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
     captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]

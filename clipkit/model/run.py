@@ -44,7 +44,8 @@ class RunDirectory:
         except OSError:
             self._lock.release()
             raise
-        self.checkpoint = max(run_checkpoints(self.path), key=_step, default=None)
+        steps = run_checkpoints(self.path)
+        self.checkpoint = steps[-1] if steps else None
 
     def _refuse_taken(self) -> None:
         """Raise ArtifactError unless a run may start here: one without a checkpoint is no loss."""
@@ -133,7 +134,3 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 def _shown(folder: Path) -> list[Path]:
     """What is in a directory but for hidden files, such as a lock left behind."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

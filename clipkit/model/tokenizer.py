@@ -89,7 +89,7 @@ class CutReport:
         if self.cut:
             lines[0] += f"; {self.lost_tokens} tokens were not read"
         for case in self.worst:
-            lines.append(f"  {case.needed} tokens, not read: {_shorten(case.lost, 100)!r}")
+            lines.append(f"  {case.needed} tokens, not read: {shorten(case.lost, 100)!r}")
         return "\n".join(lines)
 
 
@@ -215,21 +215,22 @@ def _lost(ids: Sequence[int]) -> str:
     return decode(ids[ROOM:]).strip()
 
 
-def _shorten(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """A text of at most ``length`` characters, an ellipsis where it was cut."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _warning(report: CutReport) -> str:
     head, *_ = report.render().splitlines()
-    lost = ", ".join(repr(_shorten(case.lost, 200)) for case in report.worst[:3])
+    lost = ", ".join(repr(shorten(case.lost, 200)) for case in report.worst[:3])
     return f"{head}: {lost}"
 
 
 def _refusal(text: str, ids: Sequence[int]) -> str:
     return (
-        f"the caption {_shorten(text, 60)!r} needs {len(ids) + 2} tokens, expected at most "
+        f"the caption {shorten(text, 60)!r} needs {len(ids) + 2} tokens, expected at most "
         f"{CONTEXT}; shorten it, or allow cutting or splitting, which would part it before "
-        f"{_shorten(_lost(ids), 60)!r}"
+        f"{shorten(_lost(ids), 60)!r}"
     )
 
 

@@ -6,9 +6,8 @@ from clipkit.config import DataConfig, TrainConfig
 from clipkit.data.augment import augmentation
 from clipkit.data.held_out import split_held_out
 from clipkit.data.pairs import PairLoader
-from clipkit.data.sources import Source, open_source
+from clipkit.data.sources import Source, no_captions, open_source
 from clipkit.data.workers import worker_count
-from clipkit.errors import DataError
 from clipkit.model.tokenizer import CutReport, split_caption, tokenize
 
 
@@ -47,9 +46,7 @@ def count_cut_captions(source: Source, config: DataConfig, cut: CutReport) -> No
             texts = [part for text in texts for part in split_caption(text)]
         tokenize(texts, policy=_policy(config), report=cut)
     if not some:
-        raise DataError(
-            f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
-        )
+        raise no_captions(source)
 
 
 def _policy(config: DataConfig) -> Literal["cut", "error"]:

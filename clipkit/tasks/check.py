@@ -11,7 +11,7 @@ from clipkit.data.duplicates import near_groups
 from clipkit.data.sources import Source, open_source
 from clipkit.data.survey import EXAMPLES, Problem, Spread, Survey, survey
 from clipkit.model.caption_survey import CaptionSurvey, Repeated
-from clipkit.model.tokenizer import CONTEXT, CutReport
+from clipkit.model.tokenizer import CONTEXT, CutReport, shorten
 
 SHOWN = 10
 
@@ -202,7 +202,7 @@ def _render_captions(report: DataReport) -> list[str]:
         f"tokens    {report.caption_tokens}, of {CONTEXT}",
         *report.cut.render().splitlines(),
         f"repeated  {repeated.repeats} captions repeat one of {repeated.distinct} distinct",
-        *(f"  {count} × {_shorten(text)}" for text, count in repeated.top),
+        *(f"  {count} × {shorten(text, 100)}" for text, count in repeated.top),
     ]
 
 
@@ -225,7 +225,7 @@ def _render_leaks(leaks: Leaks | None) -> list[str]:
     ]
     lines += [f"  {key} = {other}" for key, other in leaks.exact_examples]
     lines += [f"  {key} ≈ {other}" for key, other in leaks.near_examples]
-    return lines + [f"  “{_shorten(text)}”" for text in leaks.caption_examples]
+    return lines + [f"  “{shorten(text, 100)}”" for text in leaks.caption_examples]
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -235,7 +235,3 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -208,7 +208,7 @@ class _Loop:
         """Recall on the held-out pairs, into the log."""
         if self.held_out is None:
             return
-        encoder = self.learner.towers.encoder(self.learner.network, str(self.run.path))
+        encoder = self.learner.towers.encoder(self.learner.network)
         pairs = encode_pairs(encoder, self.held_out, workers=self.loader.workers, progress=False)
         self.recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})

@@ -1,29 +1,22 @@
 """Pretrain a dual encoder: ``clipkit train CONFIG.toml --out RUN``."""
 
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from clipkit.config import LoopConfig, TrainConfig, load_config
-from clipkit.data.pairs import PairBatch, PairLoader
-from clipkit.data.sources import Source
-from clipkit.errors import ConfigError, DataError, TrainingError
-from clipkit.manifest import Manifest, ModelRef, is_complete
-from clipkit.metrics import retrieval_recall
-from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.encode_pairs import encode_pairs
-from clipkit.model.learner import Learner, StepReport
+from clipkit.data.pairs import PairLoader
+from clipkit.errors import ConfigError, TrainingError
+from clipkit.manifest import is_complete
+from clipkit.model.learner import Learner
+from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
 from clipkit.model.run import CONFIG_FILE, RunDirectory
 from clipkit.model.tokenizer import CutReport
 from clipkit.model.towers import build_towers
 from clipkit.model.training_data import count_cut_captions, open_training_data, pair_loader
-from clipkit.plots import plot_run
-from clipkit.progress import Meter, catch_interrupts
+from clipkit.progress import catch_interrupts
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     loader = pair_loader(config, training, learner.towers.image_size, cut)
     steps = _steps_in_all(config.train, loader)
     with RunDirectory(out, config, resume=resume) as run:
-        loop = _Loop(config, run, learner, loader, held_out, steps)
+        loop = TrainingLoop(config, run, learner, loader, held_out, steps)
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)
         loop.close(cut)
@@ -107,148 +100,3 @@ def _steps_in_all(config: LoopConfig, loader: PairLoader) -> int:
             "the length of a stream is not known beforehand; set train.steps or train.minutes"
         )
     return config.epochs * per_epoch if per_epoch else 0
-
-
-class _Loop:
-    """The steps of a run, with what is logged, measured and saved between them."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunDirectory,
-        learner: Learner,
-        loader: PairLoader,
-        held_out: Source | None,
-        steps: int,
-    ) -> None:
-        self.config, self.run, self.learner, self.loader = config, run, learner, loader
-        self.held_out, self.steps = held_out, steps
-        self.step = self.epoch = self.batch = 0
-        self.seconds = 0.0
-        self.recall: dict[str, float] = {}
-        self.finished = False
-        if run.checkpoint:
-            state = learner.restore(run.checkpoint)
-            self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-            self.seconds, self.recall = state["seconds"], state["recall"]
-            self.loader.skipped.update(state["skipped"])
-        run.rewind(self.step)
-
-    def run_steps(self, interrupted: list[int]) -> None:
-        """Take the steps that are left, until the end or until something is ``interrupted``."""
-        started = time.perf_counter() - self.seconds
-        meter = Meter()
-        with tqdm(
-            total=self.steps or None, initial=self.step, unit="step", disable=None, desc="training"
-        ) as bar:
-            for batch in meter.waiting(self._batches()):
-                report = self.learner.take_step(
-                    batch.images, batch.tokens, self.step, self._progress(ahead=1)
-                )
-                self.step += 1
-                self.seconds = time.perf_counter() - started
-                self.finished = self._progress() >= 1
-                meter.samples += len(batch.keys)
-                bar.update()
-                if self.finished or interrupted or self.step % self.config.train.log_steps == 0:
-                    bar.set_postfix_str(self._log(report, meter))
-                if self.finished or interrupted:
-                    break
-                self._between_steps()
-
-    def _batches(self) -> Iterator[PairBatch]:
-        """Batches from where the run stands, epoch after epoch."""
-        while True:
-            for batch in self.loader.batches(self.epoch, self.batch):
-                self.batch += 1
-                yield batch
-            if not self.batch:
-                raise DataError(
-                    f"{self.config.data.train} holds no pair to train on (a share of "
-                    f"{self.config.data.held_out_share:g} was held out); see clipkit data check"
-                )
-            self.epoch, self.batch = self.epoch + 1, 0
-
-    def _progress(self, ahead: int = 0) -> float:
-        """Share of the run done, by steps or by the clock, whichever is further."""
-        limit = 60 * self.config.train.minutes
-        by_steps = (self.step + ahead) / self.steps if self.steps else 0.0
-        return max(by_steps, self.seconds / limit if limit else 0.0)
-
-    def _log(self, report: StepReport, meter: Meter) -> str:
-        """Write a line of the log; the same in short for the progress bar."""
-        loss = float(report.loss)
-        speed, waited = meter.read()
-        self.run.log(
-            {
-                "step": self.step,
-                "epoch": self.epoch,
-                "loss": loss,
-                "grad_norm": report.grad_norm,
-                "lr": report.lr,
-                "scale": float(self.learner.network.scale.detach()),
-                "seconds": round(self.seconds, 3),
-                "samples_per_second": round(speed, 1),
-                "waiting_for_data": round(waited, 4),
-            }
-        )
-        return f"loss {loss:.3f}, {speed:.0f} samples/s"
-
-    def _between_steps(self) -> None:
-        if self._due(self.config.train.eval_epochs):
-            self._measure()
-        if self._due(self.config.train.save_epochs):
-            self._save()
-
-    def _due(self, epochs: float) -> bool:
-        every = round(epochs * (self.loader.batches_per_epoch or self.steps))
-        return bool(every) and self.step % every == 0
-
-    def _measure(self) -> None:
-        """Recall on the held-out pairs, into the log."""
-        if self.held_out is None:
-            return
-        encoder = self.learner.towers.encoder(self.learner.network)
-        pairs = encode_pairs(encoder, self.held_out, workers=self.loader.workers, progress=False)
-        self.recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
-        self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
-
-    def _save(self) -> ModelRef:
-        state = self.learner.state() | {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "seconds": self.seconds,
-            "recall": self.recall,
-            "skipped": self.loader.skipped,
-        }
-        model = save_checkpoint(
-            self.run.step_path(self.step),
-            self.learner.towers,
-            state,
-            {"step": self.step, "epoch": self.epoch, "held_out": self.recall},
-        )
-        self.run.prune(self.config.train.keep)
-        return model
-
-    def skipped(self) -> dict[str, str]:
-        """Why images could not be used, by key: found on opening the source, or on reading it."""
-        return {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
-
-    def close(self, cut: CutReport) -> None:
-        """Measure, save and draw; a run that came to its end gets its manifest."""
-        if self.finished:
-            self._measure()
-        model = self._save()
-        self.run.list_skipped(self.skipped())
-        plot_run(self.run.lines(), self.run.path / "curve.png", self.run.path.name)
-        if self.finished:
-            source = {"data": self.config.data.train, "fingerprint": self.loader.source.fingerprint}
-            detail = {
-                "held_out": self.recall,
-                "seconds": round(self.seconds, 1),
-                "skipped_steps": self.learner.skipped_steps,
-                "skipped_images": len(self.skipped()),
-                "cut_captions": asdict(cut),
-            }
-            self.run.finish(Manifest("run", model, self.step, source, detail))

@@ -26,7 +26,7 @@ def test_resolved_toml_reads_back_equal(tmp_path):
     [
         ({"train": {"epoch": 3}}, "unknown key train.epoch; did you mean epochs"),
         ({"trian": {}}, "did you mean train"),
-        ({"optim": {"zzz": 1}}, "known are: lr"),
+        ({"optim": {"zzz": 1}}, "known are: name, lr"),
         ({"train": {"epochs": "x"}}, 'train.epochs is "x"'),
         ({"optim": {"lr": -1}}, "greater than 0"),
         ({"data": {"workers": "many"}}, "data.workers is"),

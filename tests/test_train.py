@@ -22,7 +22,6 @@ from clipkit.errors import (
     SkipLimitError,
     TrainingError,
 )
-from clipkit.model.optim import learning_rate
 from clipkit.model.run import read_log
 from clipkit.tasks.train import train
 
@@ -270,28 +269,6 @@ def test_impossible_towers(colour_folder, tmp_path, model, sentence):
     with pytest.raises((ConfigError,), match=sentence):
         train(parse_config(settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_weight_decay_spares_gains_biases_and_temperature():
-    from clipkit.model.optim import build_optimizer
-    from clipkit.model.towers import build_towers
-
-    towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, 0)
-    groups = build_optimizer(towers.clip, parse_config({}).optim).param_groups
-    names = {id(p): name for name, p in towers.clip.named_parameters()}
-    decayed = {names[id(p)] for p in groups[0]["params"]}
-    spared = {names[id(p)] for p in groups[1]["params"]}
-    assert groups[1]["weight_decay"] == 0
-    assert "logit_scale" in spared
-    assert all("bias" not in name and ".ln_" not in name for name in decayed)
-    assert "token_embedding.weight" in decayed
-    assert len(decayed) + len(spared) == len(names)
-
-
-def test_learning_rate_climbs_then_falls_to_zero():
-    config = parse_config({"optim": {"lr": 1.0, "warmup": 0.2}}).optim
-    rates = [learning_rate(progress, config) for progress in (0, 0.1, 0.2, 0.6, 1.0)]
-    assert rates == pytest.approx([0, 0.5, 1.0, 0.5, 0.0])
 
 
 def test_the_temperature_is_clamped(colour_folder, tmp_path):

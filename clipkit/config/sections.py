@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from clipkit.errors import ConfigError
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -86,25 +88,58 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a linear warm-up and a cosine decay to zero."""
+    """The optimiser, and the schedule of its learning rate after a linear warm-up."""
 
     __pydantic_config__ = _STRICT
+    name: str = "adamw"
+    """The optimiser, by timm's name: adamw, sgd (Nesterov's momentum), momentum (plain), lamb,
+    lion, adafactor, muon, …; all are in `timm.optim.list_optimizers()`."""
     lr: Positive = 5e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
-    """Decoupled weight decay; never applied to gains, biases and the temperature."""
-    beta1: Share = 0.9
-    """Decay of AdamW's first moment."""
-    beta2: Share = 0.98
-    """Decay of AdamW's second moment."""
-    eps: Positive = 1e-6
-    """AdamW's epsilon."""
+    """Weight decay, as the optimiser understands it (decoupled in adamw, added to the gradient in
+    sgd; sgdw decouples it); never applied to gains, biases and the temperature."""
+    momentum: Share | Literal["auto"] = "auto"
+    """Momentum of optimisers that have one, such as sgd; auto: 0.9."""
+    beta1: Share | Literal["auto"] = "auto"
+    """Decay of the first moment; auto: 0.9 in adamw, elsewhere the optimiser's own default."""
+    beta2: Share | Literal["auto"] = "auto"
+    """Decay of the second moment; auto: 0.98 in adamw, elsewhere the optimiser's own default."""
+    eps: Positive | Literal["auto"] = "auto"
+    """The optimiser's epsilon; auto: 1e-6 in adamw, elsewhere the optimiser's own default."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate for each layer further down a tower; what pools and projects at
+    the top, and the temperature, learn at the full rate. 1: all layers do."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up: down a half cosine to `floor`, or always the same."""
+    floor: Share = 0.0
+    """Share of `lr` to which the cosine comes down."""
     warmup: Share = 0.05
     """Share of the run over which the learning rate climbs from zero."""
+    cooldown: Share = 0.0
+    """Share of the run, at its end, over which the learning rate falls in a line to zero."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     temperature: Positive = 0.07
     """Initial temperature; its inverse, the logit scale, is learned and clamped at 100."""
+
+    def __post_init__(self) -> None:
+        """Refuse fields that contradict one another."""
+        if self.warmup + self.cooldown > 1:
+            raise ConfigError(
+                f"optim.warmup and optim.cooldown are {self.warmup:g} and {self.cooldown:g}, "
+                "shares of one run that come to more than 1; lower one of them"
+            )
+        if self.schedule == "constant" and self.floor:
+            raise ConfigError(
+                f"optim.floor is {self.floor:g}, but a constant schedule has none; leave it out, "
+                'or set optim.schedule to "cosine"'
+            )
+        if self.schedule == "cosine" and self.cooldown and not self.floor:
+            raise ConfigError(
+                f"optim.cooldown is {self.cooldown:g}, but the cosine is down at zero before it; "
+                'set optim.floor, such as 0.1, or optim.schedule to "constant"'
+            )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class StepReport:
     Attributes:
         loss: of the batch, float32 [].
         grad_norm: norm of the whole gradient before clipping; not finite if the step was left out.
-        lr: the learning rate used.
+        lr: the learning rate used where nothing scales it down.
     """
 
     loss: Tensor
@@ -55,7 +55,7 @@ class Learner:
         if is_convolutional(towers.clip):
             self.layout = torch.channels_last
             self.network.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.network, config.optim)
+        self.optimizer = build_optimizer(towers.clip, config.optim)
         self.skipped_steps = self._bad_in_a_row = 0
         mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
         self._mean = (255 * mean)[:, None, None].to(device)
@@ -75,7 +75,7 @@ class Learner:
         """
         rate = learning_rate(progress, self.config.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.network.train()
         tokens = tokens.to(self.device, non_blocking=True)
         groups = caption_groups(tokens) if self.config.train.duplicates == "mask" else None

@@ -1,35 +1,105 @@
-"""The optimiser and the learning-rate schedule."""
+"""The optimiser, by name, and the schedule of its learning rate."""
 
+import difflib
+import inspect
 import math
+from typing import Any
 
+import timm.optim
 import torch
-from torch import nn
 
 from clipkit.config import OptimConfig
+from clipkit.errors import ConfigError
+from clipkit.model.param_groups import param_groups
 
 MAX_LOGIT_SCALE = math.log(100)
 """Clamp of the learned log scale (Radford et al. 2021, section 2.5)."""
 
+_OF_CLIP = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}
+"""AdamW's settings for vision transformers (Radford et al. 2021, table 18)."""
+_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Optimisers whose fused form runs on CPUs and GPUs alike."""
+# Parts of other packages; one that needs second derivatives; one that cannot be resumed.
+_LEFT_OUT = ["bnb*", "fused*", "adahessian", "kron*"]
+_TIMM: Any = timm.optim  # it has types, but no names for a type checker
 
-def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels, never gains, biases and the temperature."""
-    decayed = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
-    spared = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": spared, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+
+def optimizer_names() -> list[str]:
+    """Names of the optimisers that ``optim.name`` may be."""
+    names: list[str] = _TIMM.list_optimizers(exclude_filters=_LEFT_OUT)
+    return names
+
+
+def build_optimizer(clip: Any, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimiser over the parameters that want gradients.
+
+    Each of its groups has a ``scale``, by which the learning rate is to be multiplied there.
+
+    Args:
+        clip: an open_clip model.
+        config: which optimiser, and its settings.
+
+    Raises:
+        ConfigError: there is no such optimiser, it has no use for a field that is set, or a value
+            is impossible.
+    """
+    names = optimizer_names()
+    if config.name not in names:
+        close = difflib.get_close_matches(config.name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known are: {', '.join(names)}"
+        raise ConfigError(f"optim.name {config.name!r} is no optimiser; {hint}")
+    settings = _settings(config)
+    groups = param_groups(clip, config.weight_decay, config.layer_decay)
+    try:
+        optimizer: torch.optim.Optimizer = _TIMM.create_optimizer_v2(
+            groups, config.name, lr=config.lr, **settings
+        )
+    except ValueError as error:
+        raise ConfigError(f"[optim] {config.name} cannot be built: {error}") from None
+    return optimizer
+
+
+def _settings(config: OptimConfig) -> dict[str, Any]:
+    """What the optimiser takes beside rate and decay; ConfigError for a field it does not take."""
+    kind = _TIMM.get_optimizer_class(config.name, bind_defaults=False)
+    taken = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    given = {
+        name: value
+        for name in ("momentum", "beta1", "beta2", "eps")
+        if (value := getattr(config, name)) != "auto"
+    }
+    if config.name == "adamw":
+        given = _OF_CLIP | given
+    betas = taken.pop("betas", None) or ()
+    taken |= dict(zip(("beta1", "beta2"), betas, strict=False))
+    for name in given:
+        if name not in taken:
+            raise ConfigError(f"optim.{name} is set, but {config.name} has none; leave it out")
+    settings = {name: value for name, value in given.items() if name in ("momentum", "eps")}
+    if given.keys() & {"beta1", "beta2"}:
+        first, second = (given.get(name, taken[name]) for name in ("beta1", "beta2"))
+        settings["betas"] = (first, second, *betas[2:])
+    if issubclass(kind, _FUSED):
+        settings["fused"] = True
+    if "max_grad_norm" in taken:
+        settings["max_grad_norm"] = None  # optim.clip_norm is the one place for that
+    return settings
 
 
 def learning_rate(progress: float, config: OptimConfig) -> float:
-    """The rate at a share ``progress`` in [0, 1] of the run: linear warm-up, cosine to zero."""
+    """The rate at a share ``progress`` in [0, 1] of the run.
+
+    A line up from zero over ``warmup``; then a half cosine down to ``floor``, or none; then a line
+    down to zero over ``cooldown`` (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations", section 3).
+    """
+    progress, end = min(progress, 1.0), 1 - config.cooldown
     if progress < config.warmup:
         return config.lr * progress / config.warmup
-    rest = (progress - config.warmup) / max(1 - config.warmup, 1e-12)
-    return config.lr * (1 + math.cos(math.pi * min(rest, 1.0))) / 2
+    between = min((progress - config.warmup) / max(end - config.warmup, 1e-12), 1.0)
+    level = 1.0
+    if config.schedule == "cosine":
+        level = config.floor + (1 - config.floor) * (1 + math.cos(math.pi * between)) / 2
+    if progress > end:
+        level *= (1 - progress) / config.cooldown
+    return config.lr * level

@@ -1,6 +1,8 @@
 """Shared fixtures: real data where present, a tiny network with a fixed seed, small pictures."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 # Tiny networks are fastest on one thread, and sums come in one order.
@@ -73,3 +75,38 @@ def colour_folder(tmp_path) -> Path:
             Image.new("RGB", (40, 30), shade).save(folder / f"{name}-{number}.png")
             (folder / f"{name}-{number}.txt").write_text(f"a {name} picture\n")
     return folder
+
+
+class SmallDisk:
+    """A disk of its own, which can be filled and grown."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def fill(self, leaving):
+        """Take all room but so many bytes."""
+        self.path.joinpath("filler").write_bytes(
+            b"\0" * (shutil.disk_usage(self.path).free - leaving)
+        )
+
+    def make_room(self):
+        (self.path / "filler").unlink()
+
+    def grow(self, size):
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 25 MB, where one can be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=25m", "tmpfs", path]
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
+    yield SmallDisk(path)
+    subprocess.run(["umount", "-l", path], check=True)

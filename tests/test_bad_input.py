@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -431,40 +430,6 @@ def test_half_written_directories_say_so(tmp_path, capsys, monkeypatch):
 
 
 # A full disk
-
-
-class SmallDisk:
-    """A disk of its own, which can be filled and grown."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def fill(self, leaving):
-        """Take all room but so many bytes."""
-        self.path.joinpath("filler").write_bytes(
-            b"\0" * (shutil.disk_usage(self.path).free - leaving)
-        )
-
-    def make_room(self):
-        (self.path / "filler").unlink()
-
-    def grow(self, size):
-        subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    path = tmp_path / "disk"
-    path.mkdir()
-    try:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=25m", "tmpfs", path]
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
-    yield SmallDisk(path)
-    subprocess.run(["umount", "-l", path], check=True)
 
 
 def test_a_full_disk_while_training_costs_nothing_saved(colour_folder, tmp_path, disk):

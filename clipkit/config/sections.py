@@ -15,6 +15,15 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Metric = Literal[
+    "",
+    "text_to_image_r1",
+    "text_to_image_r5",
+    "text_to_image_r10",
+    "image_to_text_r1",
+    "image_to_text_r5",
+    "image_to_text_r10",
+]
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,11 @@ class LoopConfig:
     save_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs between two checkpoints; 0: only at the end."""
     keep: Count = 2
-    """How many of the latest checkpoints to keep."""
+    """How many of the latest checkpoints to keep, beside those of `keep_every` and `best`."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two checkpoints that are kept for good; 0: none are."""
+    best: Metric = "text_to_image_r1"
+    """Held-out metric by which the best checkpoint so far is kept; "": it is not."""
     log_steps: Count = 10
     """Steps between two lines of log.jsonl."""
 

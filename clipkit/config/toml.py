@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -90,7 +91,10 @@ def _sentence(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known are: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
     found = json.dumps(problem["input"], default=str)
-    return f"{where} is {found}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    known = re.findall(r"'(\w+)'", str(problem.get("ctx", {}).get("expected", "")))
+    close = difflib.get_close_matches(str(problem["input"]), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{where} is {found}; {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}"
 
 
 def _known_keys(section: str) -> list[str]:

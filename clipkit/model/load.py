@@ -35,9 +35,10 @@ def load(model: str | Path = DEFAULT_MODEL, *, device: str | None = None) -> Enc
     """Load an encoder.
 
     Args:
-        model: a run or checkpoint directory of ours (a run stands for its last checkpoint); an
-            open_clip directory (``open_clip_config.json`` beside weights); ``NAME/TAG`` or
-            ``NAME/path/to/weights`` with an open_clip model name; ``hf-hub:org/name``.
+        model: a run or checkpoint directory of ours (a run stands for its last checkpoint,
+            ``RUN/best`` for its best one); an open_clip directory (``open_clip_config.json``
+            beside weights); ``NAME/TAG`` or ``NAME/path/to/weights`` with an open_clip model name;
+            ``hf-hub:org/name``.
         device: where to put it; None: a CUDA device if there is one, else the CPU.
 
     Raises:
@@ -82,6 +83,8 @@ def resolve(model: str) -> tuple[str, str]:
     if model.startswith("hf-hub:"):
         return model, ""
     path = Path(model.removeprefix("local-dir:"))
+    if path.name == "best" and not path.exists() and run_checkpoints(path.parent):
+        path = best_checkpoint(path.parent)
     if path.is_dir():
         return f"local-dir:{checkpoint_directory(path)}", ""
     name, weights = _split_name(model)
@@ -145,10 +148,30 @@ def checkpoint_directory(path: Path) -> Path:
     )
 
 
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run with the best held-out recall so far.
+
+    Raises:
+        ModelError: none was measured, or it is gone.
+    """
+    best = read_manifest(run_checkpoints(run)[-1], "checkpoint").detail.get("best")
+    if best and is_complete(run / f"step-{best['step']}"):
+        return run / f"step-{best['step']}"
+    raise ModelError(
+        f"{run} has no best checkpoint, which takes pairs held out and a metric in train.best; "
+        f"name {run} for the last one"
+    )
+
+
 def run_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, in order of their steps."""
     found = [p for p in run.glob("step-*") if (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint, which its name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def model_config(name: str) -> dict[str, Any]:

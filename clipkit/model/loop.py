@@ -1,8 +1,10 @@
 """The steps of a training run, and what happens between them."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from tqdm import tqdm
 
@@ -47,13 +49,17 @@ class TrainingLoop:
         self.step = self.epoch = self.batch = 0
         self.seconds = 0.0
         self.recall: dict[str, float] = {}
+        self.best: dict[str, Any] = {}
         self.finished = False
         if run.checkpoint:
             state = learner.restore(run.checkpoint)
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.seconds, self.recall = state["seconds"], state["recall"]
+            self.best = state["best"]
             self.loader.skipped.update(state["skipped"])
-        run.rewind(self.step)
+            run.rewind(state["logged"])
+        else:
+            run.rewind(0)
 
     def run_steps(self, interrupted: list[int]) -> None:
         """Take the steps that are left, until the end or until something is ``interrupted``."""
@@ -116,23 +122,29 @@ class TrainingLoop:
         return f"loss {loss:.3f}, {speed:.0f} samples/s"
 
     def _between_steps(self) -> None:
-        if self._due(self.config.train.eval_epochs):
-            self._measure()
-        if self._due(self.config.train.save_epochs):
+        is_best = self._due(self.config.train.eval_epochs) and self._measure()
+        every = self.config.train.keep_every
+        kept = every and self.step % every == 0
+        if is_best or kept or self._due(self.config.train.save_epochs):
             self._save()
 
     def _due(self, epochs: float) -> bool:
-        every = round(epochs * (self.loader.batches_per_epoch or self.steps))
-        return bool(every) and self.step % every == 0
+        every = epochs * (self.loader.batches_per_epoch or self.steps)
+        return every > 0 and self.step % max(1, round(every)) == 0
 
-    def _measure(self) -> None:
-        """Recall on the held-out pairs, into the log."""
+    def _measure(self) -> bool:
+        """Recall on the held-out pairs, into the log; whether it is the best so far."""
         if self.held_out is None:
-            return
+            return False
         encoder = self.learner.towers.encoder(self.learner.network)
         pairs = encode_pairs(encoder, self.held_out, workers=self.loader.workers, progress=False)
         self.recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
+        metric = self.config.train.best
+        if not metric or self.recall[metric] <= self.best.get("value", -math.inf):
+            return False
+        self.best = {"step": self.step, "metric": metric, "value": self.recall[metric]}
+        return True
 
     def _save(self) -> ModelRef:
         state = self.learner.state() | {
@@ -141,15 +153,17 @@ class TrainingLoop:
             "batch": self.batch,
             "seconds": self.seconds,
             "recall": self.recall,
+            "best": self.best,
+            "logged": self.run.logged,
             "skipped": self.loader.skipped,
         }
         model = save_checkpoint(
             self.run.step_path(self.step),
             self.learner.towers,
             state,
-            {"step": self.step, "epoch": self.epoch, "held_out": self.recall},
+            {"step": self.step, "epoch": self.epoch, "held_out": self.recall, "best": self.best},
         )
-        self.run.prune(self.config.train.keep)
+        self.run.prune({self.best.get("step", self.step)})
         return model
 
     def skipped(self) -> dict[str, str]:
@@ -167,6 +181,7 @@ class TrainingLoop:
             source = {"data": self.config.data.train, "fingerprint": self.loader.source.fingerprint}
             detail = {
                 "held_out": self.recall,
+                "best": self.best,
                 "seconds": round(self.seconds, 1),
                 "skipped_steps": self.learner.skipped_steps,
                 "skipped_images": len(self.skipped()),

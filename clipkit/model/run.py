@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
 from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError
 from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json, write_text
-from clipkit.model.load import run_checkpoints
+from clipkit.model.load import checkpoint_step, run_checkpoints
 
 CONFIG_FILE = "config.toml"
 LOG_FILE = "log.jsonl"
@@ -46,6 +47,7 @@ class RunDirectory:
             raise
         steps = run_checkpoints(self.path)
         self.checkpoint = steps[-1] if steps else None
+        self.logged = 0
 
     def _refuse_taken(self) -> None:
         """Raise ArtifactError unless a run may start here: one without a checkpoint is no loss."""
@@ -79,15 +81,17 @@ class RunDirectory:
         """Append one line to log.jsonl."""
         with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+        self.logged += 1
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl so far; a line torn by a crash is left out."""
         return read_log(self.path)
 
-    def rewind(self, step: int) -> None:
-        """Drop log lines after ``step``: those steps will be taken again."""
-        kept = [json.dumps(line) + "\n" for line in self.lines() if line.get("step", 0) <= step]
-        write_text(self.path / LOG_FILE, "".join(kept))
+    def rewind(self, logged: int) -> None:
+        """Keep the first ``logged`` lines of the log: the steps after them will be taken again."""
+        kept = self.lines()[:logged]
+        write_text(self.path / LOG_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        self.logged = len(kept)
 
     def list_skipped(self, skipped: dict[str, str]) -> None:
         """Write skipped.jsonl: key and reason of each image that could not be used."""
@@ -101,11 +105,22 @@ class RunDirectory:
         """Where the checkpoint of a step stands."""
         return self.path / f"step-{step}"
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the latest ``keep`` checkpoints."""
+    def prune(self, spared: Collection[int]) -> None:
+        """Remove the checkpoints that the run is not to keep.
+
+        Args:
+            spared: steps to keep beside the latest ones and those of ``keep_every``.
+        """
+        keep, every = self.config.train.keep, self.config.train.keep_every
         for path in run_checkpoints(self.path)[:-keep]:
-            (path / MANIFEST).unlink()  # from here on it is no checkpoint, whatever happens
-            shutil.rmtree(path)
+            step = checkpoint_step(path)
+            if step not in spared and not (every and step % every == 0):
+                self.remove(path)
+
+    def remove(self, checkpoint: Path) -> None:
+        """Remove a checkpoint."""
+        (checkpoint / MANIFEST).unlink()  # from here on it is none, whatever happens
+        shutil.rmtree(checkpoint)
 
     def finish(self, manifest: Manifest) -> None:
         """Mark the run as complete."""

@@ -1,0 +1,112 @@
+"""Which checkpoints of a run are kept: the last, the best by a held-out metric, every N steps."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from test_train import assert_same_run, configured
+
+import clipkit
+from clipkit.config.sections import Metric
+from clipkit.errors import ArtifactError, ConfigError, ModelError
+from clipkit.manifest import read_manifest
+from clipkit.metrics import retrieval_recall
+from clipkit.model.loop import TrainingLoop
+from clipkit.model.run import read_log
+from clipkit.tasks.train import train
+
+
+def steps(run):
+    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
+
+
+def measured(monkeypatch, recalls):
+    """Let the held-out recall of a run be these numbers, one after the other."""
+    ahead = iter(recalls)
+
+    def recall(*_):
+        return dict.fromkeys(get_args(Metric)[1:], next(ahead))
+
+    monkeypatch.setattr("clipkit.model.loop.retrieval_recall", recall)
+
+
+def test_the_metrics_that_can_be_named_are_those_measured():
+    vectors = np.eye(3, dtype=np.float32)
+    assert {"", *retrieval_recall(vectors, vectors, np.arange(3))} == set(get_args(Metric))
+    with pytest.raises(ConfigError, match="did you mean text_to_image_r1"):
+        configured("x", train={"best": "text_to_image_1"})
+
+
+def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
+    colour_folder, tmp_path, monkeypatch
+):
+    # Three steps an epoch; measured between the saves, with the best in the middle, twice.
+    measured(monkeypatch, [0.1, 0.5, 0.4, 0.5, 0.2, 0.3])
+    config = configured(
+        colour_folder, train={"epochs": 4, "eval_epochs": 2 / 3, "save_epochs": 1, "keep": 1}
+    )
+    out = train(config, tmp_path / "run").run
+    assert steps(out) == [4, 12]
+    best = {"step": 4, "metric": "text_to_image_r1", "value": 0.5}
+    assert read_manifest(out).detail["best"] == best
+    assert read_manifest(out / "step-12").detail["best"] == best
+    assert read_manifest(out / "step-4").detail["held_out"]["text_to_image_r1"] == 0.5
+    assert clipkit.load(out).model.name.endswith("step-12")
+    assert clipkit.load(f"{out}/best").model == clipkit.load(out / "step-4").model
+
+
+def test_every_nth_checkpoint_stays(colour_folder, tmp_path):
+    config = configured(
+        colour_folder, train={"epochs": 4, "save_epochs": 0, "keep": 1, "keep_every": 5, "best": ""}
+    )
+    out = train(config, tmp_path / "run").run
+    assert steps(out) == [5, 10, 12]
+    with pytest.raises(ModelError, match=r"no best checkpoint.*train\.best"):
+        clipkit.load(f"{out}/best")
+
+
+def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypatch):
+    settings = {"epochs": 4, "eval_epochs": 2 / 3, "save_epochs": 1, "keep": 1}
+    recalls = [0.1, 0.5, 0.4, 0.3, 0.6, 0.3]
+    measured(monkeypatch, recalls)
+    train(configured(colour_folder, train=settings), tmp_path / "whole")
+
+    def die(loop):
+        if loop.step == 7:
+            raise RuntimeError("killed")
+        return between(loop)
+
+    between = TrainingLoop._between_steps
+    measured(monkeypatch, recalls)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(TrainingLoop, "_between_steps", die)
+        train(configured(colour_folder, train=settings), tmp_path / "run")
+    assert steps(tmp_path / "run") == [4, 6]
+    measured(monkeypatch, recalls[3:])  # step 6 was measured before it was saved
+    train(configured(colour_folder, train=settings), tmp_path / "run", resume=True)
+    assert steps(tmp_path / "run") == steps(tmp_path / "whole") == [10, 12]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_small_parts_of_an_epoch_are_measured_every_step(colour_folder, tmp_path):
+    config = configured(colour_folder, train={"epochs": 1, "eval_epochs": 0.1})
+    lines = read_log(train(config, tmp_path / "run").run)
+    assert [line["step"] for line in lines if "held_out" in line] == [1, 2, 3]
+
+
+def test_a_full_disk_costs_neither_the_best_nor_the_last(
+    colour_folder, disk, monkeypatch, tmp_path
+):
+    # Room for two checkpoints of 20 MB: the third is refused, and only then would one be removed.
+    disk.grow("45m")
+    measured(monkeypatch, [0.5, 0.1, 0.2])
+    config = configured(colour_folder, train={"epochs": 3, "keep": 1})
+    with pytest.raises(ArtifactError, match="step-9 cannot be saved.*disk is full"):
+        train(config, disk.path / "run")
+    assert steps(disk.path / "run") == [3, 6]
+    assert clipkit.load(disk.path / "run").model.name.endswith("step-6")
+    assert clipkit.load(disk.path / "run" / "best").model.name.endswith("step-3")
+    disk.grow("70m")
+    measured(monkeypatch, [0.2, 0.2])
+    assert train(config, disk.path / "run", resume=True).finished
+    assert steps(disk.path / "run") == [3, 9]

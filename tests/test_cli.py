@@ -456,6 +456,8 @@ def test_train_then_info(run, colour_folder, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     for name, value in manifest["detail"]["held_out"].items():
         assert printed[f"held-out {name}"].strip() == f"{value:.3f}"
+    best = manifest["detail"]["best"]
+    assert f"{best['value']:.3f} at step {best['step']}: run/best" in printed["best"]
     assert manifest["detail"]["cut_captions"]["cut"] == int("exceed 77 tokens" in err)
 
     (described,) = objects(run("info", "run", "--json")[0])

@@ -1,7 +1,7 @@
 """clipkit train."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,5 +42,10 @@ def train(
             ("run", out),
             ("steps", result.step),
             *((f"held-out {name}", f"{value:.3f}") for name, value in result.held_out.items()),
+            *([("best", _best(result.best, out))] if result.best else []),
         ]
     )
+
+
+def _best(best: dict[str, Any], out: Path) -> str:
+    return f"{best['metric']} {best['value']:.3f} at step {best['step']}: {out / 'best'}"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ class TrainResult:
         step: the last step taken.
         finished: False if it was interrupted; ``resume`` goes on.
         held_out: recall on the held-out pairs at the end.
+        best: ``step``, ``metric`` and ``value`` of the best measurement, whose checkpoint is kept;
+            empty if there was none.
         cut: what was cut from captions over 77 tokens.
         skipped: why training images could not be used, by key.
     """
@@ -36,6 +39,7 @@ class TrainResult:
     step: int
     finished: bool
     held_out: dict[str, float]
+    best: dict[str, Any]
     cut: CutReport
     skipped: dict[str, str]
 
@@ -76,7 +80,9 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)
         loop.close(cut)
-    return TrainResult(run.path, loop.step, loop.finished, loop.recall, cut, loop.skipped())
+    return TrainResult(
+        run.path, loop.step, loop.finished, loop.recall, loop.best, cut, loop.skipped()
+    )
 
 
 def _with_precision(

@@ -13,9 +13,8 @@ from clipkit.model.towers import build_towers
 RESNET = tiny_model() | {"vision": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}
 
 
-def network(model, **vision):
-    settings = model | {"vision": model["vision"] | vision}
-    towers = build_towers(parse_config({"model": settings}).model, 0.07, seed=0)
+def network(model):
+    towers = build_towers(parse_config({"model": model}).model, 0.07, seed=0)
     return DualEncoder(towers.clip).double().train()
 
 
@@ -59,10 +58,22 @@ def test_equals_the_whole_batch_with_groups(size):
     assert_same_gradients(parts, whole)
 
 
-def test_random_parts_are_drawn_alike_in_both_passes():
-    """Patch dropout, against one graph over all chunks that draws from the same seeds."""
-    whole = network(tiny_model(), patch_dropout=0.5)
-    parts = network(tiny_model(), patch_dropout=0.5)
+TIMM = {"image_size": 32, "timm_proj": "linear"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_model() | {"patch_dropout": 0.5},
+        tiny_model() | {"vision": TIMM | {"timm_model_name": "resnet10t", "timm_drop": 0.5}},
+        tiny_model()
+        | {"vision": TIMM | {"timm_model_name": "efficientnet_lite0", "timm_drop_path": 0.5}},
+    ],
+    ids=["patches", "dropout", "stochastic depth"],
+)
+def test_random_parts_are_drawn_alike_in_both_passes(model):
+    """Against one graph over all chunks that draws from the same seeds."""
+    whole, parts = network(model), network(model)
     encoded = []
     for number, (images, tokens) in enumerate(in_chunks(4)):
         torch.manual_seed(7 + number)
@@ -73,7 +84,7 @@ def test_random_parts_are_drawn_alike_in_both_passes():
     found = backward(parts, in_chunks(4), prepare, None, seed=7)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-7)
     assert_same_gradients(parts, whole)
-    other = network(tiny_model(), patch_dropout=0.5)
+    other = network(model)
     assert backward(other, in_chunks(4), prepare, None, seed=8).item() != found.item()
 
 

@@ -44,6 +44,9 @@ class ModelConfig:
     start: str = ""
     """A MODEL (run, checkpoint or open_clip name with weights) whose weights to start from; it
     brings its own towers, so the other fields stay empty."""
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each training picture's patches that the image tower does not see, chosen anew each
+    time (FLIP): 0.5 halves its work at little loss. For vision transformers."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of the image channels in [0, 1], subtracted from images (OpenAI CLIP's by default)."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -168,6 +171,9 @@ class LoopConfig:
     minutes: Annotated[float, Field(ge=0)] = 0.0
     """Stop after this long, with the schedule fitted to the time; 0: no limit. A run ended by the
     clock cannot be repeated step for step."""
+    grad_checkpointing: bool = False
+    """Keep only the inputs of the transformers' blocks for the backward pass and compute the rest
+    again: less memory for a third more work, the same gradient."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 where a short measurement finds it faster. Weights
     and loss are always float32."""

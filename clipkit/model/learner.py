@@ -16,6 +16,7 @@ from clipkit.model.chunks import backward
 from clipkit.model.loss import caption_groups
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
+from clipkit.model.tower_options import checkpoint_gradients
 
 BAD_STEPS_IN_A_ROW = 20
 """So many steps without a finite gradient, one after the other, end a run."""
@@ -50,6 +51,8 @@ class Learner:
 
     def __init__(self, towers: Towers, config: TrainConfig, device: torch.device) -> None:
         self.config, self.towers, self.device = config, towers, device
+        if config.train.grad_checkpointing:
+            checkpoint_gradients(towers.clip)
         self.network = DualEncoder(towers.clip, config.train.precision).to(device)
         self.layout = torch.contiguous_format
         if is_convolutional(towers.clip):

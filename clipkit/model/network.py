@@ -104,7 +104,7 @@ def _encode_trimmed(text: Any, tokens: Tensor, ends: Tensor) -> Tensor:
     tokens = tokens[:, :length]
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
-    with _attention(x.device, length):
+    with nullcontext() if text.transformer.grad_checkpointing else _attention(x.device, length):
         x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
     x = text.ln_final(x[torch.arange(len(x), device=x.device), ends])
     projection = text.text_projection

@@ -17,6 +17,7 @@ from clipkit.model.checkpoint import Towers
 from clipkit.model.load import load, model_config, resolve
 from clipkit.model.network import why_unsuitable
 from clipkit.model.tokenizer import CONTEXT, VOCAB
+from clipkit.model.tower_options import drop_patches
 
 
 def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
@@ -37,8 +38,13 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
             "[model] needs exactly one of: name (an open_clip model name), start (a MODEL to go on "
             "from), or all of embed_dim, vision and text (own towers)"
         )
-    if config.start:
-        return _from_weights(config.start)
+    towers = _from_weights(config.start) if config.start else _new(config, own, temperature, seed)
+    if config.patch_dropout:
+        drop_patches(towers.clip, config.patch_dropout)
+    return towers
+
+
+def _new(config: ModelConfig, own: bool, temperature: float, seed: int) -> Towers:
     settings = _own(config) if own else model_config(_known(config.name))
     torch.manual_seed(seed)
     clip = _construct(settings)
@@ -72,10 +78,25 @@ def _own(config: ModelConfig) -> dict[str, Any]:
         raise ConfigError("[model] own towers need all of embed_dim, vision and text")
     _check_keys("model.vision", config.vision, CLIPVisionCfg)
     _check_keys("model.text", config.text, CLIPTextCfg)
+    _refuse_idle(config.vision)
     text = {"context_length": CONTEXT, "vocab_size": VOCAB, **config.text}
     if reason := why_unsuitable(text):
         raise ConfigError(f"[model.text] cannot be used: {reason}")
     return {"embed_dim": config.embed_dim, "vision_cfg": dict(config.vision), "text_cfg": text}
+
+
+def _refuse_idle(vision: dict[str, Any]) -> None:
+    """Raise ConfigError for what open_clip would take without a word and not use."""
+    if "patch_dropout" in vision:
+        raise ConfigError(
+            "model.vision.patch_dropout is set; write it as model.patch_dropout, which works for "
+            "every vision transformer"
+        )
+    timm = "timm_model_name" in vision
+    for key in vision:
+        if key != "image_size" and key.startswith("timm_") != timm:
+            towers = "a timm tower has its own" if timm else "only a timm tower has one"
+            raise ConfigError(f"model.vision.{key} is set, but {towers}; leave it out")
 
 
 def _check_keys(section: str, given: dict[str, Any], known_by: type) -> None:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -52,7 +54,8 @@ def test_equals_the_whole_batch_with_groups(size):
     images, tokens = batch()
     wanted = info_nce(*whole(prepare(images), tokens), groups)
     wanted.backward()
-    found = backward(parts, in_chunks(size), prepare, groups, seed=0)
+    loss_of = partial(info_nce, groups=groups)
+    found = backward(parts, in_chunks(size), prepare, loss_of, seed=0)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-7)
     assert not found.requires_grad
     assert_same_gradients(parts, whole)
@@ -81,18 +84,18 @@ def test_random_parts_are_drawn_alike_in_both_passes(model):
     images, texts = (torch.cat(part) for part in zip(*encoded, strict=True))
     wanted = info_nce(images, texts, whole.scale)
     wanted.backward()
-    found = backward(parts, in_chunks(4), prepare, None, seed=7)
+    found = backward(parts, in_chunks(4), prepare, info_nce, seed=7)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-7)
     assert_same_gradients(parts, whole)
     other = network(model)
-    assert backward(other, in_chunks(4), prepare, None, seed=8).item() != found.item()
+    assert backward(other, in_chunks(4), prepare, info_nce, seed=8).item() != found.item()
 
 
 def test_running_statistics_count_each_chunk_once():
     once, twice = network(RESNET), network(RESNET)
     for images, _ in in_chunks(5):
         once.encode_images(prepare(images))
-    backward(twice, in_chunks(5), prepare, None, seed=0)
+    backward(twice, in_chunks(5), prepare, info_nce, seed=0)
     buffers = dict(once.named_buffers())
     changed = 0
     for name, buffer in twice.named_buffers():
@@ -114,5 +117,5 @@ def test_only_one_chunk_holds_a_graph(monkeypatch):
         return vectors
 
     monkeypatch.setattr(DualEncoder, "encode_images", watched)
-    module.backward(model, in_chunks(3), prepare, None, seed=0)
+    module.backward(model, in_chunks(3), prepare, info_nce, seed=0)
     assert held == [3, 3, 3, 1]

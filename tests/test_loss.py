@@ -3,9 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.model import loss as module
-from clipkit.model.loss import caption_groups, info_nce
-from clipkit.model.tokenizer import tokenize
+from clipkit.model.groups import caption_groups, pair_groups
+from clipkit.model.loss import info_nce
+from clipkit.model.tiles import Sweep
+from clipkit.model.tokenizer import CutReport, tokenize
 
 
 def pairs(n, dim=16, seed=0, dtype=torch.float64, scale=14.3):
@@ -18,14 +19,21 @@ def pairs(n, dim=16, seed=0, dtype=torch.float64, scale=14.3):
     )
 
 
-def textbook(images, texts, scale, groups=None):
+def textbook(images, texts, scale, groups=None, weights=None, duplicates="mask"):
     """The definition, pair by pair."""
     n, total = len(images), 0.0
+    groups = torch.arange(n) if groups is None else groups
+    groups = groups.reshape(n, -1)
+    weights = torch.ones(n) if weights is None else weights
     for i in range(n):
+        same = [j for j in range(n) if (groups[i] == groups[j]).any()]
         for queries, items in ((images, texts), (texts, images)):
-            counted = [j for j in range(n) if j == i or groups is None or groups[j] != groups[i]]
+            targets = same if duplicates == "positive" else [i]
+            counted = [j for j in range(n) if j in targets or j not in same]
             scores = torch.stack([scale * queries[i] @ items[j] for j in counted])
-            total = total - F.log_softmax(scores, dim=0)[counted.index(i)] / (2 * n)
+            found = F.log_softmax(scores, dim=0)
+            own = -torch.stack([found[counted.index(j)] for j in targets]).mean()
+            total = total + weights[i] * own / (2 * weights.sum())
     return total
 
 
@@ -37,13 +45,30 @@ def assert_equal(ours, theirs, found, wanted, tolerance):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=tolerance)
 
 
+GROUPS = {
+    "none": None,
+    "captions": [0, 1, 0, 2, 3, 3, 3],
+    "all": [5] * 7,
+    "both": [[0, 0], [0, 1], [1, 1], [2, 2], [3, 3], [3, 3], [4, 0]],
+    "images": [[4, 0], [4, 1], [1, 2], [2, 3], [4, 5], [3, 6], [6, 7]],
+    "distinct": [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [6, 6]],
+}
+WEIGHTS = [0.5, 3.0, 0.0, 1.0, 0.25, 7.0, 1.5]
+
+
 @pytest.mark.parametrize("tile", [1, 3, 7, 100])
-@pytest.mark.parametrize("groups", [None, [0, 1, 0, 2, 3, 3, 3], [5] * 7])
-def test_equals_the_definition_with_all_gradients(groups, tile):
+@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+@pytest.mark.parametrize("groups", list(GROUPS))
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["even", "weighted"])
+def test_equals_the_definition_with_all_gradients(groups, weights, duplicates, tile):
     wanted, found = pairs(7), pairs(7)
-    tensor = None if groups is None else torch.tensor(groups)
-    ours = info_nce(*found, groups=tensor, tile=tile)
-    assert_equal(ours, textbook(*wanted, groups=groups), found, wanted, 1e-10)
+    choice = {
+        "groups": None if GROUPS[groups] is None else torch.tensor(GROUPS[groups]),
+        "weights": None if weights is None else torch.tensor(weights),
+        "duplicates": duplicates,
+    }
+    ours = info_nce(*found, tile=tile, **choice)
+    assert_equal(ours, textbook(*wanted, **choice), found, wanted, 1e-10)
 
 
 @pytest.mark.parametrize("tile", [16, 1024])
@@ -69,10 +94,8 @@ def far_apart(dtype):
 @pytest.mark.parametrize("tile", [8, 100])
 def test_logits_too_far_apart_for_one_exponential(tile, monkeypatch):
     careful = []
-    original = module._careful_normalisers
-    monkeypatch.setattr(
-        module, "_careful_normalisers", lambda *a: careful.append(1) or original(*a)
-    )
+    original = Sweep._careful_normalisers
+    monkeypatch.setattr(Sweep, "_careful_normalisers", lambda *a: careful.append(1) or original(*a))
     wanted, found = far_apart(torch.float32), far_apart(torch.float32)
     ours = info_nce(*found, tile=tile)
     assert careful, "the vectors are no case of what is tested"
@@ -97,12 +120,50 @@ def test_no_logits_of_all_pairs_are_held():
     assert largest == 64 * 16  # the vectors themselves; all pairs would be 64 × 64
 
 
-def test_distinct_captions_mask_nothing():
+@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+def test_logits_far_apart_with_weights_and_duplicates(duplicates):
+    choice = {
+        "groups": torch.arange(40) % 17,
+        "weights": torch.linspace(0, 2, 40),
+        "duplicates": duplicates,
+    }
+    found = far_apart(torch.float32)
+    wanted = [tensor.detach().double().requires_grad_() for tensor in found]
+    ours, theirs = info_nce(*found, tile=8, **choice), textbook(*wanted, **choice)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours.backward()
+    theirs.backward()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.grad, b.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_distinct_pairs_have_no_duplicates():
     images, texts, scale = pairs(9)
-    assert info_nce(images, texts, scale, torch.arange(9)) == info_nce(images, texts, scale)
+    groups = torch.arange(9)
+    for duplicates in ("mask", "positive"):
+        loss = info_nce(images, texts, scale, groups, duplicates=duplicates)
+        assert loss == info_nce(images, texts, scale)
 
 
 def test_equal_captions_get_equal_groups():
-    tokens = torch.from_numpy(tokenize(["a dog", "A  Dog", "a cat", "a dog "]))
-    groups = caption_groups(tokens).tolist()
-    assert groups[0] == groups[1] == groups[3] != groups[2]
+    same = ["a dog", "A  Dog", "a dog ", "a dog.", "a dog ...", "a&#32;dog !", "a dog?!"]
+    others = ["a cat", "dog a", "a dog. a", ". a dog", "a", "", "a dog a dog", "2.5", "25"]
+    groups = caption_groups(torch.from_numpy(tokenize(same + others))).tolist()
+    assert len(set(groups[: len(same)])) == 1
+    assert len(set(groups)) == 1 + len(others)
+    long = ["very " * 80 + "long", "very " * 80 + "short"]  # what is not read makes no difference
+    assert (
+        len(set(caption_groups(torch.from_numpy(tokenize(long, report=CutReport()))).tolist())) == 1
+    )
+
+
+def test_pairs_are_duplicates_by_image_or_by_caption():
+    tokens = torch.from_numpy(tokenize(["a dog", "a cat", "a cat", "a fox"]))
+    groups = pair_groups(["1", "1", "2", "\udc80"], tokens)
+    same = (groups[:, None] == groups[None]).any(dim=2)
+    assert same.tolist() == [
+        [True, True, False, False],
+        [True, True, True, False],
+        [False, True, True, False],
+        [False, False, False, True],
+    ]

@@ -177,8 +177,10 @@ class LoopConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 where a short measurement finds it faster. Weights
     and loss are always float32."""
-    duplicates: Literal["mask", "ignore"] = "mask"
-    """Pairs with the same caption in one batch: not each other's negatives, or ignored."""
+    duplicates: Literal["mask", "positive", "ignore"] = "mask"
+    """Pairs of a batch with the same image or the same caption: not each other's negatives, each
+    other's targets, or negatives like all others. Case, spacing and final punctuation of captions
+    do not count."""
     seed: int = 0
     """Seed of weights, order, caption choice and augmentation."""
     eval_epochs: Annotated[float, Field(ge=0)] = 1.0

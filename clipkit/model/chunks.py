@@ -12,18 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from clipkit.model.loss import info_nce
 from clipkit.model.network import DualEncoder
 
 Chunk = tuple[Tensor, Tensor]
 """Images, uint8 [m, 3, height, width], and tokens, int64 [m, 77]."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Image vectors and caption vectors, float [n, dim] each, and the scale, float [], to the loss."""
 
 
 def backward(
     network: DualEncoder,
     chunks: Sequence[Chunk],
     prepare: Callable[[Tensor], Tensor],
-    groups: Tensor | None,
+    loss_of: Loss,
     seed: int,
 ) -> Tensor:
     """Loss of a whole batch, its gradient added to the parameters' own.
@@ -35,7 +36,7 @@ def backward(
         network: the towers.
         chunks: the batch in parts.
         prepare: images to what the image tower expects; called chunk by chunk.
-        groups: int64 [n] over the whole batch, for ``info_nce``.
+        loss_of: image vectors, caption vectors and scale to the loss, such as ``info_nce``.
         seed: chunk number c draws its dropout from ``seed + c``, the same in both passes.
 
     Returns:
@@ -50,14 +51,14 @@ def backward(
 
     if len(chunks) == 1:
         images, texts, scale = encode(0)
-        loss = info_nce(images, texts, scale, groups)
+        loss = loss_of(images, texts, scale)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     with torch.no_grad(), _statistics_at_rest(network):
         parts = [encode(number)[:2] for number in range(len(chunks))]
     images, texts = (torch.cat(part).requires_grad_() for part in zip(*parts, strict=True))
-    loss = info_nce(images, texts, network.scale, groups)
+    loss = loss_of(images, texts, network.scale)
     loss.backward()  # type: ignore[no-untyped-call]
     sizes = [len(part) for part, _ in parts]
     wanted_of = [torch.split(cast(Tensor, vectors.grad), sizes) for vectors in (images, texts)]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit.config import TrainConfig
+from clipkit.data.pairs import PairBatch
 from clipkit.errors import TrainingError
 from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
-from clipkit.model.chunks import backward
-from clipkit.model.loss import caption_groups
+from clipkit.model.chunks import Loss, backward
+from clipkit.model.groups import pair_groups
+from clipkit.model.loss import info_nce
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
 from clipkit.model.tower_options import checkpoint_gradients
@@ -64,12 +67,11 @@ class Learner:
         self._mean = (255 * mean)[:, None, None].to(device)
         self._std = (255 * std)[:, None, None].to(device)
 
-    def take_step(self, images: Tensor, tokens: Tensor, step: int, progress: float) -> StepReport:
+    def take_step(self, batch: PairBatch, step: int, progress: float) -> StepReport:
         """Learn from one batch.
 
         Args:
-            images: uint8 [n, 3, height, width].
-            tokens: int64 [n, 77].
+            batch: its pairs.
             step: its number, which seeds dropout.
             progress: share of the run done after it, in [0, 1], which sets the learning rate.
 
@@ -80,14 +82,13 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.network.train()
-        tokens = tokens.to(self.device, non_blocking=True)
-        groups = caption_groups(tokens) if self.config.train.duplicates == "mask" else None
+        images, tokens = batch.images, batch.tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.chunk_size or len(tokens)
         chunks = list(zip(torch.split(images, size), torch.split(tokens, size), strict=True))
         # Each step draws from a seed of its own, so that a resumed run draws the same.
         seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
-        loss = backward(self.network, chunks, self.normalized, groups, seed)
+        loss = backward(self.network, chunks, self.normalized, self._loss(batch), seed)
         limit = self.config.optim.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         if math.isfinite(norm):
@@ -97,6 +98,14 @@ class Learner:
         else:
             self._leave_out(step)
         return StepReport(loss, norm, rate)
+
+    def _loss(self, batch: PairBatch) -> Loss:
+        """The loss of a batch, of which only the vectors and the scale are missing."""
+        duplicates = self.config.train.duplicates
+        if duplicates == "ignore":
+            return info_nce
+        groups = pair_groups(batch.keys, batch.tokens)
+        return partial(info_nce, groups=groups, duplicates=duplicates)
 
     def _leave_out(self, step: int) -> None:
         self.skipped_steps += 1

@@ -69,9 +69,7 @@ class TrainingLoop:
             total=self.steps or None, initial=self.step, unit="step", disable=None, desc="training"
         ) as bar:
             for batch in meter.waiting(self._batches()):
-                report = self.learner.take_step(
-                    batch.images, batch.tokens, self.step, self._progress(ahead=1)
-                )
+                report = self.learner.take_step(batch, self.step, self._progress(ahead=1))
                 self.step += 1
                 self.seconds = time.perf_counter() - started
                 self.finished = self._progress() >= 1

@@ -1,19 +1,29 @@
 """Symmetric InfoNCE, the contrastive loss of CLIP, without a matrix of all pairs in memory."""
 
-import math
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from clipkit.model.distributed import ALONE, World
+from clipkit.model.tiles import Sweep, is_narrow
 
 TILE = 1024
 """Rows and columns of the logits held at a time: 4 MB in float32."""
 
 
 def info_nce(
-    images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None = None, tile: int = TILE
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    groups: Tensor | None = None,
+    tile: int = TILE,
+    *,
+    weights: Tensor | None = None,
+    duplicates: Literal["mask", "positive"] = "mask",
+    world: World = ALONE,
 ) -> Tensor:
     """Symmetric InfoNCE: the mean cross-entropy of each image finding its caption, and back.
 
@@ -21,116 +31,101 @@ def info_nce(
     figure 3; without ``groups`` it equals open_clip's ``ClipLoss``. The logits are computed tile by
     tile, and again in the backward pass, so that memory grows with n, not with its square.
 
+    Several processes share one batch of N pairs: each holds the logits of its own images, walks
+    over all captions, and takes the captions' normalisers from all (the division of Chen et al.
+    2023, "DisCo-CLIP", section 3, with one product of n × N instead of two). Every process gets the
+    loss of the whole batch, and that loss's gradient with respect to its own vectors; of the
+    scale's gradient each gets a part, to be summed.
+
     Args:
         images: float [n, dim], rows of unit length.
         texts: float [n, dim], rows of unit length; row i belongs to image i.
         scale: float [], the inverse temperature.
-        groups: int [n]; pairs of equal group say the same thing, so they are not counted as each
-            other's negatives. None: all other pairs are negatives.
+        groups: int [n] or [n, 2]; pairs that agree in any column are duplicates: the caption of one
+            is right for the image of the other. None: there are no duplicates.
         tile: rows and columns of the logits held at a time; it bounds the memory, not the result.
+        weights: float [n], at least 0; the loss is the weighted mean of the pairs' own losses.
+        duplicates: ``"mask"``: duplicates are not each other's negatives. ``"positive"``: each pair
+            has itself and all its duplicates as targets, of equal share (Khosla et al. 2020,
+            "Supervised Contrastive Learning", equation 2; in both directions Yang et al. 2022,
+            "Unified Contrastive Learning in Image-Text-Label Space", equations 2 to 4).
+        world: the processes that share the batch, each with any number n of its pairs.
 
     Returns:
         float []; differentiable once, with respect to images, texts and scale.
     """
-    loss: Tensor = _TiledInfoNCE.apply(images, texts, scale, groups, tile)
+    shares = world.shares(len(images))
+    if groups is not None:
+        groups = groups.reshape(len(images), -1)
+        groups = _repeated(world.gather(groups, shares)).to(images.device)
+    mass = images.new_ones(sum(shares))
+    if weights is not None:
+        mass = world.gather(weights, shares).to(mass)
+        mass = mass / mass.mean()  # no weights are weights of 1
+    targets = None
+    if groups is not None and not groups.shape[1]:
+        groups = None
+    elif groups is not None and duplicates == "positive":
+        targets = mass / _counts(groups)
+    batch = _Batch(mass, groups, targets, tile, world, shares)
+    loss: Tensor = _TiledInfoNCE.apply(images, texts, scale, batch)
     return loss
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is known of a whole batch beside its vectors; the tensors are those of ``Sweep``."""
+
+    mass: Tensor
+    groups: Tensor | None
+    targets: Tensor | None
+    tile: int
+    world: World
+    shares: list[int]
+
+    def sweep(self, images: Tensor, texts: Tensor, scale: Tensor) -> Sweep:
+        """The logits of this process's images and the captions of all."""
+        first = sum(self.shares[: self.world.rank])
+        return Sweep(images, texts, scale, first, self.mass, self.groups, self.targets, self.tile)
 
 
 class _TiledInfoNCE(torch.autograd.Function):
     """Two passes over the tiles: one for the normalisers, one for the gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None, tile: int
-    ) -> Tensor:
-        rows, columns = _normalisers(images, texts, scale, groups, tile)
-        ctx.save_for_backward(images, texts, scale, groups, rows, columns)
-        ctx.tile = tile
-        matches = scale * (images * texts).sum(dim=1)
-        return ((rows + columns) / 2 - matches).mean()
+    def forward(ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, batch: _Batch) -> Tensor:
+        texts = batch.world.gather(texts, batch.shares)
+        sweep = batch.sweep(images, texts, scale)
+        rows, columns, matches, highest = sweep.normalisers()
+        columns = batch.world.log_add(columns)
+        ctx.save_for_backward(images, texts, scale, rows, columns)
+        ctx.batch, ctx.narrow = batch, is_narrow(highest, rows, columns)
+        both_ways = sweep.mass[sweep.own] * (rows + columns[sweep.own]) / 2
+        return batch.world.add((both_ways - matches).sum() / len(texts))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        images, texts, scale, groups, rows, columns = ctx.saved_tensors
-        of_images, of_texts = torch.zeros_like(images), torch.zeros_like(texts)
-        for i, j, logits in _tiles(images, texts, scale, groups, ctx.tile):
-            shares = _shares(logits, rows[i], columns[j])
-            of_images[i].addmm_(shares, texts[j])
-            of_texts[j].addmm_(shares.T, images[i])
-        # The matches are counted once in each direction.
-        of_images.sub_(texts, alpha=2)
-        of_texts.sub_(images, alpha=2)
-        weight = upstream / (2 * len(images))
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        images, texts, scale, rows, columns = ctx.saved_tensors
+        batch: _Batch = ctx.batch
+        of_images, of_texts = batch.sweep(images, texts, scale).gradients(rows, columns, ctx.narrow)
+        of_texts = batch.world.scatter_sum(of_texts, batch.shares)
+        weight = upstream / (2 * len(texts))
         of_scale = weight * (of_images * images).sum()
-        return of_images.mul_(weight * scale), of_texts.mul_(weight * scale), of_scale, None, None
+        return of_images.mul_(weight * scale), of_texts.mul_(weight * scale), of_scale, None
 
 
-def _tiles(
-    images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None, tile: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The logits part by part, with the rows and columns they stand for."""
-    for row in range(0, len(images), tile):
-        i = slice(row, row + tile)
-        scaled = images[i] * scale
-        for column in range(0, len(texts), tile):
-            j = slice(column, column + tile)
-            logits = scaled @ texts[j].T
-            if groups is not None:
-                same = groups[i, None] == groups[None, j]
-                if row == column:
-                    same.fill_diagonal_(False)
-                logits.masked_fill_(same, -math.inf)
-            yield i, j, logits
+def _repeated(groups: Tensor) -> Tensor:
+    """The columns in which some pairs agree: most batches hold no image twice."""
+    ordered = groups.sort(dim=0).values
+    return groups[:, (ordered[1:] == ordered[:-1]).any(dim=0)]
 
 
-def _normalisers(
-    images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor]:
-    """Logarithms of the sums of exponentials of the logits' rows and columns, float [n] each."""
-    rows = images.new_full((len(images),), -math.inf)
-    columns = rows.clone()
-    highest = -math.inf
-    for i, j, logits in _tiles(images, texts, scale, groups, tile):
-        # One exponential serves rows and columns if both are measured from the tile's peak.
-        peak = logits.max()
-        highest = max(highest, float(peak))
-        exponentials = logits.sub_(peak).exp_()
-        rows[i] = torch.logaddexp(rows[i], exponentials.sum(dim=1).log_() + peak)
-        columns[j] = torch.logaddexp(columns[j], exponentials.sum(dim=0).log_() + peak)
-    if highest - min(float(rows.min()), float(columns.min())) < _range(rows.dtype):
-        return rows, columns
-    return _careful_normalisers(images, texts, scale, groups, tile)
-
-
-def _careful_normalisers(
-    images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor]:
-    """The same for rows so far below the peak that their exponentials vanish beside it."""
-    rows = images.new_full((len(images),), -math.inf)
-    columns = rows.clone()
-    for i, j, logits in _tiles(images, texts, scale, groups, tile):
-        rows[i] = torch.logaddexp(rows[i], logits.logsumexp(dim=1))
-        columns[j] = torch.logaddexp(columns[j], logits.logsumexp(dim=0))
-    return rows, columns
-
-
-def _shares(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Softmax along the rows plus softmax along the columns; overwrites the logits."""
-    lowest = torch.minimum(rows.min(), columns.min())
-    if float(logits.max() - lowest) >= _range(logits.dtype):
-        return (logits - rows[:, None]).exp_() + (logits - columns[None, :]).exp_()
-    # exp(l − r) + exp(l − c) = exp(l − s) · (exp(s − r) + exp(s − c)): one exponential a logit.
-    factors = (lowest - rows).exp_()[:, None] + (lowest - columns).exp_()[None, :]
-    return logits.sub_(lowest).exp_().mul_(factors)
-
-
-def _range(dtype: torch.dtype) -> float:
-    """How far apart two logits may be for their exponentials to fit one float, with a margin."""
-    return 0.8 * math.log(torch.finfo(dtype).max)
-
-
-def caption_groups(tokens: Tensor) -> Tensor:
-    """Number equal captions alike: int64 [n, context] to int64 [n]."""
-    groups: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
-    return groups
+def _counts(groups: Tensor) -> Tensor:
+    """How many duplicates each pair has, itself counted: int64 [N] from int64 [N, 1 or 2]."""
+    numbers = [torch.unique(column, return_inverse=True)[1] for column in groups.T]
+    counts = sum(number.bincount()[number] for number in numbers)
+    if len(numbers) == 2:  # those that agree in both were counted twice
+        both = torch.unique(numbers[0] * len(groups) + numbers[1], return_inverse=True)[1]
+        counts = counts - both.bincount()[both]
+    return torch.as_tensor(counts)

@@ -57,9 +57,7 @@ class Learner:
         if config.train.grad_checkpointing:
             checkpoint_gradients(towers.clip)
         self.network = DualEncoder(towers.clip, config.train.precision).to(device)
-        self.layout = torch.contiguous_format
         if is_convolutional(towers.clip):
-            self.layout = torch.channels_last
             self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(towers.clip, config.optim)
         self.skipped_steps = self._bad_in_a_row = 0
@@ -119,8 +117,9 @@ class Learner:
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it."""
-        images = images.to(self.device, non_blocking=True)
-        return images.to(torch.float32, memory_format=self.layout).sub_(self._mean).div_(self._std)
+        # Channels stay last in memory, as they come: so convolutions and patch embeddings like it.
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return images.float().sub_(self._mean).div_(self._std)
 
     def state(self) -> dict[str, Any]:
         """The optimiser's state and counts; weights are saved beside it."""

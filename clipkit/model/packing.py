@@ -1,0 +1,121 @@
+"""Sequences of different lengths laid end to end, and padded where attention needs it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PARTS_FROM = 64
+"""Captions from which on attention pads them in parts of like length; fewer gain nothing."""
+PARTS = 4
+"""Parts of a batch of captions, from the shortest to the longest."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that attention pads to one length.
+
+    Attributes:
+        count: how many.
+        length: of the longest, in tokens.
+        tokens: of all together.
+        places: int64 [tokens], where each token stands in the padded [count · length]; None where
+            all are of one length.
+        valid: bool [count, 1, 1, length], which places hold a token; None likewise.
+    """
+
+    count: int
+    length: int
+    tokens: int
+    places: Tensor | None
+    valid: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences laid end to end.
+
+    Attributes:
+        parts: the sequences in order, in parts of like length.
+        positions: int64 [tokens], the place of each token in its sequence.
+        starts: int64 [n], the first token of each sequence.
+        ends: int64 [n], the last token of each sequence.
+    """
+
+    parts: list[Part]
+    positions: Tensor
+    starts: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
+        """Lay out sequences of these lengths, which should be sorted, on a device."""
+        sizes = torch.tensor(lengths, device=device)
+        starts = sizes.cumsum(0) - sizes
+        positions = torch.arange(sum(lengths), device=device) - starts.repeat_interleave(sizes)
+        even = len(set(lengths)) == 1
+        cuts = 1 if even or len(lengths) < PARTS_FROM else PARTS
+        share = -(-len(lengths) // cuts)
+        chunks = [lengths[i : i + share] for i in range(0, len(lengths), share)]
+        tokens = [sum(chunk) for chunk in chunks]
+        firsts = accumulate(tokens, initial=0)
+        parts = [
+            _part(chunk, positions[first : first + count])
+            for chunk, first, count in zip(chunks, firsts, tokens, strict=False)
+        ]
+        return cls(parts, positions, starts, starts + sizes - 1)
+
+
+def _part(lengths: Sequence[int], positions: Tensor) -> Part:
+    count, longest, tokens = len(lengths), max(lengths), sum(lengths)
+    if tokens == count * longest:
+        return Part(count, longest, tokens, None, None)
+    sizes = torch.tensor(lengths, device=positions.device)
+    rows = torch.arange(count, device=positions.device).repeat_interleave(sizes)
+    valid = torch.arange(longest, device=positions.device) < sizes[:, None]
+    return Part(count, longest, tokens, rows * longest + positions, valid[:, None, None])
+
+
+class _Take(torch.autograd.Function):
+    # The backward pass of torch's own index_select adds rows up one by one.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.size = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return upstream.new_zeros(ctx.size, upstream.shape[1]).index_copy_(0, rows, upstream), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(size, x.shape[1]).index_copy_(0, rows, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return upstream.index_select(0, rows), None, None
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a matrix: [m, width] and int64 [t], each row at most once, to [t, width]."""
+    taken: Tensor = _Take.apply(x, rows)
+    return taken
+
+
+def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """The reverse: [t, width] to [size, width] with row i at ``rows[i]`` and zeros elsewhere."""
+    placed: Tensor = _Spread.apply(x, rows, size)
+    return placed

@@ -1,13 +1,21 @@
 """What long work tells of itself: throughput, waiting, and that someone wants it to stop."""
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 Item = TypeVar("Item")
+
+
+def tell(message: str) -> None:
+    """Say something on stderr, above a progress bar that may stand there."""
+    tqdm.write(message, file=sys.stderr)
 
 
 class Meter:

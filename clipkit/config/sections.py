@@ -193,6 +193,13 @@ class LoopConfig:
     """Steps between two checkpoints that are kept for good; 0: none are."""
     best: Metric = "text_to_image_r1"
     """Held-out metric by which the best checkpoint so far is kept; "": it is not."""
+    bad_steps: Count = 20
+    """So many steps in a row without a finite loss and gradient (each is left out and counted)
+    send the run back to its last good checkpoint."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often it may go back before it ends with an error."""
+    retry_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor on the learning rate each time it goes back."""
     log_steps: Count = 10
     """Steps between two lines of log.jsonl."""
 

@@ -1,7 +1,7 @@
 """One optimisation step on one batch, and the state that the next one starts from."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,15 @@ from torch import Tensor
 
 from clipkit.config import TrainConfig
 from clipkit.data.pairs import PairBatch
-from clipkit.errors import TrainingError
 from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
 from clipkit.model.chunks import Loss, backward
 from clipkit.model.groups import pair_groups
 from clipkit.model.loss import info_nce
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
+from clipkit.model.recovery import Health, Statistics
 from clipkit.model.tower_options import checkpoint_gradients
-
-BAD_STEPS_IN_A_ROW = 20
-"""So many steps without a finite gradient, one after the other, end a run."""
+from clipkit.model.towers import build_towers
 
 MOST_CHUNKS = 65_536
 """Seeds set aside for the chunks of a step."""
@@ -34,7 +32,8 @@ class StepReport:
 
     Attributes:
         loss: of the batch, float32 [].
-        grad_norm: norm of the whole gradient before clipping; not finite if the step was left out.
+        grad_norm: norm of the whole gradient before clipping; if it or the loss is not finite, the
+            step was left out.
         lr: the learning rate used where nothing scales it down.
     """
 
@@ -60,7 +59,8 @@ class Learner:
         if is_convolutional(towers.clip):
             self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(towers.clip, config.optim)
-        self.skipped_steps = self._bad_in_a_row = 0
+        self.health = Health()
+        self._statistics = Statistics(self.network)
         mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
         self._mean = (255 * mean)[:, None, None].to(device)
         self._std = (255 * std)[:, None, None].to(device)
@@ -72,14 +72,12 @@ class Learner:
             batch: its pairs.
             step: its number, which seeds dropout.
             progress: share of the run done after it, in [0, 1], which sets the learning rate.
-
-        Raises:
-            TrainingError: ``BAD_STEPS_IN_A_ROW`` steps had no finite gradient.
         """
-        rate = learning_rate(progress, self.config.optim)
+        rate = self.health.rate * learning_rate(progress, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.network.train()
+        self._statistics.keep()
         images, tokens = batch.images, batch.tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.chunk_size or len(tokens)
@@ -89,12 +87,13 @@ class Learner:
         loss = backward(self.network, chunks, self.normalized, self._loss(batch), seed)
         limit = self.config.optim.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
-        if math.isfinite(norm):
+        finite = math.isfinite(norm) and math.isfinite(float(loss))
+        if finite:
             self.optimizer.step()
             self.towers.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
-            self._bad_in_a_row = 0
         else:
-            self._leave_out(step)
+            self._statistics.put_back()
+        self.health.note(step + 1, finite)
         return StepReport(loss, norm, rate)
 
     def _loss(self, batch: PairBatch) -> Loss:
@@ -105,16 +104,6 @@ class Learner:
         groups = pair_groups(batch.keys, batch.tokens)
         return partial(info_nce, groups=groups, duplicates=duplicates)
 
-    def _leave_out(self, step: int) -> None:
-        self.skipped_steps += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise TrainingError(
-                f"no finite gradient in {BAD_STEPS_IN_A_ROW} steps up to step {step}; lower "
-                f"optim.lr (now {self.config.optim.lr:g}) and go on from the last checkpoint in a "
-                "new run through model.start"
-            )
-
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it."""
         # Channels stay last in memory, as they come: so convolutions and patch embeddings like it.
@@ -123,12 +112,20 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The optimiser's state and counts; weights are saved beside it."""
-        return {"optimizer": self.optimizer.state_dict(), "skipped_steps": self.skipped_steps}
+        return {"optimizer": self.optimizer.state_dict(), "health": asdict(self.health)}
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
         """Take over weights and state of a checkpoint; returns its whole training state."""
         self.towers.clip.load_state_dict(load_file(checkpoint / WEIGHTS))
         state = load_training_state(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped_steps = state["skipped_steps"]
+        self.health = Health(**state["health"])
         return state
+
+    def start_over(self) -> dict[str, Any]:
+        """Take over the weights that the run began with; returns an empty training state."""
+        config = self.config
+        towers = build_towers(config.model, config.optim.temperature, config.train.seed)
+        self.towers.clip.load_state_dict(towers.clip.state_dict())
+        self.optimizer = build_optimizer(self.towers.clip, config.optim)
+        return {}

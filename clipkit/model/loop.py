@@ -14,13 +14,20 @@ from clipkit.data.sources import Source
 from clipkit.errors import DataError
 from clipkit.manifest import Manifest, ModelRef
 from clipkit.metrics import retrieval_recall
+from clipkit.model.alarms import Watch
 from clipkit.model.checkpoint import save_checkpoint
 from clipkit.model.encode_pairs import encode_pairs
 from clipkit.model.learner import Learner, StepReport
+from clipkit.model.recovery import go_back, place_to_return, require_finite_steps
 from clipkit.model.run import RunDirectory
 from clipkit.model.tokenizer import CutReport
 from clipkit.plots import plot_run
-from clipkit.progress import Meter
+from clipkit.progress import Meter, tell
+
+FIRST_BAD = (
+    "the loss or its gradient is not finite, so step {step} changed nothing and the run goes on; "
+    "`skipped_steps` counts such steps"
+)
 
 
 class TrainingLoop:
@@ -48,38 +55,56 @@ class TrainingLoop:
         self.held_out, self.steps = held_out, steps
         self.step = self.epoch = self.batch = 0
         self.seconds = 0.0
-        self.recall: dict[str, float] = {}
-        self.best: dict[str, Any] = {}
         self.finished = False
-        if run.checkpoint:
-            state = learner.restore(run.checkpoint)
-            self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-            self.seconds, self.recall = state["seconds"], state["recall"]
-            self.best = state["best"]
-            self.loader.skipped.update(state["skipped"])
-            run.rewind(state["logged"])
-        else:
-            run.rewind(0)
+        state = learner.restore(run.checkpoint) if run.checkpoint else {}
+        self._stand(state)
+        self.seconds = state.get("seconds", 0.0)
+        self.loader.skipped.update(state.get("skipped", {}))
+        run.rewind(state.get("logged", 0))
+        rows = config.train.batch_size if loader.source.streaming else len(loader.source.rows)
+        pairs = min(config.train.batch_size, rows)
+        self.watch = Watch(config, steps, pairs, run.lines())
+
+    def _stand(self, state: dict[str, Any]) -> None:
+        """Stand where a training state says; at the start for an empty one."""
+        self.step, self.epoch, self.batch = (state.get(k, 0) for k in ("step", "epoch", "batch"))
+        self.recall: dict[str, float] = state.get("recall", {})
+        self.best: dict[str, Any] = state.get("best", {})
 
     def run_steps(self, interrupted: list[int]) -> None:
         """Take the steps that are left, until the end or until something is ``interrupted``."""
-        started = time.perf_counter() - self.seconds
-        meter = Meter()
+        self._started = time.perf_counter() - self.seconds
         with tqdm(
             total=self.steps or None, initial=self.step, unit="step", disable=None, desc="training"
         ) as bar:
-            for batch in meter.waiting(self._batches()):
-                report = self.learner.take_step(batch, self.step, self._progress(ahead=1))
-                self.step += 1
-                self.seconds = time.perf_counter() - started
-                self.finished = self._progress() >= 1
-                meter.samples += len(batch.keys)
-                bar.update()
-                if self.finished or interrupted or self.step % self.config.train.log_steps == 0:
-                    bar.set_postfix_str(self._log(report, meter))
-                if self.finished or interrupted:
-                    break
-                self._between_steps()
+            while not self._take_steps(bar, interrupted):
+                state, sentence = go_back(self.run, self.learner, self.step)
+                self._alarm("return", sentence, back_to=state.get("step", 0))
+                self._stand(state)
+                bar.update(self.step - bar.n)
+
+    def _take_steps(self, bar: Any, interrupted: list[int]) -> bool:
+        """Take steps until the run ends (True), or until too many in a row were bad (False)."""
+        meter, health = Meter(), self.learner.health
+        for batch in meter.waiting(self._batches()):
+            report = self.learner.take_step(batch, self.step, self._progress(ahead=1))
+            self.step += 1
+            self.seconds = time.perf_counter() - self._started
+            self.finished = self._progress() >= 1
+            meter.samples += len(batch.keys)
+            bar.update()
+            if self.finished or interrupted or self.step % self.config.train.log_steps == 0:
+                bar.set_postfix_str(self._log(report, meter))
+            if health.bad_in_a_row == health.skipped_steps == 1:
+                self._alarm("skipped", FIRST_BAD.format(step=self.step))
+            if self.finished or interrupted:
+                break
+            if health.bad_in_a_row >= self.config.train.bad_steps:
+                return False
+            self._between_steps()
+        if self.finished:
+            require_finite_steps(health, f"no finite loss or gradient in {self.step} steps")
+        return True
 
     def _batches(self) -> Iterator[PairBatch]:
         """Batches from where the run stands, epoch after epoch."""
@@ -104,20 +129,26 @@ class TrainingLoop:
         """Write a line of the log; the same in short for the progress bar."""
         loss = float(report.loss)
         speed, waited = meter.read()
-        self.run.log(
-            {
-                "step": self.step,
-                "epoch": self.epoch,
-                "loss": loss,
-                "grad_norm": report.grad_norm,
-                "lr": report.lr,
-                "scale": float(self.learner.network.scale.detach()),
-                "seconds": round(self.seconds, 3),
-                "samples_per_second": round(speed, 1),
-                "waiting_for_data": round(waited, 4),
-            }
-        )
+        line = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": loss,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "scale": float(self.learner.network.scale.detach()),
+            "seconds": round(self.seconds, 3),
+            "samples_per_second": round(speed, 1),
+            "waiting_for_data": round(waited, 4),
+        }
+        self.run.log(line)
+        for about, alarm in self.watch.see(line):
+            self._alarm(about, alarm)
         return f"loss {loss:.3f}, {speed:.0f} samples/s"
+
+    def _alarm(self, about: str, sentence: str, **more: int) -> None:
+        """Tell a person, and the log."""
+        tell(f"warning: step {self.step}: {sentence}")
+        self.run.log({"step": self.step, "about": about, "alarm": sentence, **more})
 
     def _between_steps(self) -> None:
         is_best = self._due(self.config.train.eval_epochs) and self._measure()
@@ -161,7 +192,7 @@ class TrainingLoop:
             state,
             {"step": self.step, "epoch": self.epoch, "held_out": self.recall, "best": self.best},
         )
-        self.run.prune({self.best.get("step", self.step)})
+        self.run.prune({self.best.get("step"), place_to_return(self.run, self.learner.health)})
         return model
 
     def skipped(self) -> dict[str, str]:
@@ -181,7 +212,7 @@ class TrainingLoop:
                 "held_out": self.recall,
                 "best": self.best,
                 "seconds": round(self.seconds, 1),
-                "skipped_steps": self.learner.skipped_steps,
+                "skipped_steps": self.learner.health.skipped_steps,
                 "skipped_images": len(self.skipped()),
                 "cut_captions": asdict(cut),
             }

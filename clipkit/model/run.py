@@ -105,7 +105,7 @@ class RunDirectory:
         """Where the checkpoint of a step stands."""
         return self.path / f"step-{step}"
 
-    def prune(self, spared: Collection[int]) -> None:
+    def prune(self, spared: Collection[int | None]) -> None:
         """Remove the checkpoints that the run is not to keep.
 
         Args:

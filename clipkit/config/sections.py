@@ -175,7 +175,7 @@ class LoopConfig:
     """Keep only the inputs of the transformers' blocks for the backward pass and compute the rest
     again: less memory for a third more work, the same gradient."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto: bf16 where a short measurement finds it faster. Weights
+    """Arithmetic of the towers; auto: bf16 where a few measured steps find it faster. Weights
     and loss are always float32."""
     duplicates: Literal["mask", "positive", "ignore"] = "mask"
     """Pairs of a batch with the same image or the same caption: not each other's negatives, each

@@ -10,6 +10,7 @@ from clipkit.config import LoopConfig, TrainConfig, load_config
 from clipkit.data.pairs import PairLoader
 from clipkit.errors import ConfigError, TrainingError
 from clipkit.manifest import is_complete
+from clipkit.model.checkpoint import Towers
 from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
@@ -63,7 +64,6 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
             f"{out} is finished; to train it further, start a new run with model.start={out}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = _with_precision(config, out, device, resume)
     training, held_out = open_training_data(config.data, config.train.seed)
     cut = CutReport()
     if not training.streaming:
@@ -72,6 +72,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         # Without captions it could not be measured on, which is better known before training.
         count_cut_captions(held_out, replace(config.data, long_captions="cut"), CutReport())
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
+    config = _with_precision(config, out, towers, device, resume)
     learner = Learner(towers, config, device)
     loader = pair_loader(config, training, learner.towers.image_size, cut)
     steps = _steps_in_all(config.train, loader)
@@ -86,13 +87,14 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
 
 
 def _with_precision(
-    config: TrainConfig, out: Path, device: torch.device, resume: bool
+    config: TrainConfig, out: Path, towers: Towers, device: torch.device, resume: bool
 ) -> TrainConfig:
     """Fix what ``auto`` stands for: measured once, kept when a run is resumed."""
     precision = config.train.precision
     if resume and precision == "auto" and (out / CONFIG_FILE).is_file():
         precision = load_config(out / CONFIG_FILE).train.precision
-    resolved = resolve_precision(precision, device)
+    pairs = config.train.chunk_size or config.train.batch_size
+    resolved = resolve_precision(precision, towers, pairs, device)
     return replace(config, train=replace(config.train, precision=resolved))
 
 

@@ -80,6 +80,15 @@ def png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def soft(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A picture as smooth as a photo, with an edge across it, uint8 [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    pixels[:, : width // 3] //= 2
+    return pixels
+
+
 def write_squares(folder: Path, per_colour: int = 2) -> list[str]:
     """Write colour/colour-N.png below `folder`; returns the keys, sorted."""
     keys = []

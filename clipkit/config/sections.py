@@ -73,6 +73,15 @@ class DataConfig:
     long_captions: Literal["cut", "error", "split"] = "cut"
     """What happens to captions over 77 tokens: cut and counted, refused before training starts,
     or split at sentence ends into several captions of the same image."""
+    decode: Literal["fast", "exact"] = "fast"
+    """How training pictures are read. fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their
+    size where the smallest crop still fills the model's, other pictures are averaged down likewise,
+    crops lie at whole pixels and a vectorised kernel resizes them; exact: decoded whole, cropped
+    between pixels, resized by Pillow. Held-out pictures are always read exactly."""
+    cache: Literal["auto", "yes", "no"] = "auto"
+    """Whether to keep decoded pictures in a file in the run's directory, mapped into memory, which
+    goes when the process ends; it changes nothing but the speed. auto: for tables read more than
+    once, in at most 2 GiB and a quarter of the free disk; yes: in a quarter of the free disk."""
     skip_limit: Share = 0.05
     """Largest share of unreadable pairs that training puts up with."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"

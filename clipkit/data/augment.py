@@ -3,42 +3,71 @@
 import math
 import random
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from clipkit.config import AugmentConfig
+from clipkit.data.images import Reduction
+from clipkit.data.resample import Box, Pixels, resample, resample_exactly
 
-Pixels = NDArray[np.uint8]
+Decode = Literal["fast", "exact"]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of Pillow's own grey
+_SMALLER = (8, 4, 2)  # what a JPEG can be divided by while it is decoded
 
 
 def augmentation(
-    config: AugmentConfig, size: tuple[int, int]
-) -> Callable[[Image.Image, random.Random], Pixels]:
-    """A function from an RGB image and a generator to uint8 [height, width, 3].
+    config: AugmentConfig, size: tuple[int, int], decode: Decode
+) -> Callable[[Pixels, random.Random], Pixels]:
+    """A function from an RGB picture, uint8 [h, w, 3], and a generator to uint8 [height, width, 3].
 
     Args:
         config: what to change, and how much.
         size: height and width of the result, in pixels.
+        decode: "exact" crops between pixels and resizes with Pillow; "fast" crops at whole pixels.
     """
+    resampled = resample if decode == "fast" else resample_exactly
 
-    def augment(image: Image.Image, generator: random.Random) -> Pixels:
-        if config.rotate:
-            image = _rotated(image, generator.uniform(-config.rotate, config.rotate))
-        box = crop_box(image.size, config.crop_scale, config.crop_ratio, generator)
-        # Crop and resize in one step, which reads each source pixel once.
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    def augment(picture: NDArray[np.uint8], generator: random.Random) -> Pixels:
+        height, width = picture.shape[:2]
+        degrees = generator.uniform(-config.rotate, config.rotate) if config.rotate else 0.0
+        box = crop_box((width, height), config.crop_scale, config.crop_ratio, generator)
+        pixels = resampled(picture, degrees, box, size)
         if config.flip and generator.random() < config.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = pixels[:, ::-1]
         if config.color_jitter:
-            image = _jittered(image, config.color_jitter, generator)
+            pixels = _jittered(pixels, config.color_jitter, generator)
         if config.grayscale and generator.random() < config.grayscale:
-            image = image.convert("L").convert("RGB")
-        return np.array(image, np.uint8)
+            pixels = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
+        return pixels
 
     return augment
+
+
+def reduction(config: AugmentConfig, size: tuple[int, int], decode: Decode) -> Reduction | None:
+    """How much smaller pictures may be read, so that the least crop is still as large as ``size``.
+
+    It depends on nothing that is drawn, so a picture is the same whenever it is read. None: they
+    are read whole.
+
+    Args:
+        config: what is cropped.
+        size: height and width that crops are resized to, in pixels.
+        decode: "exact" reads every picture whole.
+    """
+    if decode == "exact":
+        return None
+    share, (narrow, wide) = config.crop_scale[0], config.crop_ratio
+
+    def factor(width: int, height: int) -> int:
+        area = width * height * share
+        spare_width = min(math.sqrt(area * narrow), width) / size[1]
+        spare_height = min(math.sqrt(area / wide), height) / size[0]
+        return next((n for n in _SMALLER if n <= min(spare_width, spare_height)), 1)
+
+    return factor
 
 
 def crop_box(
@@ -46,7 +75,7 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     generator: random.Random,
-) -> tuple[float, float, float, float]:
+) -> Box:
     """A random part of an image: left, upper, right, lower, in pixels.
 
     Its share of the area is uniform in ``scale``, the logarithm of its ratio of width to height
@@ -69,13 +98,7 @@ def crop_box(
     return left, upper, min(left + crop_width, width), min(upper + crop_height, height)
 
 
-def _rotated(image: Image.Image, degrees: float) -> Image.Image:
-    """Rotate about the centre; the corners take the colour of the image's own first pixel."""
-    fill = image.getpixel((0, 0))
-    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
-
-
-def _jittered(image: Image.Image, strength: float, generator: random.Random) -> Image.Image:
+def _jittered(pixels: Pixels, strength: float, generator: random.Random) -> Pixels:
     """Brightness, contrast about middle grey, and saturation, in one pass over the pixels."""
     brightness, contrast, saturation = (
         1 + generator.uniform(-strength, strength) for _ in range(3)
@@ -87,4 +110,4 @@ def _jittered(image: Image.Image, strength: float, generator: random.Random) -> 
         row = [gain * (1 - saturation) * weight for weight in _LUMA]
         row[channel] += gain * saturation
         rows += [*row, offset]
-    return image.convert("RGB", tuple(rows))
+    return np.asarray(Image.fromarray(pixels).convert("RGB", tuple(rows)))

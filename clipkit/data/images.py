@@ -6,6 +6,7 @@ import re
 import stat
 import warnings
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -119,11 +120,21 @@ def printable(text: str | os.PathLike[str]) -> str:
     return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def read_image(source: Path | bytes) -> Image.Image:
+Reduction = Callable[[int, int], int]
+"""From width and height to the whole number, 1, 2, 4 or 8, that a picture may be divided by."""
+
+
+def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Image.Image:
     """Read one image as an 8-bit RGB picture, upright, fully loaded.
 
     The EXIF orientation is applied; transparency lies on white; 16 bits are scaled to 8; of an
     animation the first frame is taken. Safe to call from several threads at a time.
+
+    Args:
+        source: a file or its content.
+        reduction: how much smaller the picture may be; None: not at all. A JPEG is decoded at the
+            smaller size, by the scaled inverse transform of its 8 x 8 blocks, which takes a
+            fraction of the time; of other pictures blocks of pixels are averaged.
 
     Raises:
         ImageError: empty, truncated, damaged, not an image, longer than 100 times its width,
@@ -135,8 +146,11 @@ def read_image(source: Path | bytes) -> Image.Image:
     try:
         with _open(source) as stream, Image.open(stream, formats=_formats()) as image:
             _check_size(*image.size)
+            factor = _factor(image.size, reduction) if reduction else 1
+            smaller = factor > 1 and _draft(image, factor)
             image.load()
-            return _to_rgb(_upright(image))
+            picture = _to_rgb(_upright(image))
+            return picture if smaller or factor == 1 else picture.reduce(factor)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -180,6 +194,17 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(_too_large(f"{width} x {height}"))
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"is {width} x {height}, a side is over {MAX_ASPECT} times the other")
+
+
+def _factor(size: tuple[int, int], reduction: Reduction) -> int:
+    # Whether it lies on its side is known only once it is loaded.
+    return min(reduction(*size), reduction(*size[::-1]))
+
+
+def _draft(image: Image.Image, factor: int) -> bool:
+    """Have a JPEG decoded at 1 / ``factor`` of its size; False for another format."""
+    size = (max(1, image.width // factor), max(1, image.height // factor))
+    return image.draft(None, size) is not None
 
 
 def _too_large(size: str) -> str:

@@ -1,19 +1,22 @@
 """Image–caption pairs as batches, the same ones whenever asked."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from clipkit.data.images import Skipped
+from clipkit.data.cache import PictureCache
+from clipkit.data.images import Reduction, Skipped
+from clipkit.data.lookup import Lookup
+from clipkit.data.resample import Pixels
+from clipkit.data.rows import usable
+from clipkit.data.sampling import CaptionLengths, Sampler, stable_hash
 from clipkit.data.sources import Source, row_image
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError, SkipLimitError
@@ -30,11 +33,19 @@ _FEW = 1000
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What the training loop eats: images ``[n, 3, height, width]``, tokens ``int64 [n, 77]``."""
+    """What the training loop eats.
+
+    Attributes:
+        images: uint8 [n, 3, height, width].
+        tokens: int64 [n, 77].
+        keys: of the images.
+        weights: of the pairs in the loss, float32 [n]; None where all weigh the same.
+    """
 
     images: Tensor
     tokens: Tensor
     keys: list[str]
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -43,8 +54,9 @@ class PairBatch:
 @dataclass(frozen=True)
 class _Pair:
     key: str
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     caption: str
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -60,41 +72,69 @@ class PairLoader:
     """Batches of a source's pairs.
 
     Order, choice of caption and augmentation depend on the seed, the epoch and the row's key
-    alone, never on workers or timing, so that a run resumes exactly.
+    alone, never on workers, timing or what is cached, so that a run resumes exactly.
 
     Attributes:
-        preprocess: an RGB image and its random generator to uint8 ``[height, width, 3]``, of one
-            size for all; called from several threads.
+        preprocess: a picture, uint8 [h, w, 3], and its random generator to uint8
+            [height, width, 3], of one size for all; called from several threads.
         tokenize: captions to ``int64 [n, 77]``; called from the thread that asks for batches.
         split: parts a caption that is too long into several; None leaves captions whole.
         workers: threads that decode and preprocess; 0 does it in the thread that asks.
         skip_limit: the share of the rows seen, 0 to 1, that may be bad.
+        reduction: how much smaller pictures may be read; None: not at all.
+        classes: of a table, each row's class, int64 [rows], to draw each equally often; None: all
+            rows are drawn once an epoch.
+        lengths: of a table's captions, to make batches of like length; None: of any length.
+        weights: of the pairs of a label in the loss; 1 for labels not named.
+        cache: where decoded pictures of a table are kept, if anywhere.
         skipped: rows that were left out, key to reason.
+        seen, bad: rows of this epoch up to the last batch, and those of them left out.
 
     Raises:
         DataError: the source has no rows.
     """
 
     source: Source
-    preprocess: Callable[[Image.Image, random.Random], NDArray[np.uint8]]
+    preprocess: Callable[[Pixels, random.Random], Pixels]
     tokenize: Callable[[Sequence[str]], NDArray[np.int64]]
     split: Callable[[str], list[str]] | None
     batch_size: int
     seed: int
     workers: int
     skip_limit: float
+    reduction: Reduction | None = None
+    classes: NDArray[np.int64] | None = None
+    lengths: CaptionLengths | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    cache: PictureCache | None = None
     skipped: dict[str, str] = field(default_factory=dict, init=False)
+    seen: int = field(default=0, init=False)
+    bad: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if not self.source.streaming and not len(self.source.rows):
+        self._lookup: Lookup | None = None
+        self._sampler: Sampler | None = None
+        if self.source.streaming:
+            return
+        rows = len(self.source.rows)
+        if not rows:
             raise DataError(f"{self.source.spec} has no images, expected at least one; add some")
+        self._lookup = Lookup(self.source.rows)
+        self._sampler = Sampler(rows, self.batch_size, self.seed, self.classes, self.lengths)
 
     @property
     def batches_per_epoch(self) -> int | None:
         """Batches in an epoch; None for a stream, whose length is not known."""
-        if self.source.streaming:
-            return None
-        return max(1, len(self.source.rows) // self.batch_size)
+        return self._sampler.batches if self._sampler else None
+
+    def state(self) -> dict[str, Any]:
+        """What the rest of an epoch needs to know of the batches before, for a checkpoint."""
+        return {"skipped": self.skipped, "seen": self.seen, "bad": self.bad}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what ``state`` gave."""
+        self.skipped.update(state["skipped"])
+        self.seen, self.bad = state["seen"], state["bad"]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The batches of an epoch from number ``start`` on.
@@ -116,35 +156,39 @@ class PairLoader:
             workers=self.workers,
             ahead=ahead,
         )
-        seen = bad = 0
+        if not start:
+            self.seen = self.bad = 0
         pairs: list[_Pair] = []
         for results, last in work:
             for result in results:
-                seen += 1
+                self.seen += 1
                 if isinstance(result, _Pair):
                     pairs.append(result)
                 else:
-                    bad += 1
+                    self.bad += 1
                     self.skipped[result.key] = result.reason
             if last:
-                self._check_limit(bad, seen, len(pairs))
+                self._check_limit(len(pairs))
                 yield self._collate(pairs)
                 pairs = []
 
     def _chunks(self, epoch: int, start: int) -> Iterator[_Chunk]:
-        for rows in (
-            self._stream(epoch, start) if self.source.streaming else self._plan(epoch, start)
-        ):
+        for rows in self._plan(epoch, start) if self._sampler else self._stream(epoch, start):
             for i in range(0, len(rows), _CHUNK):
                 yield _Chunk(rows[i : i + _CHUNK], last=i + _CHUNK >= len(rows))
 
-    def _plan(self, epoch: int, start: int) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source.rows))
-        for number in range(start, self.batches_per_epoch or 0):
-            yield order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+    def _plan(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        """Batches of row numbers, each with how often the run has drawn the row before."""
+        for draws in self._sampler.plan(epoch)[start:] if self._sampler else ():
+            yield [(row, before) for row, before in draws.tolist()]
 
     def _stream(self, epoch: int, start: int) -> Iterator[list[Row]]:
-        seed = _stable_hash(self.seed, epoch) % 2**32
+        """Batches of rows; those before ``start`` are read from disk again but not decoded.
+
+        The state that `datasets` offers for its streams is of no use here: it does not hold the
+        rows in the shuffle buffer, and fills it anew when it is loaded.
+        """
+        seed = stable_hash(self.seed, epoch) % 2**32
         rows = self.source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         stream = iter(rows.skip(start * self.batch_size))
         for number in count(start):
@@ -154,30 +198,39 @@ class PairLoader:
             yield batch
 
     def _read(self, chunk: _Chunk, epoch: int) -> list[_Pair | Skipped]:
-        rows = chunk.rows
-        if not self.source.streaming:
-            columns = self.source.rows[rows]
-            rows = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
-        return [self._pair(row, epoch) for row in rows]
+        if self._lookup is None:
+            return [self._pair(row, None, epoch) for row in chunk.rows]
+        return [self._pair(self._lookup.texts(n), n, before) for n, before in chunk.rows]
 
-    def _pair(self, row: Row, epoch: int) -> _Pair | Skipped:
+    def _pair(self, row: Row, number: int | None, before: int) -> _Pair | Skipped:
         key = row["key"]
-        captions = [caption for caption in row["captions"] if caption and caption.strip()]
+        captions = usable(row["captions"])
         if not captions:
             return Skipped(key, "has no caption")
-        generator = random.Random(_stable_hash(self.seed, epoch, key))
+        generator = random.Random(stable_hash(self.seed, before, key))
         try:
-            pixels = self.preprocess(row_image(row), generator)
+            pixels = self.preprocess(self._picture(row, number), generator)
         except ImageError as error:
             return Skipped(key, str(error))
-        return _Pair(key, pixels, self._caption(key, captions, epoch))
+        weight = self.weights.get(row["label"] or "", 1.0)
+        return _Pair(key, pixels, self._caption(key, captions, before), weight)
 
-    def _caption(self, key: str, captions: list[str], epoch: int) -> str:
-        # In turn from a random first one: n epochs read each of n captions once, which leaves none
+    def _picture(self, row: Row, number: int | None) -> Pixels:
+        if number is None or self._lookup is None:
+            return np.asarray(row_image(row, self.reduction))
+        kept = self.cache.get(number) if self.cache else None
+        if kept is not None:
+            return kept
+        row = {"image": self._lookup.image(number)}
+        picture = np.asarray(row_image(row, self.reduction))
+        if self.cache:
+            self.cache.put(number, picture)
+        return picture
+
+    def _caption(self, key: str, captions: list[str], before: int) -> str:
+        # In turn from a random first one: n draws read each of n captions once, which leaves none
         # out by chance. Pieces of a split caption take their turns among its turns.
-        turn = _stable_hash(self.seed, key) + epoch
+        turn = stable_hash(self.seed, key) + before
         caption = captions[turn % len(captions)]
         if self.split is None:
             return caption
@@ -187,12 +240,14 @@ class PairLoader:
     def _collate(self, pairs: list[_Pair]) -> PairBatch:
         pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs]))
         tokens = torch.from_numpy(self.tokenize([pair.caption for pair in pairs]))
+        weights = torch.tensor([pair.weight for pair in pairs]) if self.weights else None
         # A view: channels stay last in memory, as convolutions like them.
-        return PairBatch(pixels.permute(0, 3, 1, 2), tokens, [pair.key for pair in pairs])
+        images = pixels.permute(0, 3, 1, 2)
+        return PairBatch(images, tokens, [pair.key for pair in pairs], weights)
 
-    def _check_limit(self, bad: int, seen: int, good_in_batch: int) -> None:
+    def _check_limit(self, good_in_batch: int) -> None:
         few = _FEW if self.source.streaming else min(_FEW, len(self.source.rows))
-        if good_in_batch and bad <= self.skip_limit * max(seen, few):
+        if good_in_batch and self.bad <= self.skip_limit * max(self.seen, few):
             return
         key, reason = next(reversed(self.skipped.items()))
         allowed = (
@@ -201,12 +256,7 @@ class PairLoader:
             else "some good ones in each batch"
         )
         raise SkipLimitError(
-            f"{bad} of {seen} rows of {self.source.spec} cannot be used (for example {key}: "
-            f"{reason}), expected {allowed}; mend what `clipkit data check` lists, or allow more"
+            f"{self.bad} of {self.seen} rows of {self.source.spec} cannot be used (for example "
+            f"{key}: {reason}), expected {allowed}; mend what `clipkit data check` lists, or allow "
+            "more"
         )
-
-
-def _stable_hash(*parts: object) -> int:
-    """A hash that is the same in every process, unlike Python's own of a text."""
-    text = "\0".join(map(str, parts)).encode("utf-8", errors="surrogatepass")
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from clipkit.data.images import Skipped, read_image
+from clipkit.data.images import Reduction, Skipped, read_image
 from clipkit.errors import DataError, ImageError
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ def no_captions(source: Source) -> DataError:
     )
 
 
-def row_image(row: Row) -> Image.Image:
-    """The picture of a row, RGB; raises ImageError where it cannot be read."""
+def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
+    """The picture of a row, RGB, as ``read_image`` reads it; raises ImageError where it cannot."""
     data, path = row["image"]["bytes"], row["image"]["path"]
     if data is None and path is None:
         raise ImageError("has neither bytes nor a path")
-    return read_image(Path(path) if data is None else data)
+    return read_image(Path(path) if data is None else data, reduction)
 
 
 def features() -> "Features":
@@ -199,6 +199,11 @@ def clean_captions(values: Any, key: str, skipped: list[Skipped]) -> list[str]:
     if captions and not all(texts):
         skipped.append(Skipped(key, "one of its captions is empty"))
     return captions
+
+
+def usable(captions: Iterable[str | None]) -> list[str]:
+    """The captions that hold any text."""
+    return [caption for caption in captions if caption and caption.strip()]
 
 
 def clean_text(value: Any) -> str:

@@ -59,7 +59,6 @@ class TrainingLoop:
         state = learner.restore(run.checkpoint) if run.checkpoint else {}
         self._stand(state)
         self.seconds = state.get("seconds", 0.0)
-        self.loader.skipped.update(state.get("skipped", {}))
         run.rewind(state.get("logged", 0))
         rows = config.train.batch_size if loader.source.streaming else len(loader.source.rows)
         pairs = min(config.train.batch_size, rows)
@@ -70,6 +69,8 @@ class TrainingLoop:
         self.step, self.epoch, self.batch = (state.get(k, 0) for k in ("step", "epoch", "batch"))
         self.recall: dict[str, float] = state.get("recall", {})
         self.best: dict[str, Any] = state.get("best", {})
+        if state:
+            self.loader.restore(state["data"])
 
     def run_steps(self, interrupted: list[int]) -> None:
         """Take the steps that are left, until the end or until something is ``interrupted``."""
@@ -184,7 +185,7 @@ class TrainingLoop:
             "recall": self.recall,
             "best": self.best,
             "logged": self.run.logged,
-            "skipped": self.loader.skipped,
+            "data": self.loader.state(),
         }
         model = save_checkpoint(
             self.run.step_path(self.step),

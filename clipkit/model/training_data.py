@@ -1,9 +1,11 @@
 """What a training run reads: its pairs, those held out, and what 77 tokens cut of the captions."""
 
+from pathlib import Path
 from typing import Literal
 
 from clipkit.config import DataConfig, TrainConfig
-from clipkit.data.augment import augmentation
+from clipkit.data.augment import augmentation, reduction
+from clipkit.data.cache import PictureCache, open_cache
 from clipkit.data.held_out import split_held_out
 from clipkit.data.pairs import PairLoader
 from clipkit.data.sources import Source, no_captions, open_source
@@ -68,11 +70,28 @@ def pair_loader(
     report = cut if source.streaming else CutReport()
     return PairLoader(
         source,
-        preprocess=augmentation(config.augment, image_size),
+        preprocess=augmentation(config.augment, image_size, config.data.decode),
         tokenize=lambda texts: tokenize(texts, policy=_policy(config.data), report=report),
         split=split_caption if config.data.long_captions == "split" else None,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         workers=worker_count(config.data.workers),
         skip_limit=config.data.skip_limit,
+        reduction=reduction(config.augment, image_size, config.data.decode),
     )
+
+
+def picture_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> PictureCache | None:
+    """Where a run keeps decoded pictures, as ``data.cache`` says; None: nowhere.
+
+    Args:
+        config: of the run.
+        loader: its training pairs; pictures of a stream are not kept.
+        folder: of the run.
+    """
+    per_epoch, loop = loader.batches_per_epoch, config.train
+    if per_epoch is None:
+        return None
+    once = loop.steps <= per_epoch if loop.steps else loop.epochs == 1
+    setting = "no" if once and config.data.cache == "auto" else config.data.cache
+    return open_cache(setting, folder)

@@ -17,7 +17,12 @@ from clipkit.model.precision import resolve_precision
 from clipkit.model.run import CONFIG_FILE, RunDirectory
 from clipkit.model.tokenizer import CutReport
 from clipkit.model.towers import build_towers
-from clipkit.model.training_data import count_cut_captions, open_training_data, pair_loader
+from clipkit.model.training_data import (
+    count_cut_captions,
+    open_training_data,
+    pair_loader,
+    picture_cache,
+)
 from clipkit.progress import catch_interrupts
 
 
@@ -77,6 +82,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     loader = pair_loader(config, training, learner.towers.image_size, cut)
     steps = _steps_in_all(config.train, loader)
     with RunDirectory(out, config, resume=resume) as run:
+        loader.cache = picture_cache(config, loader, run.path)
         loop = TrainingLoop(config, run, learner, loader, held_out, steps)
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)

@@ -68,6 +68,14 @@ class DataConfig:
     """Column of the images; empty: found by its usual names."""
     caption_column: str = ""
     """Column of the captions; empty: found by its usual names."""
+    label_column: str = ""
+    """Column of the labels, which `balance` and `caption_weights` go by; empty: found by its usual
+    names."""
+    balance: Literal["", "label"] = ""
+    """label: every label is drawn equally often, in epochs of as many pairs as before: pairs of a
+    rare label several times, of a common one a part each epoch. Empty: every pair once an epoch."""
+    caption_weights: dict[str, Positive] = field(default_factory=dict)
+    """Weights of pairs in the loss, by label, such as { dog = 2.0 }; 1 for labels not named."""
     streaming: Literal["auto", "yes", "no"] = "auto"
     """Whether to read front to back instead of at random; auto: what does not fit in memory."""
     long_captions: Literal["cut", "error", "split"] = "cut"
@@ -190,6 +198,10 @@ class LoopConfig:
     """Pairs of a batch with the same image or the same caption: not each other's negatives, each
     other's targets, or negatives like all others. Case, spacing and final punctuation of captions
     do not count."""
+    like_length: bool = False
+    """Whether batches are made of captions of like length, so that the text tower reads less
+    padding: pairs are shuffled, sorted among 32 batches, and the batches shuffled. The other
+    captions of a batch are then of like length too. For tables, not streams."""
     seed: int = 0
     """Seed of weights, order, caption choice and augmentation."""
     eval_epochs: Annotated[float, Field(ge=0)] = 1.0

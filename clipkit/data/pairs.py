@@ -16,7 +16,7 @@ from clipkit.data.images import Reduction, Skipped
 from clipkit.data.lookup import Lookup
 from clipkit.data.resample import Pixels
 from clipkit.data.rows import usable
-from clipkit.data.sampling import CaptionLengths, Sampler, stable_hash
+from clipkit.data.sampling import CaptionLengths, Sampler, first_turn, stable_hash
 from clipkit.data.sources import Source, row_image
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError, SkipLimitError
@@ -230,7 +230,7 @@ class PairLoader:
     def _caption(self, key: str, captions: list[str], before: int) -> str:
         # In turn from a random first one: n draws read each of n captions once, which leaves none
         # out by chance. Pieces of a split caption take their turns among its turns.
-        turn = stable_hash(self.seed, key) + before
+        turn = first_turn(self.seed, key) + before
         caption = captions[turn % len(captions)]
         if self.split is None:
             return caption

@@ -117,3 +117,8 @@ def stable_hash(*parts: object) -> int:
     """A hash of 64 bits that is the same in every process, unlike Python's own of a text."""
     text = "\0".join(map(str, parts)).encode("utf-8", errors="surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
+
+
+def first_turn(seed: int, key: str) -> int:
+    """Which of a row's captions, modulo their number, its first draw reads; the next, the next."""
+    return stable_hash(seed, key)

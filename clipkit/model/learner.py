@@ -99,10 +99,11 @@ class Learner:
     def _loss(self, batch: PairBatch) -> Loss:
         """The loss of a batch, of which only the vectors and the scale are missing."""
         duplicates = self.config.train.duplicates
+        weights = None if batch.weights is None else batch.weights.to(self.device)
         if duplicates == "ignore":
-            return info_nce
+            return partial(info_nce, weights=weights)
         groups = pair_groups(batch.keys, batch.tokens)
-        return partial(info_nce, groups=groups, duplicates=duplicates)
+        return partial(info_nce, groups=groups, duplicates=duplicates, weights=weights)
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it."""

@@ -1,15 +1,22 @@
 """What a training run reads: its pairs, those held out, and what 77 tokens cut of the captions."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from clipkit.config import DataConfig, TrainConfig
 from clipkit.data.augment import augmentation, reduction
 from clipkit.data.cache import PictureCache, open_cache
 from clipkit.data.held_out import split_held_out
+from clipkit.data.labels import class_numbers, require_labels
 from clipkit.data.pairs import PairLoader
+from clipkit.data.rows import usable
+from clipkit.data.sampling import CaptionLengths, first_turn
 from clipkit.data.sources import Source, no_captions, open_source
 from clipkit.data.workers import worker_count
+from clipkit.errors import ConfigError
 from clipkit.model.tokenizer import CutReport, split_caption, tokenize
 
 
@@ -22,7 +29,10 @@ def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | 
     """
     image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
-    training = open_source(config.train, image=image, caption=caption, streaming=streaming)
+    label = config.label_column or None
+    training = open_source(
+        config.train, image=image, caption=caption, label=label, streaming=streaming
+    )
     if config.held_out:
         return training, open_source(config.held_out, image=image, caption=caption)
     return split_held_out(training, config.held_out_share, seed)
@@ -65,7 +75,12 @@ def pair_loader(
         source: its training pairs.
         image_size: height and width of the images, in pixels.
         cut: counts the captions that are too long, for a stream.
+
+    Raises:
+        ConfigError: a stream is to be balanced, or read in batches of like length.
+        DataError: labels are wanted that are not there.
     """
+    require_labels(source, config.data.caption_weights)
     # A table's captions were counted before; a stream's are known only now.
     report = cut if source.streaming else CutReport()
     return PairLoader(
@@ -78,7 +93,36 @@ def pair_loader(
         workers=worker_count(config.data.workers),
         skip_limit=config.data.skip_limit,
         reduction=reduction(config.augment, image_size, config.data.decode),
+        classes=class_numbers(source) if config.data.balance == "label" else None,
+        lengths=caption_lengths(source, config.train.seed) if config.train.like_length else None,
+        weights=config.data.caption_weights,
     )
+
+
+def caption_lengths(source: Source, seed: int) -> CaptionLengths:
+    """How many tokens, at most 77, each caption of a table has; one to be split counts whole.
+
+    Raises:
+        ConfigError: the source streams.
+    """
+    if source.streaming:
+        raise ConfigError(
+            f"train.like_length sorts captions, but {source.spec} streams; set "
+            'data.streaming = "no", or train.like_length = false'
+        )
+    tokens, counts, turns = [np.empty(0, np.int64)], [], []
+    for part in source.rows.select_columns(["key", "captions"]).iter(batch_size=1000):
+        texts = [usable(captions) for captions in part["captions"]]
+        counts += [len(captions) for captions in texts]
+        turns += [
+            first_turn(seed, key) % max(len(c), 1)
+            for key, c in zip(part["key"], texts, strict=True)
+        ]
+        read = tokenize(list(chain.from_iterable(texts)), report=CutReport())
+        tokens.append(read.argmax(axis=1) + 1)  # the end token has the largest id
+    count = np.array(counts, np.int64)
+    first = np.cumsum(count) - count
+    return CaptionLengths(np.concatenate(tokens), first, count, np.array(turns, np.int64))
 
 
 def picture_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> PictureCache | None:

@@ -6,6 +6,7 @@ from conftest import tiny_model
 from torch import nn
 
 from clipkit.config import parse_config
+from clipkit.data.pairs import PairBatch
 from clipkit.errors import ConfigError
 from clipkit.model.checkpoint import save_checkpoint
 from clipkit.model.learner import Learner
@@ -24,6 +25,12 @@ def optim(**fields):
 def tiny_clip(**vision):
     model = tiny_model() | ({"vision": vision} if vision else {})
     return build_towers(parse_config({"model": model}).model, 0.07, 0).clip
+
+
+def four_pairs():
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.from_numpy(tokenize(["one", "two words", "three", "four"]))
+    return PairBatch(images, tokens, list("abcd"))
 
 
 class Toy(nn.Module):
@@ -120,8 +127,7 @@ def test_every_optimizer_learns_and_resumes_bit_for_bit(name):
 def test_a_learner_resumes_bit_for_bit(tmp_path, name):
     settings = {"model": tiny_model(), "optim": {"name": name, "layer_decay": 0.7}}
     config = parse_config(settings | {"train": {"precision": "fp32"}})
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    tokens = torch.from_numpy(tokenize(["one", "two words", "three", "four"]))
+    batch = four_pairs()
 
     def learner():
         return Learner(build_towers(config.model, 0.07, 0), config, torch.device("cpu"))
@@ -130,10 +136,10 @@ def test_a_learner_resumes_bit_for_bit(tmp_path, name):
     for step in range(4):
         if step == 2:
             save_checkpoint(tmp_path / "step-2", whole.towers, whole.state(), {"step": 2})
-        whole.take_step(images, tokens, step, 0.2 + step / 10)
+        whole.take_step(batch, step, 0.2 + step / 10)
     again.restore(tmp_path / "step-2")
     for step in (2, 3):
-        again.take_step(images, tokens, step, 0.2 + step / 10)
+        again.take_step(batch, step, 0.2 + step / 10)
     for key, value in again.network.state_dict().items():
         assert torch.equal(value, whole.network.state_dict()[key]), key
 
@@ -272,9 +278,8 @@ def test_layer_decay_scales_the_steps_taken():
     learner = Learner(build_towers(config.model, 0.07, 0), config, torch.device("cpu"))
     clip = learner.towers.clip
     before = {name: p.detach().clone() for name, p in clip.named_parameters()}
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    tokens = torch.from_numpy(tokenize(["one", "two words", "three", "four"]))
-    assert learner.take_step(images, tokens, 0, 0.5).lr == 1e-3
+    batch = four_pairs()
+    assert learner.take_step(batch, 0, 0.5).lr == 1e-3
     for name, share in {
         "visual.proj": 1,
         "visual.transformer.resblocks.0.mlp.c_proj.weight": 1 / 2,

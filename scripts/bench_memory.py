@@ -1,0 +1,99 @@
+"""Peak memory of one training step as the batch grows, with and without cached gradients.
+
+python scripts/bench_memory.py --chunk 32 --batches 64 128 256 512 1024
+python scripts/bench_memory.py --model ViT-S-32 --chunk 32 --batches 64 256 1024
+"""
+
+import argparse
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+SMALL = {
+    "embed_dim": 256,
+    "vision": {"image_size": 112, "layers": 6, "width": 192, "patch_size": 16},
+    "text": {"width": 192, "heads": 3, "layers": 6},
+}
+"""Towers for a quick look: 6 blocks of width 192 each, pictures of 112 pixels."""
+
+
+def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
+    """Send the MiB that one step takes beyond network and optimiser, and those of its batch."""
+    import torch
+
+    from clipkit.config import parse_config
+    from clipkit.model.learner import Learner
+    from clipkit.model.towers import build_towers
+
+    content = {"name": model} if model else SMALL
+    train = {"batch_size": batch, "chunk_size": chunk, "precision": "fp32"}
+    config = parse_config({"model": content, "train": train})
+    towers = build_towers(config.model, config.optim.temperature, config.train.seed)
+    learner = Learner(towers, config, torch.device("cpu"))
+    # What a first step allocates for good, such as the optimiser's moments, is not the batch's.
+    learner.take_step(_pairs(2, towers.image_size), 0, 0.5)
+    pairs = _pairs(batch, towers.image_size)
+    before = _status("VmRSS")
+    _forget_peak()
+    learner.take_step(pairs, 1, 0.5)
+    send.send((_status("VmHWM") - before, (pairs.images.nbytes + pairs.tokens.nbytes) / 2**20))
+
+
+def _pairs(n: int, size: tuple[int, int]) -> Any:
+    """Noise, and captions of 8 to 23 tokens."""
+    import torch
+
+    from clipkit.data.pairs import PairBatch
+
+    images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
+    tokens = torch.randint(1, 40_000, (n, 77))
+    ends = 7 + torch.arange(n) % 16
+    tokens[torch.arange(n), ends] = 49_407
+    tokens[torch.arange(77) > ends[:, None]] = 0
+    return PairBatch(images, tokens, [str(number) for number in range(n)])
+
+
+def _status(field: str) -> float:
+    """MiB of this process (Linux): VmRSS is held now, VmHWM was held at most."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
+
+
+def _forget_peak() -> None:
+    """Let VmHWM start anew from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak(model: str, batch: int, chunk: int) -> tuple[float, float]:
+    """MiB of one step and of its batch, measured in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_peak, args=(model, batch, chunk, send))
+    process.start()
+    send.close()  # so that a process that dies ends the wait
+    found: tuple[float, float] = receive.recv()
+    process.join()
+    return found
+
+
+def main() -> None:
+    """Print a line per batch size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="", help="an open_clip name; else small towers")
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--most-whole", type=int, default=256, help="largest batch taken whole")
+    options = parser.parse_args()
+    print("MiB beyond network, gradients, optimiser and the batch itself")
+    print(f"{'batch':>6} {'its pictures':>13} {'whole':>8} {f'chunks of {options.chunk}':>14}")
+    for batch in options.batches:
+        chunked, pictures = peak(options.model, batch, options.chunk)
+        whole = "–"
+        if batch <= options.most_whole:
+            whole = f"{peak(options.model, batch, 0)[0]:.0f}"
+        print(f"{batch:6} {pictures:13.0f} {whole:>8} {chunked:14.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from clipkit.data.pairs import PairLoader
 from clipkit.errors import ConfigError, TrainingError
 from clipkit.manifest import is_complete
 from clipkit.model.checkpoint import Towers
+from clipkit.model.doctor import examine, gather
 from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
@@ -23,7 +24,7 @@ from clipkit.model.training_data import (
     pair_loader,
     picture_cache,
 )
-from clipkit.progress import catch_interrupts
+from clipkit.progress import catch_interrupts, tell
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrainResult:
             empty if there was none.
         cut: what was cut from captions over 77 tokens.
         skipped: why training images could not be used, by key.
+        findings: what was doubtful about it before it started.
     """
 
     run: Path
@@ -48,6 +50,7 @@ class TrainResult:
     best: dict[str, Any]
     cut: CutReport
     skipped: dict[str, str]
+    findings: list[str]
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResult:
@@ -81,14 +84,24 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     learner = Learner(towers, config, device)
     loader = pair_loader(config, training, learner.towers.image_size, cut)
     steps = _steps_in_all(config.train, loader)
+    findings = examine(config, gather(config, training, held_out, steps, cut))
     with RunDirectory(out, config, resume=resume) as run:
+        for finding in findings:
+            tell(f"warning: {finding}")
         loader.cache = picture_cache(config, loader, run.path)
         loop = TrainingLoop(config, run, learner, loader, held_out, steps)
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)
         loop.close(cut)
     return TrainResult(
-        run.path, loop.step, loop.finished, loop.recall, loop.best, cut, loop.skipped()
+        run=run.path,
+        step=loop.step,
+        finished=loop.finished,
+        held_out=loop.recall,
+        best=loop.best,
+        cut=cut,
+        skipped=loop.skipped(),
+        findings=findings,
     )
 
 

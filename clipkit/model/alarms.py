@@ -96,10 +96,12 @@ class Watch:
         share = self._mean("waiting_for_data")
         if share <= 0.5:
             return ""
+        data = self.config.data
         return (
             f"{share:.0%} of the last {self._span()} steps' time went by waiting for images: raise "
-            f"data.workers (it is {self.config.data.workers}) where cores are idle, or store the "
-            "images smaller, near the size the model sees"
+            f"data.workers (it is {data.workers}) where cores are idle, keep decoded pictures with "
+            f'data.cache = "yes" (it is {data.cache}), read them with data.decode = "fast" (it is '
+            f"{data.decode}), or store them smaller, near the size the model sees"
         )
 
     def _progress(self, line: Line) -> float:

@@ -37,8 +37,8 @@ def shared_images(
 ) -> Shared | None:
     """Find held-out images whose bytes are those of a training image.
 
-    Only training images of the same size in bytes are read: 100,000 files took 6 s. Copies that were resized or stored anew are for
-    ``check_data`` to find, which decodes every image.
+    Only training images of the same size in bytes are read: 100,000 files took 6 s. Copies that
+    were resized or stored anew are for ``check_data`` to find, which decodes every image.
 
     Args:
         training: what is trained on.

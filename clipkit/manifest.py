@@ -23,7 +23,7 @@ from clipkit.errors import ArtifactError, ModelMismatchError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-KINDS = ("run", "checkpoint", "store", "index", "classifier")
+KINDS = ("run", "checkpoint", "features", "store", "index", "classifier")
 
 
 @dataclass(frozen=True)

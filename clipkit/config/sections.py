@@ -44,13 +44,23 @@ class ModelConfig:
     start: str = ""
     """A MODEL (run, checkpoint or open_clip name with weights) whose weights to start from; it
     brings its own towers, so the other fields stay empty."""
+    image_weights: str = ""
+    """Weights that an image tower of timm starts from: a FILE in timm's layout (.safetensors or a
+    plain PyTorch state dict; set `mean` and `std` to those it was trained with), or "pretrained"
+    for timm's own, fetched by it. A classifier that does not fit is left out. Empty: random."""
+    lock: tuple[Literal["image", "text"], ...] = ()
+    """Towers that are not trained: those parts of them whose weights were loaded. With `start`
+    that is the whole tower; with `image_weights` all but the projection into the shared space,
+    which starts from random weights (LiT, Zhai et al. 2022)."""
     patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each training picture's patches that the image tower does not see, chosen anew each
     time (FLIP): 0.5 halves its work at little loss. For vision transformers."""
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Mean of the image channels in [0, 1], subtracted from images (OpenAI CLIP's by default)."""
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """Standard deviation of the image channels in [0, 1], by which images are divided."""
+    mean: tuple[float, float, float] | tuple[()] = ()
+    """Mean of the image channels in [0, 1], subtracted from images. Empty: timm's for
+    `image_weights = "pretrained"`, else OpenAI CLIP's."""
+    std: tuple[float, float, float] | tuple[()] = ()
+    """Standard deviation of the image channels in [0, 1], by which images are divided; empty: as
+    for `mean`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,13 @@ class DataConfig:
     once, in at most 2 GiB and a quarter of the free disk; yes: in a quarter of the free disk."""
     skip_limit: Share = 0.05
     """Largest share of unreadable pairs that training puts up with."""
+    features: str = ""
+    """Directory for the features of locked towers, each stored once and used again by every run
+    with the same tower and data; empty: `features` in the run's own directory."""
+    feature_views: Annotated[int, Field(ge=0)] = 1
+    """Views of each image that a locked image tower makes features of: the first is the one that
+    evaluation sees, further ones are augmented; each epoch draws one. What is stored cannot be
+    augmented anew: 0 stores nothing and runs locked towers in every step."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Threads that decode images; auto: one per core, at most 16."""
 

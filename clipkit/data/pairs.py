@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipkit.data.cache import PictureCache
+from clipkit.data.features import Features
 from clipkit.data.images import Reduction, Skipped
 from clipkit.data.lookup import Lookup
 from clipkit.data.resample import Pixels
@@ -36,7 +37,7 @@ class PairBatch:
     """What the training loop eats.
 
     Attributes:
-        images: uint8 [n, 3, height, width].
+        images: uint8 [n, 3, height, width]; or stored features of them, float32 [n, …].
         tokens: int64 [n, 77].
         keys: of the images.
         weights: of the pairs in the loss, float32 [n]; None where all weigh the same.
@@ -54,7 +55,7 @@ class PairBatch:
 @dataclass(frozen=True)
 class _Pair:
     key: str
-    pixels: Pixels
+    image: NDArray[Any]
     caption: str
     weight: float
 
@@ -87,6 +88,7 @@ class PairLoader:
         lengths: of a table's captions, to make batches of like length; None: of any length.
         weights: of the pairs of a label in the loss; 1 for labels not named.
         cache: where decoded pictures of a table are kept, if anywhere.
+        features: of the images, where they are stored: then no picture is read.
         skipped: rows that were left out, key to reason.
         seen, bad: rows of this epoch up to the last batch, and those of them left out.
 
@@ -107,6 +109,7 @@ class PairLoader:
     lengths: CaptionLengths | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     cache: PictureCache | None = None
+    features: Features | None = None
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     seen: int = field(default=0, init=False)
     bad: int = field(default=0, init=False)
@@ -209,11 +212,14 @@ class PairLoader:
             return Skipped(key, "has no caption")
         generator = random.Random(stable_hash(self.seed, before, key))
         try:
-            pixels = self.preprocess(self._picture(row, number), generator)
+            if self.features is None:
+                image: NDArray[Any] = self.preprocess(self._picture(row, number), generator)
+            else:
+                image = self.features.draw(key, generator)
         except ImageError as error:
             return Skipped(key, str(error))
         weight = self.weights.get(row["label"] or "", 1.0)
-        return _Pair(key, pixels, self._caption(key, captions, before), weight)
+        return _Pair(key, image, self._caption(key, captions, before), weight)
 
     def _picture(self, row: Row, number: int | None) -> Pixels:
         if number is None or self._lookup is None:
@@ -238,11 +244,12 @@ class PairLoader:
         return pieces[turn // len(captions) % len(pieces)]
 
     def _collate(self, pairs: list[_Pair]) -> PairBatch:
-        pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs]))
+        images = torch.from_numpy(np.stack([pair.image for pair in pairs]))
         tokens = torch.from_numpy(self.tokenize([pair.caption for pair in pairs]))
         weights = torch.tensor([pair.weight for pair in pairs]) if self.weights else None
-        # A view: channels stay last in memory, as convolutions like them.
-        images = pixels.permute(0, 3, 1, 2)
+        if self.features is None:
+            # A view: channels stay last in memory, as convolutions like them.
+            images = images.permute(0, 3, 1, 2)
         return PairBatch(images, tokens, [pair.key for pair in pairs], weights)
 
     def _check_limit(self, good_in_batch: int) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from clipkit.errors import ArtifactError
 from clipkit.manifest import ArtifactWriter, Manifest, ModelRef, write_json
 from clipkit.model.encoder import Encoder
+from clipkit.model.locked import LockedTower
 from clipkit.model.network import DualEncoder, activations, heads
 from clipkit.model.tokenizer import CONTEXT, VOCAB
 
@@ -33,11 +34,13 @@ class Towers:
         clip: the open_clip model.
         model_config: its constructor's arguments, open_clip's ``model_cfg``.
         preprocess: its ``preprocess_cfg`` (size, mean, std, interpolation, resize mode).
+        locked: the towers that are not to be trained, "image" or "text".
     """
 
     clip: Any
     model_config: dict[str, Any]
     preprocess: dict[str, Any]
+    locked: dict[str, LockedTower] = field(default_factory=dict)
 
     @property
     def image_size(self) -> tuple[int, int]:

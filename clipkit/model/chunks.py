@@ -63,7 +63,10 @@ def backward(
     sizes = [len(part) for part, _ in parts]
     wanted_of = [torch.split(cast(Tensor, vectors.grad), sizes) for vectors in (images, texts)]
     for number, wanted in enumerate(zip(*wanted_of, strict=True)):
-        torch.autograd.backward(encode(number)[:2], wanted)
+        pairs = zip(encode(number)[:2], wanted, strict=True)
+        # The vectors of a locked tower take no gradient.
+        trained = [(vectors, gradient) for vectors, gradient in pairs if vectors.requires_grad]
+        torch.autograd.backward([v for v, _ in trained], [gradient for _, gradient in trained])
     return loss.detach()
 
 

@@ -19,6 +19,7 @@ from clipkit.model.loss import info_nce
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
 from clipkit.model.recovery import Health, Statistics
+from clipkit.model.stored import CaptionFeatures
 from clipkit.model.tower_options import checkpoint_gradients
 from clipkit.model.towers import build_towers
 
@@ -55,15 +56,26 @@ class Learner:
         self.config, self.towers, self.device = config, towers, device
         if config.train.grad_checkpointing:
             checkpoint_gradients(towers.clip)
-        self.network = DualEncoder(towers.clip, config.train.precision).to(device)
+        self.network = DualEncoder(towers.clip, config.train.precision, towers.locked)
+        self.network.to(device)
         if is_convolutional(towers.clip):
             self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(towers.clip, config.optim)
+        self.captions: CaptionFeatures | None = None
         self.health = Health()
         self._statistics = Statistics(self.network)
         mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
         self._mean = (255 * mean)[:, None, None].to(device)
         self._std = (255 * std)[:, None, None].to(device)
+
+    def use_features(self, captions: CaptionFeatures | None) -> None:
+        """Take stored features in place of what a locked tower would encode.
+
+        Args:
+            captions: those of a locked text tower; a batch brings those of images itself.
+        """
+        self.captions = captions
+        self.network.given_features = frozenset(self.network.locked)
 
     def take_step(self, batch: PairBatch, step: int, progress: float) -> StepReport:
         """Learn from one batch.
@@ -81,7 +93,8 @@ class Learner:
         images, tokens = batch.images, batch.tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.chunk_size or len(tokens)
-        chunks = list(zip(torch.split(images, size), torch.split(tokens, size), strict=True))
+        texts = self.captions.of(tokens).to(self.device) if self.captions else tokens
+        chunks = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
         # Each step draws from a seed of its own, so that a resumed run draws the same.
         seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
         loss = backward(self.network, chunks, self.normalized, self._loss(batch), seed)
@@ -106,7 +119,12 @@ class Learner:
         return partial(info_nce, groups=groups, duplicates=duplicates, weights=weights)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it."""
+        """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it.
+
+        Stored features are so already.
+        """
+        if "image" in self.network.given_features:
+            return images.to(self.device, non_blocking=True)
         # Channels stay last in memory, as they come: so convolutions and patch embeddings like it.
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.float().sub_(self._mean).div_(self._std)

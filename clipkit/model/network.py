@@ -1,14 +1,16 @@
 """The dual encoder: open_clip's two towers as one module that returns unit vectors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.model import transformer
+from clipkit.model.locked import LockedTower
 from clipkit.model.tokenizer import CONTEXT, VOCAB
 
 
@@ -18,29 +20,55 @@ class DualEncoder(nn.Module):
     Args:
         clip: open_clip's ``CLIP`` or ``CustomTextCLIP`` with CLIP's own text tower.
         precision: ``"bf16"`` runs the towers' matrix products so; weights and outputs stay float32.
+        locked: the towers that stay in evaluation mode, "image" or "text".
+
+    Attributes:
+        given_features: locked towers of which ``forward`` takes the stored features, in place of
+            images or tokens.
     """
 
     clip: Any  # its attributes are open_clip's, which has no types
 
-    def __init__(self, clip: nn.Module, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        clip: nn.Module,
+        precision: str = "fp32",
+        locked: Mapping[str, LockedTower] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.clip = clip
         self.precision = precision
+        self.locked = locked
+        self.given_features: frozenset[str] = frozenset()
         self.runs_images = transformer.runs_image_tower(self.clip.visual)
         self.runs_texts = transformer.runs_text_tower(getattr(clip, "text", clip))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a locked tower stays without dropout, its running statistics at rest."""
+        super().train(mode)
+        for tower in self.locked.values():
+            tower.body.eval()
+        return self
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode a batch of pairs.
 
         Args:
-            images: float32 [n, 3, height, width], normalised.
-            tokens: int64 [n, 77].
+            images: float32 [n, 3, height, width], normalised; or features of them.
+            tokens: int64 [n, 77]; or features of them.
 
         Returns:
             image vectors and caption vectors, float32 [n, dim], rows of unit length, and the
             logit scale, float32 [].
         """
-        return self.encode_images(images), self.encode_tokens(tokens), self.scale
+        encoded = [
+            self.encode_features(tower, given) if tower in self.given_features else encode(given)
+            for tower, encode, given in (
+                ("image", self.encode_images, images),
+                ("text", self.encode_tokens, tokens),
+            )
+        ]
+        return encoded[0], encoded[1], self.scale
 
     @property
     def scale(self) -> Tensor:
@@ -50,23 +78,48 @@ class DualEncoder(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """float32 [n, 3, height, width] to unit vectors, float32 [n, dim]."""
-        visual = self.clip.visual
-        if self.runs_images:
-            features = transformer.encode_images(visual, images, self._dtype)
-        else:
-            with self._autocast(images.device):
-                features = visual(images)
-        return F.normalize(features.to(self.clip.logit_scale.dtype), dim=-1)
+        return self._unit(self._project_images(images))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """int64 [n, 77] to unit vectors, float32 [n, dim]; nothing behind the end tokens is run."""
+        return self._unit(self._project_tokens(tokens))
+
+    def encode_features(self, tower: str, features: Tensor) -> Tensor:
+        """Features of a locked tower, float32 [n, …], to unit vectors, float32 [n, dim]."""
+        with self._autocast(features.device):
+            return self._unit(self.locked[tower].head(features))
+
+    @torch.no_grad()
+    def features(self, tower: str, given: Tensor) -> Tensor:
+        """What the frozen part of a locked tower makes of images or tokens, float32 [n, …]."""
+        body = self.locked[tower].body
+        if tower == "text":
+            features = self._project_tokens(given)
+        elif body is self.clip.visual:
+            features = self._project_images(given)
+        else:
+            with self._autocast(given.device):
+                features = body(given)
+        return features.float()
+
+    def _project_images(self, images: Tensor) -> Tensor:
+        visual = self.clip.visual
+        if self.runs_images:
+            return transformer.encode_images(visual, images, self._dtype)
+        with self._autocast(images.device):
+            projected: Tensor = visual(images)
+        return projected
+
+    def _project_tokens(self, tokens: Tensor) -> Tensor:
         if self.runs_texts:
             text = getattr(self.clip, "text", self.clip)
-            features = transformer.encode_tokens(text, tokens, self._dtype)
-        else:
-            with self._autocast(tokens.device):
-                features = self.clip.encode_text(tokens)
-        return F.normalize(features.to(self.clip.logit_scale.dtype), dim=-1)
+            return transformer.encode_tokens(text, tokens, self._dtype)
+        with self._autocast(tokens.device):
+            projected: Tensor = self.clip.encode_text(tokens)
+        return projected
+
+    def _unit(self, projected: Tensor) -> Tensor:
+        return F.normalize(projected.to(self.clip.logit_scale.dtype), dim=-1)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -3,18 +3,22 @@
 import difflib
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
 from clipkit.config import ModelConfig
-from clipkit.errors import ConfigError
+from clipkit.errors import ConfigError, ModelError
 from clipkit.model.checkpoint import Towers
+from clipkit.model.image_weights import PRETRAINED, load_image_weights, own_preprocessing
 from clipkit.model.load import load, model_config, resolve
+from clipkit.model.locked import lock_towers
 from clipkit.model.network import why_unsuitable
 from clipkit.model.tokenizer import CONTEXT, VOCAB
 from clipkit.model.tower_options import drop_patches
@@ -29,8 +33,9 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
         seed: of the random weights.
 
     Raises:
-        ConfigError: neither or several of name, own towers and start; unknown tower settings.
-        ModelError: a name that open_clip does not know, or weights that cannot be reached.
+        ConfigError: neither or several of name, own towers and start; unknown tower settings; a
+            tower to lock that has no weights to keep.
+        ModelError: weights that cannot be reached or do not fit.
     """
     own = bool(config.vision or config.text or config.embed_dim)
     if (own, bool(config.name), bool(config.start)).count(True) != 1:
@@ -38,7 +43,12 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
             "[model] needs exactly one of: name (an open_clip model name), start (a MODEL to go on "
             "from), or all of embed_dim, vision and text (own towers)"
         )
-    towers = _from_weights(config.start) if config.start else _new(config, own, temperature, seed)
+    if config.start and config.image_weights:
+        raise ConfigError(
+            "model.start brings its own image tower; leave model.image_weights empty, or build "
+            "new towers"
+        )
+    towers = _from_weights(config) if config.start else _new(config, own, temperature, seed)
     if config.patch_dropout:
         drop_patches(towers.clip, config.patch_dropout)
     return towers
@@ -46,13 +56,19 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
 
 def _new(config: ModelConfig, own: bool, temperature: float, seed: int) -> Towers:
     settings = _own(config) if own else model_config(_known(config.name))
+    if config.image_weights and not settings["vision_cfg"].get("timm_model_name"):
+        raise ConfigError(
+            "model.image_weights is for image towers of timm, and this one is open_clip's own; set "
+            "vision.timm_model_name, or take whole weights through model.start"
+        )
     torch.manual_seed(seed)
-    clip = _construct(settings)
+    clip = _construct(settings, pretrained=config.image_weights == PRETRAINED)
     clip.logit_scale.data.fill_(math.log(1 / temperature))
-    overlay = {"mean": config.mean, "std": config.std, "size": clip.visual.image_size}
-    preprocess = merge_preprocess_dict(PreprocessCfg(), overlay)
+    preprocess = _preprocessing(config, clip)
+    if config.image_weights not in ("", PRETRAINED):
+        load_image_weights(clip.visual.trunk, Path(config.image_weights))
     set_model_preprocess_cfg(clip, preprocess)
-    return Towers(clip, settings, preprocess)
+    return Towers(clip, settings, preprocess, lock_towers(config, clip))
 
 
 def _known(name: str) -> str:
@@ -63,14 +79,23 @@ def _known(name: str) -> str:
     return name
 
 
-def _from_weights(start: str) -> Towers:
-    encoder = load(start, device="cpu")
-    name, _ = resolve(start)
+def _preprocessing(config: ModelConfig, clip: Any) -> dict[str, Any]:
+    """open_clip's ``preprocess_cfg``: as the weights were trained, but for what a person sets."""
+    own = own_preprocessing(clip.visual.trunk) if config.image_weights == PRETRAINED else {}
+    given = {"mean": config.mean, "std": config.std}
+    overlay = own | {key: value for key, value in given.items() if value}
+    overlay["size"] = clip.visual.image_size
+    return dict(merge_preprocess_dict(PreprocessCfg(), overlay))
+
+
+def _from_weights(config: ModelConfig) -> Towers:
+    encoder = load(config.start, device="cpu")
+    name, _ = resolve(config.start)
     clip: Any = encoder.network.clip
     settings = model_config(name)
     # Tags trained with QuickGELU are loaded with it whatever the name's configuration says.
     settings["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in clip.modules())
-    return Towers(clip, settings, dict(clip.visual.preprocess_cfg))
+    return Towers(clip, settings, dict(clip.visual.preprocess_cfg), lock_towers(config, clip))
 
 
 def _own(config: ModelConfig) -> dict[str, Any]:
@@ -108,11 +133,17 @@ def _check_keys(section: str, given: dict[str, Any], known_by: type) -> None:
             raise ConfigError(f"unknown key {section}.{key}; {hint}")
 
 
-def _construct(settings: dict[str, Any]) -> Any:
+def _construct(settings: dict[str, Any], pretrained: bool) -> Any:
     arguments = {k: v for k, v in settings.items() if k != "custom_text"}
-    arguments["vision_cfg"] = {**arguments["vision_cfg"], "timm_model_pretrained": False}
+    arguments["vision_cfg"] = {**arguments["vision_cfg"], "timm_model_pretrained": pretrained}
     kind: type[nn.Module] = CustomTextCLIP if settings.get("custom_text") else open_clip.CLIP
     try:
         return kind(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        name = settings["vision_cfg"].get("timm_model_name")
+        if pretrained and timm.is_model(name):
+            raise ModelError(
+                f"timm's weights of {name} cannot be had ({' '.join(str(error).split())[:200]}); "
+                "connect to the network once, or name a file in model.image_weights"
+            ) from None
         raise ConfigError(f"[model] open_clip cannot build these towers: {error}") from None

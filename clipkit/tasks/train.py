@@ -16,6 +16,7 @@ from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
 from clipkit.model.run import CONFIG_FILE, RunDirectory
+from clipkit.model.stored import caption_features, image_features, uses_features
 from clipkit.model.tokenizer import CutReport
 from clipkit.model.towers import build_towers
 from clipkit.model.training_data import (
@@ -84,11 +85,15 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     learner = Learner(towers, config, device)
     loader = pair_loader(config, training, learner.towers.image_size, cut)
     steps = _steps_in_all(config.train, loader)
+    stored = uses_features(config, training)
     findings = examine(config, gather(config, training, held_out, steps, cut))
     with RunDirectory(out, config, resume=resume) as run:
         for finding in findings:
             tell(f"warning: {finding}")
-        loader.cache = picture_cache(config, loader, run.path)
+        if stored:
+            _store_features(config, learner, loader, run.path)
+        if not loader.features:
+            loader.cache = picture_cache(config, loader, run.path)
         loop = TrainingLoop(config, run, learner, loader, held_out, steps)
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)
@@ -103,6 +108,16 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         skipped=loop.skipped(),
         findings=findings,
     )
+
+
+def _store_features(config: TrainConfig, learner: Learner, loader: PairLoader, run: Path) -> None:
+    """Run the locked tower once and let the steps read what it made."""
+    folder = Path(config.data.features) if config.data.features else run / "features"
+    made_of = (learner.network, learner.towers, config, loader.source, folder)
+    if "image" in learner.network.locked:
+        loader.features = image_features(*made_of)
+    captions = caption_features(*made_of) if "text" in learner.network.locked else None
+    learner.use_features(captions)
 
 
 def _with_precision(

@@ -1,0 +1,163 @@
+"""Features of locked towers for a training run: from pictures and captions to what is stored."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from tqdm import tqdm
+
+from clipkit.config import TrainConfig
+from clipkit.data.augment import augmentation
+from clipkit.data.features import Encoded, Features, stored_features
+from clipkit.data.sampling import stable_hash
+from clipkit.data.sources import Row, Source, row_image
+from clipkit.data.workers import map_ordered, worker_count
+from clipkit.errors import ConfigError, ImageError
+from clipkit.manifest import ModelRef
+from clipkit.model.checkpoint import Towers, fingerprint, vector_dim
+from clipkit.model.network import DualEncoder
+from clipkit.model.tokenizer import CutReport, split_caption, tokenize
+
+BATCH = 64
+"""Images, or captions, that go through a locked tower at a time."""
+
+
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """Stored features of captions, found by their tokens."""
+
+    features: Features
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """int64 [n, 77] to float32 [n, dim]."""
+        rows = [self.features.rows[_key(row)] for row in tokens.cpu().numpy()]
+        return torch.from_numpy(self.features.values[rows, 0])
+
+
+def uses_features(config: TrainConfig, source: Source) -> bool:
+    """Whether locked towers are run once, before training, instead of in every step.
+
+    Raises:
+        ConfigError: they shall be, and the training pairs are a stream.
+    """
+    if not (config.model.lock and config.data.feature_views):
+        return False
+    if source.streaming:
+        raise ConfigError(
+            "the features of a locked tower are stored for tables, and these training pairs are a "
+            'stream; set data.feature_views = 0 to run it in every step, or data.streaming = "no"'
+        )
+    return True
+
+
+def image_features(
+    network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
+) -> Features:
+    """Features of the images of a source, of one or several views each.
+
+    Args:
+        network: holds the locked image tower.
+        towers: its preprocessing.
+        config: of the run: views, augmentation, seed, precision.
+        source: a table.
+        folder: where features are stored.
+    """
+    maker = _ImageMaker(network, towers, config, source)
+    views = config.data.feature_views
+    facts = {"views": views, "precision": network.precision, "data": source.fingerprint}
+    if views > 1:
+        facts |= {"augment": asdict(config.augment), "seed": config.train.seed}
+        facts["decode"] = config.data.decode
+    body = network.locked["image"].body
+    model = _reference(config, towers, fingerprint(body, towers.preprocess))
+    return stored_features(folder, "image", model, facts, source.rows["key"], maker.encode)
+
+
+def caption_features(
+    network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
+) -> CaptionFeatures:
+    """Features of the captions of a source, each once; arguments as of ``image_features``."""
+    captions: dict[str, NDArray[np.int64]] = {}
+    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
+        texts = [text for some in batch["captions"] for text in some]
+        if config.data.long_captions == "split":
+            texts = [part for text in texts for part in split_caption(text)]
+        captions |= {_key(row): row for row in tokenize(texts, report=CutReport())}
+    rows = list(captions.values())
+
+    def encode(start: int) -> Iterator[Encoded]:
+        for at in tqdm(range(start, len(rows), BATCH), desc="locked text tower", disable=None):
+            tokens = torch.from_numpy(np.stack(rows[at : at + BATCH]))
+            features = network.features("text", tokens.to(network.scale.device))
+            yield features.cpu().numpy()[:, None], {}
+
+    model = _reference(config, towers, fingerprint(network.locked["text"].body, {}))
+    facts = {"precision": network.precision}
+    return CaptionFeatures(stored_features(folder, "text", model, facts, list(captions), encode))
+
+
+class _ImageMaker:
+    """Images of a table through the locked image tower, the next ones being read meanwhile."""
+
+    def __init__(
+        self, network: DualEncoder, towers: Towers, config: TrainConfig, source: Source
+    ) -> None:
+        self.network, self.config, self.source = network, config, source
+        self.size = towers.image_size
+        preprocess = PreprocessCfg(**towers.preprocess)
+        self.plain = image_transform_v2(preprocess, is_train=False)
+        self.augment = augmentation(config.augment, self.size, config.data.decode)
+        self.mean, self.std = (
+            255 * torch.tensor(values)[:, None, None]
+            for values in (preprocess.mean, preprocess.std)
+        )
+
+    def encode(self, start: int) -> Iterator[Encoded]:
+        """Features of the rows from ``start`` on, float32 [m, views, …], and what was bad."""
+        views, rows = self.config.data.feature_views, self.source.rows
+        rest = rows.select(range(start, len(rows)))
+        results = map_ordered(
+            self._read, rest, workers=worker_count(self.config.data.workers), ahead=2 * BATCH
+        )
+        with tqdm(total=len(rest), unit="img", desc="locked image tower", disable=None) as bar:
+            while some := list(islice(results, max(1, BATCH // views))):
+                bad = {key: found for key, found in some if isinstance(found, str)}
+                # A bad row goes through as zeros, so that every row keeps its place.
+                nothing = torch.zeros(views, 3, *self.size)
+                images = [nothing if isinstance(found, str) else found for _, found in some]
+                batch = torch.cat(images).to(self.network.scale.device)
+                features = self.network.features("image", batch).cpu().numpy()
+                yield features.reshape(len(some), views, *features.shape[1:]), bad
+                bar.update(len(some))
+
+    def _read(self, row: Row) -> tuple[str, Tensor | str]:
+        """A row's key and its views, float32 [views, 3, height, width], or why there are none."""
+        key = row["key"]
+        try:
+            image = row_image(row)
+        except ImageError as error:
+            return key, str(error)
+        views = [self.plain(image)]
+        for view in range(1, self.config.data.feature_views):
+            generator = random.Random(stable_hash(self.config.train.seed, view, key))
+            pixels = torch.tensor(self.augment(np.asarray(image), generator)).permute(2, 0, 1)
+            views.append((pixels - self.mean) / self.std)
+        return key, torch.stack(views)
+
+
+def _reference(config: TrainConfig, towers: Towers, body: str) -> ModelRef:
+    model = config.model
+    name = model.start or model.name or str(model.vision.get("timm_model_name", ""))
+    return ModelRef(name, model.image_weights, body, vector_dim(towers.clip))
+
+
+def _key(tokens: NDArray[np.int64]) -> str:
+    """A caption's tokens up to the end token, as text."""
+    return tokens[: tokens.argmax() + 1].astype("<u2").tobytes().hex()

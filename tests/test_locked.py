@@ -1,0 +1,224 @@
+"""Locked towers: what stays frozen, and that stored features change nothing but the speed."""
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_train import assert_same_run, last_weights
+
+import clipkit
+from clipkit.config import parse_config
+from clipkit.errors import ConfigError
+from clipkit.manifest import read_manifest
+from clipkit.model.learner import Learner
+from clipkit.model.run import read_log
+from clipkit.model.towers import build_towers
+from clipkit.tasks.train import train
+
+TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of weights for the timm tower."""
+    import timm
+
+    torch.manual_seed(5)
+    file = tmp_path_factory.mktemp("weights") / "resnet10t.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def squares(colour_folder):
+    """The coloured pictures as squares of the model's size, so that no cropping changes them."""
+    for file in colour_folder.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.resize((32, 32)).save(file)
+    return colour_folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint to start from, of an open_clip model with both towers."""
+    from clipkit.model.checkpoint import save_checkpoint
+
+    path = tmp_path_factory.mktemp("start") / "step-1"
+    towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=3)
+    save_checkpoint(path, towers, {"step": 1}, {"step": 1})
+    return path
+
+
+def settings(folder, model, **sections):
+    config = {
+        "model": model,
+        "data": {"train": str(folder), "held_out_share": 0.25, "workers": 1},
+        "augment": {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]},
+        # Where a gradient is zero but for rounding, a small epsilon would blow the rounding up.
+        "optim": {"lr": 3e-3, "warmup": 0.1, "eps": 1e-4},
+        "train": {"batch_size": 3, "epochs": 4, "precision": "fp32", "log_steps": 1},
+    }
+    for name, values in sections.items():
+        config[name] = config[name] | values
+    return parse_config(config)
+
+
+def locked_image(weights):
+    return tiny_model() | {"vision": TIMM, "image_weights": str(weights), "lock": ["image"]}
+
+
+def assert_close_runs(one, other, atol):
+    ours, theirs = ([x for x in read_log(run) if "loss" in x] for run in (one, other))
+    assert len(ours) == len(theirs) == 12
+    np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], atol=atol)
+    weights, others = last_weights(one), last_weights(other)
+    for name in weights:
+        torch.testing.assert_close(weights[name], others[name], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 2])
+def test_stored_image_features_train_as_the_frozen_tower_does(
+    squares, tmp_path, weights, chunk_size
+):
+    model, loop = locked_image(weights), {"chunk_size": chunk_size}
+    train(settings(squares, model, train=loop), tmp_path / "stored")
+    in_steps = settings(squares, model, train=loop, data={"feature_views": 0})
+    train(in_steps, tmp_path / "each-step")
+    assert_close_runs(tmp_path / "stored", tmp_path / "each-step", atol=1e-5)
+    assert not (tmp_path / "each-step" / "features").exists()
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("chunk_size", [0, 2])
+def test_a_whole_tower_from_a_start_is_locked(squares, tmp_path, start, tower, chunk_size):
+    loop = {"chunk_size": chunk_size}
+    model = {"start": str(start), "lock": [tower]}
+    train(settings(squares, model, train=loop), tmp_path / "stored")
+    in_steps = settings(squares, model, train=loop, data={"feature_views": 0})
+    train(in_steps, tmp_path / "each-step")
+    assert_close_runs(tmp_path / "stored", tmp_path / "each-step", atol=1e-5)
+    before, after = (
+        load_file(start / "open_clip_model.safetensors"),
+        last_weights(tmp_path / "stored"),
+    )
+    for name, tensor in before.items():
+        of_image, of_scale = name.startswith("visual."), name == "logit_scale"
+        kept = not of_scale and of_image == (tower == "image")
+        assert torch.equal(tensor, after[name]) == kept, name
+
+
+def test_trunk_and_statistics_keep_still_while_the_projection_learns(squares, tmp_path, weights):
+    result = train(
+        settings(squares, locked_image(weights), data={"feature_views": 0}),
+        tmp_path / "run",
+    )
+    after, given = last_weights(result.run), load_file(weights)
+    fresh = build_towers(settings(squares, locked_image(weights)).model, 0.07, 0)
+    moved = 0
+    for name, tensor in after.items():
+        if name.startswith("visual.trunk."):
+            assert torch.equal(tensor, given[name.removeprefix("visual.trunk.")]), name
+        elif name.startswith("visual.head."):
+            moved += not torch.equal(tensor, fresh.clip.state_dict()[name])
+    assert moved >= 3
+
+
+def test_a_locked_run_loads_in_open_clip_with_equal_vectors(squares, tmp_path, weights):
+    result = train(settings(squares, locked_image(weights)), tmp_path / "run")
+    step = result.run / f"step-{result.step}"
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{step}")
+    images = [Image.open(file).convert("RGB") for file in sorted(squares.glob("*.png"))]
+    with torch.no_grad():
+        wanted = model.eval().encode_image(torch.stack([preprocess(i) for i in images]), True)
+        texts = model.encode_text(open_clip.tokenize(["a red picture"]), normalize=True)
+    encoder = clipkit.load(step)
+    np.testing.assert_allclose(encoder.encode_images(images), wanted, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_captions(["a red picture"]), texts, atol=1e-6)
+
+
+def test_resuming_with_features_gives_the_same_run(squares, tmp_path, weights):
+    config = settings(squares, locked_image(weights), data={"feature_views": 3})
+    train(config, tmp_path / "whole")
+    interrupt_after(5, lambda: train(config, tmp_path / "parts"))
+    train(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def interrupt_after(steps, run):
+    """Run until as many steps are taken, then as Ctrl-C would, and fail if it came to its end."""
+    original = Learner.take_step
+    taken = []
+
+    def counted(self, *given):
+        taken.append(1)
+        if len(taken) > steps:
+            raise KeyboardInterrupt
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "take_step", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+def test_features_are_found_again_and_made_anew_for_other_weights(squares, tmp_path, weights):
+    place = {"features": str(tmp_path / "kept")}
+    config = settings(squares, locked_image(weights), data=place)
+    train(config, tmp_path / "one")
+    made = sorted((tmp_path / "kept").iterdir())
+    stamp = (made[0] / "features.npy").stat().st_mtime_ns
+    train(config, tmp_path / "two")
+    assert sorted((tmp_path / "kept").iterdir()) == made
+    assert (made[0] / "features.npy").stat().st_mtime_ns == stamp
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    manifest = read_manifest(made[0], "features")
+    assert manifest.count == 9  # a quarter of twelve is held out
+    other = tmp_path / "other.safetensors"
+    save_file({name: t + 1 if t.ndim == 4 else t for name, t in load_file(weights).items()}, other)
+    train(settings(squares, locked_image(other), data=place), tmp_path / "three")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_an_unreadable_image_is_left_out_of_features_too(squares, tmp_path, weights):
+    (squares / "red-0.png").write_bytes(b"no image")
+    data = {"held_out_share": 0.0, "skip_limit": 0.5}
+    result = train(settings(squares, locked_image(weights), data=data), tmp_path / "run")
+    assert result.skipped == {"red-0.png": "is not an image of a known format"}
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (tiny_model() | {"lock": ["image"]}, "model.start or model.image_weights"),
+        (tiny_model() | {"lock": ["text"]}, "set model.start"),
+        ({"start": "START", "lock": ["image", "text"]}, "nothing to train"),
+        ({"start": "START", "image_weights": "FILE"}, "brings its own image tower"),
+        (tiny_model() | {"image_weights": "FILE"}, "vision.timm_model_name"),
+        (
+            tiny_model()
+            | {"vision": TIMM | {"timm_proj": ""}, "image_weights": "FILE", "lock": ["image"]},
+            "vision.timm_proj",
+        ),
+        (tiny_model() | {"lock": ["picture"]}, "model.lock"),
+    ],
+)
+def test_impossible_locks(start, weights, model, sentence):
+    known = {"START": str(start), "FILE": str(weights)}
+    model = {k: known.get(v, v) if isinstance(v, str) else v for k, v in model.items()}
+    with pytest.raises(ConfigError, match=sentence):
+        build_towers(parse_config({"model": model}).model, 0.07, 0)
+
+
+def test_a_stream_is_refused_unless_the_tower_runs_in_every_step(squares, tmp_path, weights):
+    stream = {"streaming": "yes", "held_out_share": 0.0}
+    loop = {"steps": 2}
+    config = settings(squares, locked_image(weights), data=stream, train=loop)
+    with pytest.raises(ConfigError, match="feature_views = 0"):
+        train(config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    stream |= {"feature_views": 0}
+    config = settings(squares, locked_image(weights), data=stream, train=loop)
+    assert train(config, tmp_path / "run").finished

@@ -1,6 +1,8 @@
 """The same batches whenever asked, each row once an epoch, bad rows left out and counted."""
 
+import copy
 import io
+import itertools
 import threading
 import time
 from types import SimpleNamespace
@@ -210,6 +212,32 @@ def test_too_many_bad_rows_stop(streaming):
     with pytest.raises(SkipLimitError, match=r"of \d+ rows of toy .* at most 10.0% in all"):
         batches(rows, skip_limit=0.1)
     assert len(batches(rows, skip_limit=0.3)) == 150
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_limit_is_met_at_the_same_batch_after_a_resume(streaming):
+    # More bad rows than may be, but never many after the middle of the epoch.
+    rows = source([row(n, image=b"" if n % 4 == 0 else None) for n in range(1200)])
+    rows.rows = rows.rows.to_iterable_dataset() if streaming else rows.rows
+    rows.streaming = streaming
+    whole = loader(rows, skip_limit=0.2, workers=0)
+    states, found = [], []
+    with pytest.raises(SkipLimitError) as error:
+        for batch in whole.batches(0):
+            found.append(batch)
+            states.append(copy.deepcopy(whole.state()))
+    half = len(found) // 2
+    resumed = loader(rows, skip_limit=0.2)
+    resumed.restore(states[half - 1])
+    left = []
+    with pytest.raises(SkipLimitError) as again:
+        left.extend(resumed.batches(0, half))
+    assert str(again.value) == str(error.value)
+    assert resumed.skipped == whole.skipped
+    fresh = loader(rows, skip_limit=0.2)
+    assert (
+        len(list(itertools.islice(fresh.batches(0, half), len(found) - half))) == len(found) - half
+    )
 
 
 def test_a_batch_without_good_rows_stops():

@@ -40,6 +40,7 @@ class TrainingLoop:
         loader: what it is trained on.
         held_out: what it is measured on, if anything.
         steps: of the whole run; 0 where only the clock ends it.
+        cut: what is cut of the captions; a stream's are counted as they come.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class TrainingLoop:
         loader: PairLoader,
         held_out: Source | None,
         steps: int,
+        cut: CutReport,
     ) -> None:
         self.config, self.run, self.learner, self.loader = config, run, learner, loader
-        self.held_out, self.steps = held_out, steps
+        self.held_out, self.steps, self.cut = held_out, steps, cut
         self.step = self.epoch = self.batch = 0
         self.seconds = 0.0
         self.finished = False
@@ -71,6 +73,8 @@ class TrainingLoop:
         self.best: dict[str, Any] = state.get("best", {})
         if state:
             self.loader.restore(state["data"])
+        if state and self.loader.source.streaming:
+            self.cut.restore(state["cut"])
 
     def run_steps(self, interrupted: list[int]) -> None:
         """Take the steps that are left, until the end or until something is ``interrupted``."""
@@ -94,15 +98,18 @@ class TrainingLoop:
             self.finished = self._progress() >= 1
             meter.samples += len(batch.keys)
             bar.update()
-            if self.finished or interrupted or self.step % self.config.train.log_steps == 0:
+            # Interrupted or not, a run logs and measures at the same steps.
+            if self.finished or self.step % self.config.train.log_steps == 0:
                 bar.set_postfix_str(self._log(report, meter))
             if health.bad_in_a_row == health.skipped_steps == 1:
                 self._alarm("skipped", FIRST_BAD.format(step=self.step))
-            if self.finished or interrupted:
+            if self.finished:
                 break
             if health.bad_in_a_row >= self.config.train.bad_steps:
                 return False
             self._between_steps()
+            if interrupted:
+                break
         if self.finished:
             require_finite_steps(health, f"no finite loss or gradient in {self.step} steps")
         return True
@@ -185,7 +192,9 @@ class TrainingLoop:
             "recall": self.recall,
             "best": self.best,
             "logged": self.run.logged,
-            "data": self.loader.state(),
+            # What a stream left out so far it would learn again only by reading it all again.
+            "data": self.loader.state() | {"skipped": self.skipped()},
+            "cut": asdict(self.cut),
         }
         model = save_checkpoint(
             self.run.step_path(self.step),
@@ -198,9 +207,10 @@ class TrainingLoop:
 
     def skipped(self) -> dict[str, str]:
         """Why images could not be used, by key: found on opening the source, or on reading it."""
-        return {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
+        found = {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
+        return dict(sorted(found.items()))
 
-    def close(self, cut: CutReport) -> None:
+    def close(self) -> None:
         """End a run: measure, save and draw; a run that came to its end gets its manifest."""
         if self.finished:
             self._measure()
@@ -215,6 +225,6 @@ class TrainingLoop:
                 "seconds": round(self.seconds, 1),
                 "skipped_steps": self.learner.health.skipped_steps,
                 "skipped_images": len(self.skipped()),
-                "cut_captions": asdict(cut),
+                "cut_captions": asdict(self.cut),
             }
             self.run.finish(Manifest("run", model, self.step, source, detail))

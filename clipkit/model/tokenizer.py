@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import ftfy
 import numpy as np
@@ -82,6 +82,12 @@ class CutReport:
             self.worst.append(CutCaption(text, len(ids) + 2, _lost(ids)))
             self.worst.sort(key=lambda case: -case.needed)
             del self.worst[WORST_CASES:]
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Take over what ``asdict`` made of another report."""
+        self.seen, self.cut = counts["seen"], counts["cut"]
+        self.lost_tokens = counts["lost_tokens"]
+        self.worst = [CutCaption(**case) for case in counts["worst"]]
 
     def render(self) -> str:
         """The report for a person, one line and one more for each of the worst cases."""

@@ -94,10 +94,10 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
             _store_features(config, learner, loader, run.path)
         if not loader.features:
             loader.cache = picture_cache(config, loader, run.path)
-        loop = TrainingLoop(config, run, learner, loader, held_out, steps)
+        loop = TrainingLoop(config, run, learner, loader, held_out, steps, cut)
         with catch_interrupts() as interrupted:
             loop.run_steps(interrupted)
-        loop.close(cut)
+        loop.close()
     return TrainResult(
         run=run.path,
         step=loop.step,

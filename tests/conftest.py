@@ -110,3 +110,31 @@ def disk(tmp_path):
         pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
     yield SmallDisk(path)
     subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Make steps fail: ``fails(when)``, with when(number of the step from 1, rate)."""
+
+    import math
+
+    import torch
+    from open_clip.constants import OPENAI_DATASET_MEAN
+
+    from clipkit.model.learner import Learner
+
+    def fail(when):
+        take_step = Learner.take_step
+
+        def failing(self, *args):
+            number = args[-2] + 1
+            if when(number, self.health.rate):
+                self._mean.fill_(math.nan)
+            report = take_step(self, *args)
+            self._mean.copy_(mean)
+            return report
+
+        mean = 255 * torch.tensor(OPENAI_DATASET_MEAN)[:, None, None]
+        monkeypatch.setattr(Learner, "take_step", failing)
+
+    return fail

@@ -20,28 +20,6 @@ from clipkit.model.towers import build_towers
 from clipkit.tasks.train import train
 
 
-@pytest.fixture
-def fails(monkeypatch):
-    """Make steps fail: ``fails(when)``, with when(number of the step from 1, rate)."""
-
-    def fail(when):
-        take_step = Learner.take_step
-
-        def failing(self, *args):
-            number = args[-2] + 1
-            if when(number, self.health.rate):
-                self._mean.fill_(math.nan)
-            report = take_step(self, *args)
-            self._mean.copy_(mean)
-            return report
-
-        mean = torch.tensor(build_towers(tiny_config().model, 0.07, 0).preprocess["mean"])
-        mean = 255 * mean[:, None, None]
-        monkeypatch.setattr(Learner, "take_step", failing)
-
-    return fail
-
-
 def tiny_config(**model):
     return parse_config({"model": tiny_model() | model, "train": {"precision": "fp32"}})
 

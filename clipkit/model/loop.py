@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,15 +12,17 @@ from clipkit.config import TrainConfig
 from clipkit.data.pairs import PairBatch, PairLoader
 from clipkit.data.sources import Source
 from clipkit.errors import DataError
-from clipkit.manifest import Manifest, ModelRef
+from clipkit.manifest import Manifest, ModelRef, write_text
 from clipkit.metrics import retrieval_recall
 from clipkit.model.alarms import Watch
 from clipkit.model.checkpoint import save_checkpoint
 from clipkit.model.encode_pairs import encode_pairs
 from clipkit.model.learner import Learner, StepReport
 from clipkit.model.recovery import go_back, place_to_return, require_finite_steps
+from clipkit.model.report import REPORT_FILE, Outcome, run_page
 from clipkit.model.run import RunDirectory
 from clipkit.model.tokenizer import CutReport
+from clipkit.pages.run import render_run
 from clipkit.plots import plot_run
 from clipkit.progress import Meter, tell
 
@@ -210,13 +212,37 @@ class TrainingLoop:
         found = {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
         return dict(sorted(found.items()))
 
-    def close(self) -> None:
+    def report(self, state: str, findings: Sequence[str]) -> None:
+        """Write report.html, and skipped.jsonl, which it names.
+
+        Args:
+            state: how the run ended.
+            findings: what was doubtful before it started.
+        """
+        self.run.list_skipped(self.skipped())
+        outcome = Outcome(
+            path=self.run.path,
+            state=state,
+            step=self.step,
+            seconds=self.seconds,
+            findings=findings,
+            recall=self.recall,
+            best=self.best,
+            lines=self.run.lines(),
+            cut=self.cut,
+            skipped=self.skipped(),
+            skipped_steps=self.learner.health.skipped_steps,
+        )
+        page = run_page(self.config, outcome, self.loader.source, self.held_out)
+        write_text(self.run.path / REPORT_FILE, render_run(page))
+
+    def close(self, findings: Sequence[str]) -> None:
         """End a run: measure, save and draw; a run that came to its end gets its manifest."""
         if self.finished:
             self._measure()
         model = self._save()
-        self.run.list_skipped(self.skipped())
         plot_run(self.run.lines(), self.run.path / "curve.png", self.run.path.name)
+        self.report("finished" if self.finished else "interrupted", findings)
         if self.finished:
             source = {"data": self.config.data.train, "fingerprint": self.loader.source.fingerprint}
             detail = {

@@ -25,7 +25,7 @@ from clipkit.model.classifier import ZeroShotClassifier
 from clipkit.model.encoder import Encoder
 from clipkit.model.load import load
 from clipkit.model.run import CONFIG_FILE
-from clipkit.pages import Classified, Found, Picture, render_page
+from clipkit.pages.demo import Classified, Found, Picture, render_page
 from clipkit.store.vector_index import VectorIndex
 from clipkit.tasks.classify import classify
 from clipkit.tasks.demo_page import Measured, demo_page

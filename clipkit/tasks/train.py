@@ -96,8 +96,12 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
             loader.cache = picture_cache(config, loader, run.path)
         loop = TrainingLoop(config, run, learner, loader, held_out, steps, cut)
         with catch_interrupts() as interrupted:
-            loop.run_steps(interrupted)
-        loop.close()
+            try:
+                loop.run_steps(interrupted)
+            except TrainingError:
+                loop.report("given up", findings)
+                raise
+        loop.close(findings)
     return TrainResult(
         run=run.path,
         step=loop.step,

@@ -29,6 +29,7 @@ _HOMES = {
     "info_nce": "clipkit.model.loss",
     "load": "clipkit.model.load",
     "open_source": "clipkit.data.sources",
+    "plot_runs": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
     "tokenize": "clipkit.model.tokenizer",
     "train": "clipkit.tasks.train",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
     from clipkit.tasks.evaluate import evaluate_zeroshot as evaluate_zeroshot
     from clipkit.tasks.index import build_index as build_index
+    from clipkit.tasks.plot import plot_runs as plot_runs
     from clipkit.tasks.search import Searcher as Searcher
     from clipkit.tasks.train import train as train
 

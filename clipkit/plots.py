@@ -1,10 +1,13 @@
 """Pictures of a run: pure functions from log lines to PNG files."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 LogLine = dict[str, Any]
+_SMOOTHED = 10
+"""Lines over which the loss of several runs is averaged."""
 
 
 def plot_run(lines: Sequence[LogLine], file: Path, title: str) -> None:
@@ -40,3 +43,82 @@ def plot_run(lines: Sequence[LogLine], file: Path, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
+
+
+def plot_runs(
+    logs: Mapping[str, Sequence[LogLine]], file: Path, by: Literal["step", "time"]
+) -> None:
+    """Draw several runs over each other: loss, held-out recall, learning rate, throughput.
+
+    Args:
+        logs: the lines of log.jsonl of each run, by its name.
+        file: the PNG to write.
+        by: what runs to the right: steps, or minutes of training.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2).ravel()
+    titles = ("InfoNCE loss", "held-out recall", "learning rate", "samples per second")
+    for number, (name, lines) in enumerate(logs.items()):
+        colour = f"C{number % 10}"
+        x, loss = curve(lines, by, lambda line: line.get("loss"))
+        panels[0].plot(x, loss, color=colour, alpha=0.25, linewidth=0.8)
+        panels[0].plot(x, smooth(loss), color=colour, label=name)
+        for direction, style in (("text_to_image", "-"), ("image_to_text", ":")):
+            at, recall = curve(lines, by, lambda line, d=direction: _recall(line, d))  # type: ignore[misc]
+            label = f"{name} {direction.replace('_', ' ')} R@1"
+            panels[1].plot(at, recall, style, marker=".", color=colour, label=label)
+        panels[2].plot(*curve(lines, by, lambda line: line.get("lr")), color=colour, label=name)
+        speed = curve(lines, by, lambda line: line.get("samples_per_second"))
+        panels[3].plot(*speed, color=colour, label=name)
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set(xlabel="step" if by == "step" else "minutes", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
+    figure.savefig(file, dpi=110, format="png")
+
+
+def _recall(line: LogLine, direction: str) -> float | None:
+    return line["held_out"][f"{direction}_r1"] if "held_out" in line else None
+
+
+def curve(
+    lines: Sequence[LogLine],
+    by: Literal["step", "time"],
+    value: Callable[[LogLine], float | None],
+) -> tuple[list[float], list[float]]:
+    """Where a value of a log's lines stands, and the value; a gap where the run went back.
+
+    Args:
+        lines: of log.jsonl.
+        by: steps, or minutes; a line without a time stands at that of the one before it.
+        value: of a line; None leaves the line out.
+    """
+    x: list[float] = []
+    y: list[float] = []
+    minutes = 0.0
+    for line in lines:
+        minutes = line.get("seconds", 60 * minutes) / 60
+        number = value(line)
+        if number is None:
+            continue
+        place = line["step"] if by == "step" else minutes
+        if x and place < x[-1]:
+            x.append(math.nan)
+            y.append(math.nan)
+        x.append(place)
+        y.append(number)
+    return x, y
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means of the last 10 values, as far as they go back without a gap."""
+    result: list[float] = []
+    window: list[float] = []
+    for value in values:
+        window = [*window, value][-_SMOOTHED:] if math.isfinite(value) else []
+        result.append(math.fsum(window) / len(window) if window else math.nan)
+    return result

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from clipkit import __version__
-from clipkit.cli import classify, data, demo, evaluate, index, info, tokenize, train
+from clipkit.cli import classify, data, demo, evaluate, index, info, plot, tokenize, train
 from clipkit.cli.output import note
 from clipkit.errors import ClipkitError
 
@@ -56,6 +56,7 @@ app.command("classify")(classify.classify)
 app.add_typer(evaluate.app, name="eval")
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(data.app, name="data")
+app.command("plot")(plot.plot)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 

@@ -10,9 +10,9 @@ from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError
 from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json, write_text
 from clipkit.model.load import checkpoint_step, run_checkpoints
+from clipkit.model.log import LOG_FILE, read_log
 
 CONFIG_FILE = "config.toml"
-LOG_FILE = "log.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 
 
@@ -132,18 +132,6 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl; a line torn by a crash is left out."""
-    file = run / LOG_FILE
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
 
 
 def _shown(folder: Path) -> list[Path]:

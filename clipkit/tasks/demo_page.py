@@ -9,8 +9,8 @@ from pathlib import Path
 from clipkit.config import TrainConfig
 from clipkit.data.emoji import LABELS, UNSEEN, EmojiFacts
 from clipkit.manifest import Manifest, read_manifest
+from clipkit.model.log import read_log
 from clipkit.model.report import machine
-from clipkit.model.run import read_log
 from clipkit.pages.demo import Classified, Found, Page
 from clipkit.pages.parts import Figure
 

@@ -1,5 +1,6 @@
 """What long work tells of itself: throughput, waiting, and that someone wants it to stop."""
 
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,11 @@ Item = TypeVar("Item")
 def tell(message: str) -> None:
     """Say something on stderr, above a progress bar that may stand there."""
     tqdm.write(message, file=sys.stderr)
+
+
+def speaks() -> bool:
+    """Whether this is the one process of a run that tells how it goes; torchrun numbers them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Meter:
@@ -45,11 +51,15 @@ class Meter:
 
 
 @contextmanager
-def catch_interrupts() -> Iterator[list[int]]:
+def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
     """Collect the numbers of SIGINT and SIGTERM instead of stopping in the middle of a step.
 
     After the first one the usual handlers are back, so a second stops at once. Outside the main
     thread signals cannot be caught; there the list stays empty.
+
+    Args:
+        patient: a second one does not stop it: torchrun sends its own after that of a terminal,
+            and kills after 30 seconds.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -60,7 +70,8 @@ def catch_interrupts() -> Iterator[list[int]]:
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
-        restore()
+        if not patient:
+            restore()
 
     with suppress(ValueError):
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -19,9 +19,9 @@ SMALL = {
 
 def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
     """Send the MiB that one step takes beyond network and optimiser, and those of its batch."""
-    import torch
 
     from clipkit.config import parse_config
+    from clipkit.model.distributed import World
     from clipkit.model.learner import Learner
     from clipkit.model.towers import build_towers
 
@@ -29,7 +29,7 @@ def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
     train = {"batch_size": batch, "chunk_size": chunk, "precision": "fp32"}
     config = parse_config({"model": content, "train": train})
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
-    learner = Learner(towers, config, torch.device("cpu"))
+    learner = Learner(towers, config, World())
     # What a first step allocates for good, such as the optimiser's moments, is not the batch's.
     learner.take_step(_pairs(2, towers.image_size), 0, 0.5)
     pairs = _pairs(batch, towers.image_size)

@@ -9,6 +9,7 @@ from clipkit.config import parse_config
 from clipkit.data.pairs import PairBatch
 from clipkit.errors import ConfigError
 from clipkit.model.checkpoint import save_checkpoint
+from clipkit.model.distributed import World
 from clipkit.model.learner import Learner
 from clipkit.model.optim import build_optimizer, learning_rate, optimizer_names
 from clipkit.model.tokenizer import tokenize
@@ -130,7 +131,7 @@ def test_a_learner_resumes_bit_for_bit(tmp_path, name):
     batch = four_pairs()
 
     def learner():
-        return Learner(build_towers(config.model, 0.07, 0), config, torch.device("cpu"))
+        return Learner(build_towers(config.model, 0.07, 0), config, World())
 
     whole, again = learner(), learner()
     for step in range(4):
@@ -275,7 +276,7 @@ def test_layer_decay_scales_the_steps_taken():
     settings = {"optim": {"layer_decay": 0.5, "lr": 1e-3, "schedule": "constant", "warmup": 0}}
     settings["optim"] |= {"weight_decay": 0, "clip_norm": 0, "eps": 1e-12}
     config = parse_config(settings | {"model": tiny_model(), "train": {"precision": "fp32"}})
-    learner = Learner(build_towers(config.model, 0.07, 0), config, torch.device("cpu"))
+    learner = Learner(build_towers(config.model, 0.07, 0), config, World())
     clip = learner.towers.clip
     before = {name: p.detach().clone() for name, p in clip.named_parameters()}
     batch = four_pairs()

@@ -12,6 +12,7 @@ from clipkit.config import parse_config
 from clipkit.data.pairs import PairBatch
 from clipkit.errors import TrainingError
 from clipkit.model import learner as learning
+from clipkit.model.distributed import World
 from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.run import read_log
@@ -31,7 +32,7 @@ def settings(**train):
 def test_a_step_left_out_changes_nothing(fails):
     convolutions = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
     config = tiny_config(vision=convolutions)
-    learner = Learner(build_towers(config.model, 0.07, 0), config, torch.device("cpu"))
+    learner = Learner(build_towers(config.model, 0.07, 0), config, World())
     images = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)
     batch = PairBatch(images, torch.from_numpy(tokenize(["red", "green", "blue"])), ["a", "b", "c"])
     learner.take_step(batch, 0, 0.1)

@@ -14,6 +14,7 @@ from clipkit.config import parse_config
 from clipkit.data.labels import class_numbers
 from clipkit.data.sampling import CaptionLengths, Sampler
 from clipkit.errors import ConfigError, DataError
+from clipkit.model.distributed import World
 from clipkit.model.loss import info_nce
 from clipkit.model.run import read_log
 from clipkit.model.tokenizer import CutReport, tokenize
@@ -188,7 +189,7 @@ def test_what_labels_cannot_do():
     settings = {"data": {"balance": "label"}}
 
     def made(pairs, settings):
-        return pair_loader(parse_config(settings), pairs, (8, 8), CutReport())
+        return pair_loader(parse_config(settings), pairs, (8, 8), CutReport(), World())
 
     with pytest.raises(DataError, match=r"2 of 3 rows of toy have no label \(for example 001.png"):
         made(labelled(["dog", None, ""]), settings)

@@ -5,6 +5,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from clipkit.config import parse_config
 from clipkit.errors import ConfigError
+from clipkit.model.distributed import World
 from clipkit.model.learner import Learner
 from clipkit.model.network import DualEncoder
 from clipkit.model.tokenizer import tokenize
@@ -95,7 +96,7 @@ def test_checkpointing_is_refused_where_statistics_would_count_twice(vision):
 def test_the_learner_switches_checkpointing_on():
     for setting in (False, True):
         config = parse_config({"train": {"grad_checkpointing": setting, "precision": "fp32"}})
-        clip = Learner(towers(tiny_model()), config, torch.device("cpu")).towers.clip
+        clip = Learner(towers(tiny_model()), config, World()).towers.clip
         switches = (clip.transformer.grad_checkpointing, clip.visual.transformer.grad_checkpointing)
         assert switches == (setting, setting)
 

@@ -1,11 +1,14 @@
 """clipkit train."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from clipkit.cli.output import note, note_skipped, print_facts
+from clipkit.errors import ClipkitError
+from clipkit.progress import speaks
 
 
 def train(
@@ -22,11 +25,20 @@ def train(
     """Pretrain a dual encoder on image–caption pairs."""
     from clipkit.config import load_config
 
-    resolved = load_config(config, settings or [])
+    try:
+        resolved = load_config(config, settings or [])
+    except ClipkitError:
+        if not speaks():
+            # torchrun ends all processes when one ends: the first is to tell what is wrong.
+            time.sleep(10)
+            raise typer.Exit(1) from None
+        raise
 
     from clipkit.tasks.train import train as run
 
     result = run(resolved, out, resume=resume)
+    if not speaks():
+        raise typer.Exit(0 if result.finished else 130)
     note_skipped(len(result.skipped), f"listed in {result.run / 'skipped.jsonl'}")
     if result.cut.cut:
         note(result.cut.render())

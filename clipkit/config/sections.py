@@ -194,10 +194,10 @@ class LoopConfig:
 
     __pydantic_config__ = _STRICT
     batch_size: Annotated[int, Field(ge=2)] = 256
-    """Pairs per step; each pair's negatives are the others of its batch."""
+    """Pairs per step, over all processes; each pair's negatives are the others of its batch."""
     chunk_size: Annotated[int, Field(ge=0)] = 0
-    """Pairs encoded at once, for batches larger than memory: the gradient stays that of the whole
-    batch, each step takes a second forward pass. 0: the whole batch."""
+    """Pairs a process encodes at once, for batches larger than memory: the gradient stays that of
+    the whole batch, each step takes a second forward pass. 0: its whole share of the batch."""
     epochs: Count = 32
     """Passes over the training pairs."""
     steps: Annotated[int, Field(ge=0)] = 0
@@ -211,6 +211,9 @@ class LoopConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 where a few measured steps find it faster. Weights
     and loss are always float32."""
+    shard: bool = False
+    """Deal weights, gradients and optimiser state out over the processes that torchrun started,
+    for towers too large for one card; slower, the same result."""
     duplicates: Literal["mask", "positive", "ignore"] = "mask"
     """Pairs of a batch with the same image or the same caption: not each other's negatives, each
     other's targets, or negatives like all others. Case, spacing and final punctuation of captions

@@ -18,6 +18,7 @@ from clipkit.data.lookup import Lookup
 from clipkit.data.resample import Pixels
 from clipkit.data.rows import usable
 from clipkit.data.sampling import CaptionLengths, Sampler, first_turn, stable_hash
+from clipkit.data.share import Share
 from clipkit.data.sources import Source, row_image
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError, SkipLimitError
@@ -89,6 +90,8 @@ class PairLoader:
         weights: of the pairs of a label in the loss; 1 for labels not named.
         cache: where decoded pictures of a table are kept, if anywhere.
         features: of the images, where they are stored: then no picture is read.
+        share: the part of each batch that this process reads; the batches are those of one that
+            reads alone, and so is what is skipped.
         skipped: rows that were left out, key to reason.
         seen, bad: rows of this epoch up to the last batch, and those of them left out.
 
@@ -110,6 +113,7 @@ class PairLoader:
     weights: Mapping[str, float] = field(default_factory=dict)
     cache: PictureCache | None = None
     features: Features | None = None
+    share: Share = field(default_factory=Share)
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     seen: int = field(default=0, init=False)
     bad: int = field(default=0, init=False)
@@ -161,24 +165,20 @@ class PairLoader:
         )
         if not start:
             self.seen = self.bad = 0
-        pairs: list[_Pair] = []
+        batch: list[_Pair | Skipped] = []
         for results, last in work:
-            for result in results:
-                self.seen += 1
-                if isinstance(result, _Pair):
-                    pairs.append(result)
-                else:
-                    self.bad += 1
-                    self.skipped[result.key] = result.reason
+            batch += results
             if last:
-                self._check_limit(len(pairs))
+                pairs = [one for one in batch if isinstance(one, _Pair)]
+                self._count(len(pairs), [one for one in batch if isinstance(one, Skipped)])
+                batch = []
                 yield self._collate(pairs)
-                pairs = []
 
     def _chunks(self, epoch: int, start: int) -> Iterator[_Chunk]:
         for rows in self._plan(epoch, start) if self._sampler else self._stream(epoch, start):
-            for i in range(0, len(rows), _CHUNK):
-                yield _Chunk(rows[i : i + _CHUNK], last=i + _CHUNK >= len(rows))
+            own: Sequence[Any] = rows[self.share.rank :: self.share.size]
+            for i in range(0, len(own) or 1, _CHUNK):  # an empty share is one empty chunk
+                yield _Chunk(own[i : i + _CHUNK], last=i + _CHUNK >= len(own))
 
     def _plan(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         """Batches of row numbers, each with how often the run has drawn the row before."""
@@ -244,13 +244,30 @@ class PairLoader:
         return pieces[turn // len(captions) % len(pieces)]
 
     def _collate(self, pairs: list[_Pair]) -> PairBatch:
-        images = torch.from_numpy(np.stack([pair.image for pair in pairs]))
+        images = torch.from_numpy(np.stack([pair.image for pair in pairs] or [self._nothing()]))
+        images = images[: len(pairs)]
         tokens = torch.from_numpy(self.tokenize([pair.caption for pair in pairs]))
         weights = torch.tensor([pair.weight for pair in pairs]) if self.weights else None
         if self.features is None:
             # A view: channels stay last in memory, as convolutions like them.
             images = images.permute(0, 3, 1, 2)
         return PairBatch(images, tokens, [pair.key for pair in pairs], weights)
+
+    def _nothing(self) -> NDArray[Any]:
+        """What has the form of an image, for a share of a batch without any."""
+        if self.features is not None:
+            features: NDArray[Any] = self.features.values[0, 0]
+            return features
+        return np.empty((1, 1, 3), np.uint8)
+
+    def _count(self, good: int, bad: Sequence[Skipped]) -> None:
+        """Count the rows of a batch, with those that others read of it."""
+        told = self.share.exchange((good, [(row.key, row.reason) for row in bad]))
+        for _, rows in told:
+            self.skipped.update(rows)
+            self.bad += len(rows)
+        self.seen += sum(count + len(rows) for count, rows in told)
+        self._check_limit(sum(count for count, _ in told))
 
     def _check_limit(self, good_in_batch: int) -> None:
         few = _FEW if self.source.streaming else min(_FEW, len(self.source.rows))

@@ -74,12 +74,15 @@ def backward(
 def _statistics_at_rest(network: nn.Module) -> Iterator[None]:
     """Keep running statistics still in the first of two passes, or each chunk would count twice."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    # The count by its tensor: batch normalisation across GPUs cannot do without it.
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    before = [norm.momentum for norm in norms], [count.clone() for count in counts]
     for norm in norms:
         norm.momentum = 0.0
-        norm.num_batches_tracked = None
     try:
         yield
     finally:
-        for norm, (momentum, tracked) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, tracked
+        for norm, momentum in zip(norms, before[0], strict=True):
+            norm.momentum = momentum
+        for count, counted in zip(counts, before[1], strict=True):
+            count.copy_(counted)

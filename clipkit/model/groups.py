@@ -28,7 +28,8 @@ def pair_groups(keys: Sequence[str], tokens: Tensor) -> Tensor:
 def image_groups(keys: Sequence[str]) -> Tensor:
     """64-bit hashes of keys, int64 [n]."""
     digests = (blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
-    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+    numbers = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def caption_groups(tokens: Tensor) -> Tensor:
@@ -41,18 +42,16 @@ def caption_groups(tokens: Tensor) -> Tensor:
     """
     positions = torch.arange(CONTEXT)
     inside = positions < tokens.argmax(dim=1, keepdim=True)  # the end token has the largest id
-    words = inside & ~torch.isin(tokens, _endings())
+    words = inside & ~_endings()[tokens]
     last = (words * positions).amax(dim=1, keepdim=True)
     return ((tokens + 1) * (positions <= last) * _factors()).sum(dim=1)
 
 
 @cache
 def _endings() -> Tensor:
-    """Ids of the tokens that may end a sentence."""
+    """Whether a token may end a sentence: bool [vocabulary]."""
     pieces = (piece.removesuffix(WORD_END.encode()) for piece in vocabulary().pieces)
-    return torch.tensor(
-        [i for i, piece in enumerate(pieces) if piece and not piece.strip(b".!?;:,")]
-    )
+    return torch.tensor([bool(piece) and not piece.strip(b".!?;:,") for piece in pieces])
 
 
 @cache

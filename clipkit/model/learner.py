@@ -1,6 +1,7 @@
 """One optimisation step on one batch, and the state that the next one starts from."""
 
 import math
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,18 @@ from torch import Tensor
 
 from clipkit.config import TrainConfig
 from clipkit.data.pairs import PairBatch
+from clipkit.model.blanks import fill_up
 from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
 from clipkit.model.chunks import Loss, backward
+from clipkit.model.distributed import World
+from clipkit.model.gradients import clip_gradients, sum_gradients
 from clipkit.model.groups import pair_groups
 from clipkit.model.loss import info_nce
 from clipkit.model.network import DualEncoder, is_convolutional
+from clipkit.model.normalisation import share_statistics
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
 from clipkit.model.recovery import Health, Statistics
+from clipkit.model.sharding import load_optimizer, load_weights, shard, whole_state
 from clipkit.model.stored import CaptionFeatures
 from clipkit.model.tower_options import checkpoint_gradients
 from clipkit.model.towers import build_towers
@@ -49,24 +55,32 @@ class Learner:
     Args:
         towers: what to train.
         config: how.
-        device: where.
+        world: where, and with which other processes.
     """
 
-    def __init__(self, towers: Towers, config: TrainConfig, device: torch.device) -> None:
-        self.config, self.towers, self.device = config, towers, device
+    def __init__(self, towers: Towers, config: TrainConfig, world: World) -> None:
+        self.config, self.towers, self.world, self.device = config, towers, world, world.device
         if config.train.grad_checkpointing:
             checkpoint_gradients(towers.clip)
+        self.sharded = config.train.shard and world.size > 1
+        # What a checkpoint is made of: on the first process the whole of what is dealt out.
+        self._whole = deepcopy(towers) if self.sharded and world.is_first else towers
         self.network = DualEncoder(towers.clip, config.train.precision, towers.locked)
-        self.network.to(device)
         if is_convolutional(towers.clip):
             self.network.to(memory_format=torch.channels_last)
+        share_statistics(self.network, world)
+        if self.sharded:
+            shard(self.network, world, ("encode_images", "encode_tokens"))
+            # A block's weights are gathered when the block itself is called.
+            self.network.runs_images = self.network.runs_texts = False
+        self.network.to(self.device)  # the shards are there already, block by block
         self.optimizer = build_optimizer(towers.clip, config.optim)
         self.captions: CaptionFeatures | None = None
         self.health = Health()
         self._statistics = Statistics(self.network)
         mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
-        self._mean = (255 * mean)[:, None, None].to(device)
-        self._std = (255 * std)[:, None, None].to(device)
+        self._mean = (255 * mean)[:, None, None].to(self.device)
+        self._std = (255 * std)[:, None, None].to(self.device)
 
     def use_features(self, captions: CaptionFeatures | None) -> None:
         """Take stored features in place of what a locked tower would encode.
@@ -81,7 +95,7 @@ class Learner:
         """Learn from one batch.
 
         Args:
-            batch: its pairs.
+            batch: its pairs; of several processes each has its share of them.
             step: its number, which seeds dropout.
             progress: share of the run done after it, in [0, 1], which sets the learning rate.
         """
@@ -90,16 +104,19 @@ class Learner:
             group["lr"] = rate * group["scale"]
         self.network.train()
         self._statistics.keep()
-        images, tokens = batch.images, batch.tokens.to(self.device, non_blocking=True)
+        images, tokens = fill_up(batch, self.config.train, self.world, self.towers.image_size)
+        tokens = tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.chunk_size or len(tokens)
         texts = self.captions.of(tokens).to(self.device) if self.captions else tokens
         chunks = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
         # Each step draws from a seed of its own, so that a resumed run draws the same.
         seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
+        seed += self.world.rank * (MOST_CHUNKS // self.world.size)
         loss = backward(self.network, chunks, self.normalized, self._loss(batch), seed)
+        sum_gradients(self.network.parameters(), self.world)
         limit = self.config.optim.clip_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        norm = float(clip_gradients(self.network.parameters(), limit))
         finite = math.isfinite(norm) and math.isfinite(float(loss))
         if finite:
             self.optimizer.step()
@@ -111,12 +128,16 @@ class Learner:
 
     def _loss(self, batch: PairBatch) -> Loss:
         """The loss of a batch, of which only the vectors and the scale are missing."""
-        duplicates = self.config.train.duplicates
-        weights = None if batch.weights is None else batch.weights.to(self.device)
-        if duplicates == "ignore":
-            return partial(info_nce, weights=weights)
-        groups = pair_groups(batch.keys, batch.tokens)
-        return partial(info_nce, groups=groups, duplicates=duplicates, weights=weights)
+        n = len(batch)
+        loss = partial(
+            info_nce,
+            groups=pair_groups(batch.keys, batch.tokens),
+            weights=batch.weights,
+            duplicates=self.config.train.duplicates,
+            world=self.world,
+        )
+        # The blank pairs at the end do not count.
+        return lambda images, texts, scale: loss(images[:n], texts[:n], scale)
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it.
@@ -130,14 +151,23 @@ class Learner:
         return images.float().sub_(self._mean).div_(self._std)
 
     def state(self) -> dict[str, Any]:
-        """The optimiser's state and counts; weights are saved beside it."""
-        return {"optimizer": self.optimizer.state_dict(), "health": asdict(self.health)}
+        """The optimiser's state and counts; weights are saved beside it. All processes must ask."""
+        optimizer = whole_state(self.optimizer.state_dict())
+        return {"optimizer": optimizer, "health": asdict(self.health)}
+
+    def whole_towers(self) -> Towers:
+        """The towers with their present weights, on the first process. All processes must ask."""
+        if self.sharded:
+            weights = whole_state(self.towers.clip.state_dict())
+            if self.world.is_first:
+                self._whole.clip.load_state_dict(weights)
+        return self._whole
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
         """Take over weights and state of a checkpoint; returns its whole training state."""
-        self.towers.clip.load_state_dict(load_file(checkpoint / WEIGHTS))
+        load_weights(self.towers.clip, load_file(checkpoint / WEIGHTS))
         state = load_training_state(checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.health = Health(**state["health"])
         return state
 
@@ -145,6 +175,6 @@ class Learner:
         """Take over the weights that the run began with; returns an empty training state."""
         config = self.config
         towers = build_towers(config.model, config.optim.temperature, config.train.seed)
-        self.towers.clip.load_state_dict(towers.clip.state_dict())
+        load_weights(self.towers.clip, towers.clip.state_dict())
         self.optimizer = build_optimizer(self.towers.clip, config.optim)
         return {}

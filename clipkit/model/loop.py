@@ -56,7 +56,9 @@ class TrainingLoop:
         cut: CutReport,
     ) -> None:
         self.config, self.run, self.learner, self.loader = config, run, learner, loader
+        self.world = learner.world
         self.held_out, self.steps, self.cut = held_out, steps, cut
+        self.cut_by_all = cut
         self.step = self.epoch = self.batch = 0
         self.seconds = 0.0
         self.finished = False
@@ -75,14 +77,18 @@ class TrainingLoop:
         self.best: dict[str, Any] = state.get("best", {})
         if state:
             self.loader.restore(state["data"])
-        if state and self.loader.source.streaming:
-            self.cut.restore(state["cut"])
+        if state and self.loader.source.streaming and self.world.is_first:
+            self.cut.include(state["cut"])
 
     def run_steps(self, interrupted: list[int]) -> None:
         """Take the steps that are left, until the end or until something is ``interrupted``."""
         self._started = time.perf_counter() - self.seconds
         with tqdm(
-            total=self.steps or None, initial=self.step, unit="step", disable=None, desc="training"
+            total=self.steps or None,
+            initial=self.step,
+            unit="step",
+            disable=None if self.world.is_first else True,
+            desc="training",
         ) as bar:
             while not self._take_steps(bar, interrupted):
                 state, sentence = go_back(self.run, self.learner, self.step)
@@ -96,9 +102,13 @@ class TrainingLoop:
         for batch in meter.waiting(self._batches()):
             report = self.learner.take_step(batch, self.step, self._progress(ahead=1))
             self.step += 1
-            self.seconds = time.perf_counter() - self._started
+            # All end at the same step: by the clock of the first, or when one is interrupted.
+            told = self.world.exchange(
+                (time.perf_counter() - self._started, bool(interrupted), len(batch))
+            )
+            self.seconds, stop = told[0][0], any(stop for _, stop, _ in told)
             self.finished = self._progress() >= 1
-            meter.samples += len(batch.keys)
+            meter.samples += sum(pairs for *_, pairs in told)
             bar.update()
             # Interrupted or not, a run logs and measures at the same steps.
             if self.finished or self.step % self.config.train.log_steps == 0:
@@ -110,7 +120,7 @@ class TrainingLoop:
             if health.bad_in_a_row >= self.config.train.bad_steps:
                 return False
             self._between_steps()
-            if interrupted:
+            if stop:
                 break
         if self.finished:
             require_finite_steps(health, f"no finite loss or gradient in {self.step} steps")
@@ -157,7 +167,8 @@ class TrainingLoop:
 
     def _alarm(self, about: str, sentence: str, **more: int) -> None:
         """Tell a person, and the log."""
-        tell(f"warning: step {self.step}: {sentence}")
+        if self.world.is_first:
+            tell(f"warning: step {self.step}: {sentence}")
         self.run.log({"step": self.step, "about": about, "alarm": sentence, **more})
 
     def _between_steps(self) -> None:
@@ -175,9 +186,14 @@ class TrainingLoop:
         """Recall on the held-out pairs, into the log; whether it is the best so far."""
         if self.held_out is None:
             return False
-        encoder = self.learner.towers.encoder(self.learner.network)
-        pairs = encode_pairs(encoder, self.held_out, workers=self.loader.workers, progress=False)
-        self.recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
+        recall = {}
+        # The others wait, unless their parts of the weights are needed.
+        if self.world.is_first or self.learner.sharded:
+            encoder = self.learner.towers.encoder(self.learner.network)
+            workers = self.loader.workers
+            pairs = encode_pairs(encoder, self.held_out, workers=workers, progress=False)
+            recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
+        self.recall = self.world.ask_first(recall)
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
         metric = self.config.train.best
         if not metric or self.recall[metric] <= self.best.get("value", -math.inf):
@@ -185,7 +201,11 @@ class TrainingLoop:
         self.best = {"step": self.step, "metric": metric, "value": self.recall[metric]}
         return True
 
-    def _save(self) -> ModelRef:
+    def _save(self) -> ModelRef | None:
+        """Write a checkpoint; None on processes that do not write."""
+        self.cut_by_all = CutReport()
+        for told in self.world.exchange(asdict(self.cut)):
+            self.cut_by_all.include(told)
         state = self.learner.state() | {
             "step": self.step,
             "epoch": self.epoch,
@@ -196,11 +216,14 @@ class TrainingLoop:
             "logged": self.run.logged,
             # What a stream left out so far it would learn again only by reading it all again.
             "data": self.loader.state() | {"skipped": self.skipped()},
-            "cut": asdict(self.cut),
+            "cut": asdict(self.cut_by_all),
         }
+        towers = self.learner.whole_towers()
+        if not self.world.is_first:
+            return None
         model = save_checkpoint(
             self.run.step_path(self.step),
-            self.learner.towers,
+            towers,
             state,
             {"step": self.step, "epoch": self.epoch, "held_out": self.recall, "best": self.best},
         )
@@ -219,6 +242,8 @@ class TrainingLoop:
             state: how the run ended.
             findings: what was doubtful before it started.
         """
+        if not self.world.is_first:
+            return
         self.run.list_skipped(self.skipped())
         outcome = Outcome(
             path=self.run.path,
@@ -229,7 +254,7 @@ class TrainingLoop:
             recall=self.recall,
             best=self.best,
             lines=self.run.lines(),
-            cut=self.cut,
+            cut=self.cut_by_all,
             skipped=self.skipped(),
             skipped_steps=self.learner.health.skipped_steps,
         )
@@ -241,6 +266,8 @@ class TrainingLoop:
         if self.finished:
             self._measure()
         model = self._save()
+        if model is None:
+            return
         plot_run(self.run.lines(), self.run.path / "curve.png", self.run.path.name)
         self.report("finished" if self.finished else "interrupted", findings)
         if self.finished:
@@ -251,6 +278,6 @@ class TrainingLoop:
                 "seconds": round(self.seconds, 1),
                 "skipped_steps": self.learner.health.skipped_steps,
                 "skipped_images": len(self.skipped()),
-                "cut_captions": asdict(self.cut),
+                "cut_captions": asdict(self.cut_by_all),
             }
             self.run.finish(Manifest("run", model, self.step, source, detail))

@@ -22,7 +22,7 @@ def info_nce(
     tile: int = TILE,
     *,
     weights: Tensor | None = None,
-    duplicates: Literal["mask", "positive"] = "mask",
+    duplicates: Literal["mask", "positive", "ignore"] = "mask",
     world: World = ALONE,
 ) -> Tensor:
     """Symmetric InfoNCE: the mean cross-entropy of each image finding its caption, and back.
@@ -49,14 +49,17 @@ def info_nce(
             has itself and all its duplicates as targets, of equal share (Khosla et al. 2020,
             "Supervised Contrastive Learning", equation 2; in both directions Yang et al. 2022,
             "Unified Contrastive Learning in Image-Text-Label Space", equations 2 to 4).
+            ``"ignore"``: all other pairs are negatives, whatever the groups.
         world: the processes that share the batch, each with any number n of its pairs.
 
     Returns:
         float []; differentiable once, with respect to images, texts and scale.
     """
     shares = world.shares(len(images))
+    if duplicates == "ignore":
+        groups = None
     if groups is not None:
-        groups = groups.reshape(len(images), -1)
+        groups = groups[:, None] if groups.ndim == 1 else groups
         groups = _repeated(world.gather(groups, shares)).to(images.device)
     mass = images.new_ones(sum(shares))
     if weights is not None:

@@ -74,7 +74,7 @@ class DualEncoder(nn.Module):
     def scale(self) -> Tensor:
         """The inverse temperature, float32 []."""
         scale: Tensor = self.clip.logit_scale
-        return scale.exp().reshape(())
+        return scale.reshape(()).exp()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """float32 [n, 3, height, width] to unit vectors, float32 [n, dim]."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError
 from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json, write_text
+from clipkit.model.distributed import World
 from clipkit.model.load import checkpoint_step, run_checkpoints
 from clipkit.model.log import LOG_FILE, read_log
 
@@ -132,6 +133,43 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+class FollowedRun(RunDirectory):
+    """A run as the processes see it that do not write it.
+
+    Args:
+        path: the directory.
+        config: the resolved configuration of the run.
+        checkpoint: name of the checkpoint to go on from; None starts anew.
+
+    Raises:
+        ArtifactError: the checkpoint is not to be seen from here.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, checkpoint: str | None) -> None:
+        self.path, self.config, self.logged = path.absolute(), config, 0
+        self.checkpoint = self.path / checkpoint if checkpoint else None
+        if self.checkpoint and not self.checkpoint.is_dir():
+            raise ArtifactError(
+                f"the checkpoint {self.checkpoint} is not to be seen from every process; put the "
+                "run on a disk that all machines share"
+            )
+
+    def _leave_it(self, *_: Any) -> None:
+        """The first process does that."""
+
+    log = rewind = list_skipped = prune = remove = finish = _leave_it  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_run(path: Path, config: TrainConfig, world: World, *, resume: bool) -> RunDirectory:
+    """The directory of a run that several processes share; raises what ``RunDirectory`` raises."""
+    run = RunDirectory(path, config, resume=resume) if world.is_first else None
+    checkpoint = world.ask_first(run.checkpoint.name if run and run.checkpoint else None)
+    return run or FollowedRun(path, config, checkpoint)
 
 
 def _shown(folder: Path) -> list[Path]:

@@ -84,7 +84,8 @@ def caption_features(
     network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
 ) -> CaptionFeatures:
     """Features of the captions of a source, each once; arguments as of ``image_features``."""
-    captions: dict[str, NDArray[np.int64]] = {}
+    blank = tokenize("")[0]  # stands in where a process has no pair
+    captions = {_key(blank): blank}
     for batch in source.rows.select_columns("captions").iter(batch_size=1000):
         texts = [text for some in batch["captions"] for text in some]
         if config.data.long_captions == "split":

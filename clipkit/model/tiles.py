@@ -138,7 +138,7 @@ def is_narrow(highest: Tensor, rows: Tensor, columns: Tensor) -> bool:
     """
     # With a margin, for factors that multiply them. Asked once in a pass: on a GPU it waits.
     room = 0.8 * math.log(torch.finfo(rows.dtype).max)
-    return bool(highest - torch.minimum(rows.min(), columns.min()) < room)
+    return bool(highest - torch.cat([rows, columns]).min() < room)
 
 
 def _shares(

@@ -83,11 +83,13 @@ class CutReport:
             self.worst.sort(key=lambda case: -case.needed)
             del self.worst[WORST_CASES:]
 
-    def restore(self, counts: dict[str, Any]) -> None:
-        """Take over what ``asdict`` made of another report."""
-        self.seen, self.cut = counts["seen"], counts["cut"]
-        self.lost_tokens = counts["lost_tokens"]
-        self.worst = [CutCaption(**case) for case in counts["worst"]]
+    def include(self, counts: dict[str, Any]) -> None:
+        """Count what another report counted, too; ``counts`` is what ``asdict`` made of it."""
+        self.seen += counts["seen"]
+        self.cut += counts["cut"]
+        self.lost_tokens += counts["lost_tokens"]
+        worst = [*self.worst, *(CutCaption(**case) for case in counts["worst"])]
+        self.worst = sorted(worst, key=lambda case: -case.needed)[:WORST_CASES]
 
     def render(self) -> str:
         """The report for a person, one line and one more for each of the worst cases."""

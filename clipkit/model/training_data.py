@@ -14,9 +14,11 @@ from clipkit.data.labels import class_numbers, require_labels
 from clipkit.data.pairs import PairLoader
 from clipkit.data.rows import usable
 from clipkit.data.sampling import CaptionLengths, first_turn
+from clipkit.data.share import Share
 from clipkit.data.sources import Source, no_captions, open_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import ConfigError
+from clipkit.model.distributed import World
 from clipkit.model.tokenizer import CutReport, split_caption, tokenize
 
 
@@ -66,7 +68,7 @@ def _policy(config: DataConfig) -> Literal["cut", "error"]:
 
 
 def pair_loader(
-    config: TrainConfig, source: Source, image_size: tuple[int, int], cut: CutReport
+    config: TrainConfig, source: Source, image_size: tuple[int, int], cut: CutReport, world: World
 ) -> PairLoader:
     """Batches of training pairs, augmented and tokenized.
 
@@ -75,6 +77,7 @@ def pair_loader(
         source: its training pairs.
         image_size: height and width of the images, in pixels.
         cut: counts the captions that are too long, for a stream.
+        world: the processes that share each batch.
 
     Raises:
         ConfigError: a stream is to be balanced, or read in batches of like length.
@@ -96,6 +99,7 @@ def pair_loader(
         classes=class_numbers(source) if config.data.balance == "label" else None,
         lengths=caption_lengths(source, config.train.seed) if config.train.like_length else None,
         weights=config.data.caption_weights,
+        share=Share(world.rank, world.size, world.exchange),
     )
 
 

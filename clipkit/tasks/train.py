@@ -4,18 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clipkit.config import LoopConfig, TrainConfig, load_config
 from clipkit.data.pairs import PairLoader
 from clipkit.errors import ConfigError, TrainingError
 from clipkit.manifest import is_complete
 from clipkit.model.checkpoint import Towers
+from clipkit.model.distributed import World, join_world
 from clipkit.model.doctor import examine, gather
 from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
-from clipkit.model.run import CONFIG_FILE, RunDirectory
+from clipkit.model.run import CONFIG_FILE, open_run
 from clipkit.model.stored import caption_features, image_features, uses_features
 from clipkit.model.tokenizer import CutReport
 from clipkit.model.towers import build_towers
@@ -57,6 +56,9 @@ class TrainResult:
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResult:
     """Train as configured; Ctrl-C saves a checkpoint and ends with ``finished=False``.
 
+    Under ``torchrun --nproc-per-node N -m clipkit train …`` the N processes share each batch; the
+    first one writes and speaks.
+
     Args:
         config: what to train, on what, and how.
         out: the run's directory.
@@ -64,7 +66,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
 
     Raises:
         ConfigError, DataError, ModelError, ArtifactError: something cannot be used as asked.
-        TrainingError: the run is finished already, or its gradients stay non-finite.
+        TrainingError: the run is finished already, its gradients stay non-finite, or another
+            process of it has ended.
     """
     if not config.data.train:
         raise ConfigError("data.train is empty; name the image–caption pairs to train on")
@@ -72,43 +75,61 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         raise TrainingError(
             f"{out} is finished; to train it further, start a new run with model.start={out}"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with join_world() as world:
+        return _train(config, out, world, resume=resume)
+
+
+def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> TrainResult:
+    if config.train.batch_size % world.size:
+        raise ConfigError(
+            f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot "
+            "share evenly; choose a multiple of their number"
+        )
     training, held_out = open_training_data(config.data, config.train.seed)
     cut = CutReport()
-    if not training.streaming:
+    if world.is_first and not training.streaming:
         count_cut_captions(training, config.data, cut)
-    if held_out and not held_out.streaming:
+    if world.is_first and held_out and not held_out.streaming:
         # Without captions it could not be measured on, which is better known before training.
         count_cut_captions(held_out, replace(config.data, long_captions="cut"), CutReport())
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
-    config = _with_precision(config, out, towers, device, resume)
-    learner = Learner(towers, config, device)
-    loader = pair_loader(config, training, learner.towers.image_size, cut)
+    config = _with_precision(config, out, towers, world, resume)
+    learner = Learner(towers, config, world)
+    loader = pair_loader(config, training, learner.towers.image_size, cut, world)
     steps = _steps_in_all(config.train, loader)
     stored = uses_features(config, training)
-    findings = examine(config, gather(config, training, held_out, steps, cut))
-    with RunDirectory(out, config, resume=resume) as run:
+    if stored and learner.sharded:
+        raise ConfigError(
+            "train.shard deals the locked tower out, too, so that it cannot be run beforehand; set "
+            "data.feature_views = 0, or leave train.shard out"
+        )
+    findings = []
+    if world.is_first:
+        findings = examine(config, gather(config, training, held_out, steps, cut))
+    with open_run(out, config, world, resume=resume) as run:
         for finding in findings:
             tell(f"warning: {finding}")
-        if stored:
-            _store_features(config, learner, loader, run.path)
+        for turn in (world.is_first, not world.is_first) if stored else ():
+            if turn:  # first the one that writes, then those that only read
+                _store_features(config, learner, loader, run.path)
+            world.ask_first(None)
         if not loader.features:
             loader.cache = picture_cache(config, loader, run.path)
         loop = TrainingLoop(config, run, learner, loader, held_out, steps, cut)
-        with catch_interrupts() as interrupted:
+        with catch_interrupts(patient=world.size > 1) as interrupted:
             try:
                 loop.run_steps(interrupted)
             except TrainingError:
                 loop.report("given up", findings)
                 raise
-        loop.close(findings)
+            loop.close(findings)
     return TrainResult(
         run=run.path,
         step=loop.step,
         finished=loop.finished,
         held_out=loop.recall,
         best=loop.best,
-        cut=cut,
+        cut=loop.cut_by_all,
         skipped=loop.skipped(),
         findings=findings,
     )
@@ -125,14 +146,17 @@ def _store_features(config: TrainConfig, learner: Learner, loader: PairLoader, r
 
 
 def _with_precision(
-    config: TrainConfig, out: Path, towers: Towers, device: torch.device, resume: bool
+    config: TrainConfig, out: Path, towers: Towers, world: World, resume: bool
 ) -> TrainConfig:
     """Fix what ``auto`` stands for: measured once, kept when a run is resumed."""
     precision = config.train.precision
     if resume and precision == "auto" and (out / CONFIG_FILE).is_file():
         precision = load_config(out / CONFIG_FILE).train.precision
-    pairs = config.train.chunk_size or config.train.batch_size
-    resolved = resolve_precision(precision, towers, pairs, device)
+    resolved = ""
+    if world.is_first:
+        pairs = config.train.chunk_size or config.train.batch_size // world.size
+        resolved = resolve_precision(precision, towers, pairs, world.device)
+    resolved = world.ask_first(resolved)
     return replace(config, train=replace(config.train, precision=resolved))
 
 

@@ -1,0 +1,185 @@
+"""Two processes on gloo against one: values, runs that go on with another number, dead ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train import configured, last_weights
+
+import clipkit
+from clipkit.config import dump_config
+from clipkit.errors import ConfigError
+from clipkit.model.distributed import World
+from clipkit.model.run import read_log
+from clipkit.tasks.train import train
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SHARED = {"batch_size": 4, "epochs": 6, "eval_epochs": 0, "keep": 50, "duplicates": "ignore"}
+
+
+def start(*arguments, cwd, **options):
+    """Start two processes, in a group of their own so that a signal reaches all as Ctrl-C does."""
+    command = [*TORCHRUN, *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        **options,
+    )
+
+
+def train_with_two(config, run, *more):
+    """The two processes of a training run."""
+    file = run.parent / f"{run.name}.toml"
+    file.write_text(dump_config(config))
+    return start("-m", "clipkit", "train", file, "--out", run, *more, cwd=run.parent)
+
+
+def wait_for_checkpoint(process, run):
+    while not list(run.glob("step-*/manifest.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def end(process, signals=()):
+    """What was said on stderr, and the exit code; whatever happens, nothing is left running."""
+    try:
+        for number in signals:
+            os.killpg(process.pid, number)
+        return process.communicate(timeout=100)[1], process.returncode
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_log(run) if "loss" in line}
+
+
+def assert_like(found, wanted):
+    """The same losses and weights, but for the order of sums."""
+    ours, theirs = losses(found), losses(wanted)
+    assert list(ours) == list(theirs)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4, atol=2e-5)
+    weights = last_weights(wanted)
+    for name, tensor in last_weights(found).items():
+        np.testing.assert_allclose(tensor, weights[name], atol=2e-3, err_msg=name)
+
+
+def cut_short(run, copy, step):
+    """A copy of a run as it was when it had saved ``step``."""
+    shutil.copytree(run, copy)
+    (copy / "manifest.json").unlink()
+    for path in copy.glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+def test_values_equal_those_of_one_process():
+    done = start(Path(__file__).with_name("two_processes.py"), cwd=None)
+    said, code = end(done)
+    assert code == 0, said
+
+
+def test_a_run_is_shared_and_goes_on_alone(colour_folder, tmp_path):
+    """Two processes with a bad image are stopped by Ctrl-C; one process ends the run."""
+    (colour_folder / "red-0.png").write_bytes(b"no image")
+    config = configured(
+        colour_folder,
+        data={"held_out_share": 0.0, "skip_limit": 0.5},
+        train=SHARED | {"epochs": 20},
+    )
+    train(config, tmp_path / "whole")
+    process = train_with_two(config, tmp_path / "run")
+    wait_for_checkpoint(process, tmp_path / "run")
+    said, _ = end(process, [signal.SIGINT])
+    assert said.count("--resume") == 1, said
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    result = train(config, tmp_path / "run", resume=True)
+    assert result.finished
+    assert_like(tmp_path / "run", tmp_path / "whole")
+    text = (tmp_path / "run" / "skipped.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["key"] for line in text.splitlines()] == ["red-0.png"]
+
+
+def test_shards_are_worth_the_whole(colour_folder, tmp_path):
+    """One process, then two with shards, then one again."""
+    config = configured(
+        colour_folder,
+        data={"held_out_share": 0.0},
+        train=SHARED | {"chunk_size": 1, "shard": True},
+    )
+    train(config, tmp_path / "whole")
+    cut_short(tmp_path / "whole", tmp_path / "two", 6)
+    said, code = end(train_with_two(config, tmp_path / "two", "--resume"))
+    assert code == 0, said
+    assert_like(tmp_path / "two", tmp_path / "whole")
+    cut_short(tmp_path / "two", tmp_path / "one", 12)
+    train(config, tmp_path / "one", resume=True)
+    assert_like(tmp_path / "one", tmp_path / "whole")
+    assert clipkit.load(tmp_path / "two").dim == 32
+
+
+def ranks(process):
+    """Process numbers of the two, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            facts = dict(
+                item.split("=", 1) for item in entry.read_text().split("\0") if "=" in item
+            )
+            parent = int((entry.parent / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == process.pid and "RANK" in facts:
+            found[int(facts["RANK"])] = int(entry.parent.name)
+    return found
+
+
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_dead_process_ends_the_run_with_a_sentence(colour_folder, tmp_path, dead):
+    config = configured(colour_folder, train=SHARED | {"epochs": 100_000})
+    process = train_with_two(config, tmp_path / "run")
+    wait_for_checkpoint(process, tmp_path / "run")
+    os.kill(ranks(process)[dead], signal.SIGKILL)
+    said, code = end(process)
+    assert code == 1
+    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, said
+    assert "another process of this run ended" in sentences[0]
+    assert "--resume" in sentences[0]
+    assert "clipkit/" not in said, "a traceback"
+
+
+def test_too_many_bad_images_end_all_processes(colour_folder, tmp_path):
+    """Each sees its own share of the bad images; all count them all, and one says so."""
+    for file in sorted(colour_folder.glob("*.png"))[:6]:
+        file.write_bytes(b"")
+    config = configured(colour_folder, data={"held_out_share": 0.0}, train=SHARED)
+    said, code = end(train_with_two(config, tmp_path / "run"))
+    assert code == 1
+    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, said
+    assert "clipkit data check" in sentences[0]
+
+
+def test_a_batch_that_cannot_be_shared(colour_folder, tmp_path, monkeypatch):
+    @contextmanager
+    def two():
+        yield World(rank=1, size=2)
+
+    monkeypatch.setattr("clipkit.tasks.train.join_world", two)
+    with pytest.raises(ConfigError, match="batch_size is 3, which 2 processes"):
+        train(configured(colour_folder, train={"batch_size": 3}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

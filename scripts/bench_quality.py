@@ -1,0 +1,171 @@
+"""Time until a name finds its drawing in an unseen style: clipkit against open_clip_train.
+
+python scripts/bench_quality.py --epochs 10
+python scripts/bench_quality.py --epochs 10 --only clipkit
+
+Both train the demo's towers on the demo's drawings, read from the same PNG files and CSV, with the
+same batch, rates and crops, one after the other; each epoch's checkpoint is then measured by
+clipkit. Only training counts as time. Needs the `demo` and `bench` extras.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from clipkit.config import TrainConfig, dump_config
+from clipkit.data.emoji import write_sets
+from clipkit.manifest import write_json
+from clipkit.model.checkpoint import CONFIG, WEIGHTS
+from clipkit.model.run import read_log
+from clipkit.model.towers import build_towers
+from clipkit.tasks.demo import recipe
+
+METRIC = "text_to_image_r1"
+Points = list[tuple[float, float]]
+_START = re.compile(r"^(\S+) \| INFO \| Start epoch 0", re.MULTILINE)
+_LINE = re.compile(r"^(\S+) \| INFO \| Train Epoch: (\d+) ", re.MULTILINE)
+
+
+def write_pairs(folder: Path) -> tuple[Path, Path]:
+    """The drawings as PNG files with a CSV of their names, and the unseen ones as Parquet."""
+    import pyarrow.parquet as pq
+
+    write_sets(folder / "train.parquet", folder / "unseen.parquet")
+    rows = pq.read_table(folder / "train.parquet").to_pylist()
+    (folder / "drawings").mkdir()
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "caption"])
+        for number, row in enumerate(rows):
+            file = folder / "drawings" / f"{number:05}.png"
+            file.write_bytes(row["image"])
+            writer.writerow([file, row["captions"][0]])
+    return folder / "pairs.csv", folder / "unseen.parquet"
+
+
+def measure(checkpoint: Path, unseen: Path) -> float:
+    """Recall of one checkpoint on the unseen drawings."""
+    command = ["eval", "retrieval", str(unseen), "--model", str(checkpoint), "--json"]
+    printed = _run([sys.executable, "-m", "clipkit", *command])[0]
+    return float(json.loads(printed.strip().splitlines()[-1])[METRIC])
+
+
+def run_ours(config: TrainConfig, unseen: Path, out: Path) -> Points:
+    """`clipkit train`: seconds of training and recall, epoch by epoch."""
+    out.mkdir()
+    (out / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "clipkit", "train", str(out / "config.toml")]
+    _run([*command, "--out", str(out / "run")])
+    seconds = {line["step"]: line["seconds"] for line in read_log(out / "run") if "loss" in line}
+    steps = sorted(int(path.name[5:]) for path in (out / "run").glob("step-*"))
+    return [(seconds[step], measure(out / "run" / f"step-{step}", unseen)) for step in steps]
+
+
+def run_theirs(
+    config: TrainConfig, pairs: Path, unseen: Path, out: Path, words: list[str]
+) -> Points:
+    """`open_clip_train` with the same towers: the same."""
+    from safetensors.torch import save_file
+    from torch import load
+
+    towers = build_towers(config.model, config.optim.temperature, config.train.seed)
+    settings = {"model_cfg": towers.model_config, "preprocess_cfg": towers.preprocess}
+    out.mkdir()
+    write_json(out / CONFIG, settings)
+    low, high = config.augment.crop_scale
+    command = [sys.executable, "-m", "open_clip_train.main", "--model", f"local-dir:{out}"]
+    command += ["--train-data", str(pairs), "--dataset-type", "csv", "--csv-separator", ","]
+    command += ["--csv-img-key", "image", "--csv-caption-key", "caption", "--device", "cpu"]
+    command += ["--batch-size", str(config.train.batch_size), "--epochs", str(config.train.epochs)]
+    command += ["--lr", str(config.optim.lr), "--wd", str(config.optim.weight_decay)]
+    command += ["--beta1", "0.9", "--beta2", "0.98", "--eps", "1e-6", "--grad-clip-norm", "1.0"]
+    command += ["--aug-cfg", f"scale=({low}, {high})", f"ratio={config.augment.crop_ratio}"]
+    command += ["--logs", str(out), "--name", "run", "--log-every-n-steps", "10", *words]
+    text = _run(command)[1]
+    start = datetime.fromisoformat(_START.findall(text)[0].replace(",", "T"))
+    ends = {int(epoch): stamp for stamp, epoch in _LINE.findall(text)}
+    points = []
+    for epoch, stamp in sorted(ends.items()):
+        saved = load(out / "run" / "checkpoints" / f"epoch_{epoch + 1}.pt", weights_only=True)
+        folder = out / f"epoch-{epoch + 1}"
+        folder.mkdir()
+        write_json(folder / CONFIG, settings)
+        weights = {name: tensor.contiguous() for name, tensor in saved["state_dict"].items()}
+        save_file(weights, folder / WEIGHTS)
+        seconds = (datetime.fromisoformat(stamp.replace(",", "T")) - start).total_seconds()
+        points.append((seconds, measure(folder, unseen)))
+    return points
+
+
+def _run(command: list[str]) -> tuple[str, str]:
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout, done.stdout + done.stderr
+
+
+def show(curves: dict[str, Points], target: float) -> None:
+    """Both curves, and when each reached the target."""
+    reached = {}
+    for name, points in curves.items():
+        print(f"\n{name}: epoch, seconds of training, {METRIC}")
+        for epoch, (seconds, recall) in enumerate(points, 1):
+            print(f"{epoch:5} {seconds:8.0f} {recall:8.3f}")
+        reached[name] = next((seconds for seconds, recall in points if recall >= target), None)
+        when = f"after {reached[name]:.0f} s" if reached[name] else "not reached"
+        print(f"{METRIC} ≥ {target:g}: {when}")
+    ours, theirs = reached.get("clipkit"), reached.get("open_clip")
+    if ours and theirs:
+        print(f"\nratio {theirs / ours:.2f}")
+
+
+def main() -> None:
+    """Train one after the other and print when each got there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--only", choices=["clipkit", "open_clip"])
+    parser.add_argument("--precision", default="amp_bf16", help="open_clip's")
+    parser.add_argument("--workers", default="2", help="open_clip's loader processes")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        pairs, unseen = write_pairs(folder)
+        config = recipe(pairs, unseen, minutes=0.0)
+        data = replace(config.data, held_out="", held_out_share=0.0)
+        train = replace(
+            config.train,
+            epochs=options.epochs,
+            save_epochs=1.0,
+            keep=options.epochs,
+            log_steps=1,
+            minutes=0.0,
+        )
+        config = replace(config, data=data, train=train)
+        curves: dict[str, Points] = {}
+        if options.only != "open_clip":
+            curves["clipkit"] = run_ours(config, unseen, folder / "ours")
+        if options.only != "clipkit":
+            per_epoch = sum(1 for _ in pairs.open(encoding="utf-8")) // config.train.batch_size
+            warmup = round(config.optim.warmup * options.epochs * per_epoch)
+            words = ["--warmup", str(warmup), "--workers", options.workers]
+            words += ["--precision", options.precision, "--opt", open_clip_name(config)]
+            curves["open_clip"] = run_theirs(config, pairs, unseen, folder / "theirs", words)
+    show(curves, options.target)
+
+
+def open_clip_name(config: TrainConfig) -> str:
+    """The optimiser as `open_clip_train` calls it."""
+    return "adamw" if config.optim.name == "adamw" else f"timm/{config.optim.name}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -5,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from clipkit.config import parse_config
 from clipkit.errors import ConfigError
-from clipkit.model.distributed import World
+from clipkit.model.distributed import ALONE, World
 from clipkit.model.learner import Learner
 from clipkit.model.network import DualEncoder
 from clipkit.model.tokenizer import tokenize
@@ -142,3 +144,19 @@ def test_patches_of_named_and_timm_towers_are_dropped():
 def test_options_that_would_do_nothing(model, sentence):
     with pytest.raises(ConfigError, match=sentence):
         towers(tiny_model() | model)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    config = parse_config({"model": tiny_model(), "train": {"compile": True, "precision": "fp32"}})
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
+        Learner(towers(tiny_model()), config, ALONE)
+    monkeypatch.setenv("CXX", sys.executable)  # an absolute path needs no PATH
+    learner = Learner(towers(tiny_model()), config, ALONE)
+    assert learner.network.training
+
+
+def test_compiling_shards_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.compile and train\.shard"):
+        parse_config({"train": {"compile": True, "shard": True}})

@@ -1,12 +1,14 @@
 """The transformers run our way against open_clip's own forward pass, by value."""
 
+from functools import partial
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clipkit.model import transformer
-from clipkit.model.network import DualEncoder
+from clipkit.model.network import DualEncoder, padded_length
 from clipkit.model.packing import Packing
 from clipkit.model.tokenizer import CutReport, tokenize
 
@@ -79,6 +81,46 @@ def test_equals_open_clips_own_with_all_gradients(towers, n):
         torch.testing.assert_close(of_found[name], of_wanted[name], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("n", [5, 130])
+def test_padded_captions_give_the_same(n):
+    clip = build()
+    _, tokens = batch(clip, n)
+    wanted = transformer.encode_tokens(clip, tokens, torch.float64)
+    of_wanted = gradients(clip, mixed(wanted, wanted))
+    found = transformer.encode_padded(clip, tokens, torch.float64)
+    of_found = gradients(clip, mixed(found, found))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    for name in of_wanted:
+        torch.testing.assert_close(of_found[name], of_wanted[name], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("custom", [False, True], ids=["own forward", "open_clip's forward"])
+def test_compiled_towers_give_the_same_gradients(backend, custom, monkeypatch):
+    compiler = partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiler)
+    block = {"block_type": "custom"} if custom else {}
+    clip = build(vision_cfg=VISION | block, text_cfg=TEXT | block)
+    images, tokens = batch(clip, 6)
+    tokens = tokens[torch.tensor([0, 3, 4, 5])]
+    plain, compiled = DualEncoder(clip), DualEncoder(clip, compiled=True)
+    assert plain.runs_images != custom
+    wanted = plain(images[:4], tokens)[:2]
+    of_wanted = gradients(clip, mixed(*wanted))
+    found = compiled(images[:4], tokens)[:2]
+    of_found = gradients(clip, mixed(*found))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert of_found.keys() == of_wanted.keys()
+    for name in of_found:
+        torch.testing.assert_close(of_found[name], of_wanted[name], rtol=1e-7, atol=1e-8)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_compiled_captions_are_padded_to_few_lengths():
+    assert [padded_length(n) for n in (2, 16, 17, 40, 64, 65, 77)] == [16, 16, 32, 48, 64, 77, 77]
+
+
 def test_bf16_is_as_close_as_open_clips_own():
     clip = build().float()
     images, tokens = batch(clip, 70)
@@ -127,8 +169,11 @@ def test_packing_says_where_tokens_stand():
     (part,) = packing.parts
     assert part.places.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
     assert part.valid.sum(dim=(1, 2, 3)).tolist() == [2, 3, 3]
-    even = Packing.of([4] * 100, torch.device("cpu")).parts
-    assert [(part.count, part.places) for part in even] == [(100, None)]
+    even, same = Packing.even(5, 4, torch.device("cpu")), Packing.of([4] * 5, torch.device("cpu"))
+    for one, other in ((even.positions, same.positions), (even.starts, same.starts)):
+        assert one.tolist() == other.tolist()
+    assert even.ends.tolist() == same.ends.tolist()
+    assert even.parts == same.parts
     many = Packing.of(sorted(i % 9 + 1 for i in range(90)), torch.device("cpu")).parts
     assert [part.count for part in many] == [23, 23, 23, 21]
     assert [part.length for part in many] == [3, 5, 7, 9]

@@ -208,6 +208,9 @@ class LoopConfig:
     grad_checkpointing: bool = False
     """Keep only the inputs of the transformers' blocks for the backward pass and compute the rest
     again: less memory for a third more work, the same gradient."""
+    compile: bool = False
+    """Compile the towers with `torch.compile`, which takes minutes at the start and needs a C++
+    compiler (on a GPU, Triton); captions are padded to 16, 32, 48, 64 or 77 tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 where a few measured steps find it faster. Weights
     and loss are always float32."""
@@ -243,6 +246,14 @@ class LoopConfig:
     """Factor on the learning rate each time it goes back."""
     log_steps: Count = 10
     """Steps between two lines of log.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Refuse fields that cannot go together."""
+        if self.compile and self.shard:
+            raise ConfigError(
+                "train.compile and train.shard are both set, but a compiled tower does not gather "
+                "its shards; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
 from clipkit.model.recovery import Health, Statistics
 from clipkit.model.sharding import load_optimizer, load_weights, shard, whole_state
 from clipkit.model.stored import CaptionFeatures
-from clipkit.model.tower_options import checkpoint_gradients
+from clipkit.model.tower_options import checkpoint_gradients, require_compiler
 from clipkit.model.towers import build_towers
 
 MOST_CHUNKS = 65_536
@@ -62,10 +62,14 @@ class Learner:
         self.config, self.towers, self.world, self.device = config, towers, world, world.device
         if config.train.grad_checkpointing:
             checkpoint_gradients(towers.clip)
+        if config.train.compile:
+            require_compiler(self.device)
         self.sharded = config.train.shard and world.size > 1
         # What a checkpoint is made of: on the first process the whole of what is dealt out.
         self._whole = deepcopy(towers) if self.sharded and world.is_first else towers
-        self.network = DualEncoder(towers.clip, config.train.precision, towers.locked)
+        self.network = DualEncoder(
+            towers.clip, config.train.precision, towers.locked, compiled=config.train.compile
+        )
         if is_convolutional(towers.clip):
             self.network.to(memory_format=torch.channels_last)
         share_statistics(self.network, world)

@@ -21,6 +21,8 @@ class DualEncoder(nn.Module):
         clip: open_clip's ``CLIP`` or ``CustomTextCLIP`` with CLIP's own text tower.
         precision: ``"bf16"`` runs the towers' matrix products so; weights and outputs stay float32.
         locked: the towers that stay in evaluation mode, "image" or "text".
+        compiled: compile the towers with ``torch.compile`` for training, where batches keep their
+            size; measuring, where they do not, runs them as they are.
 
     Attributes:
         given_features: locked towers of which ``forward`` takes the stored features, in place of
@@ -34,6 +36,8 @@ class DualEncoder(nn.Module):
         clip: nn.Module,
         precision: str = "fp32",
         locked: Mapping[str, LockedTower] = MappingProxyType({}),
+        *,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.clip = clip
@@ -42,6 +46,12 @@ class DualEncoder(nn.Module):
         self.given_features: frozenset[str] = frozenset()
         self.runs_images = transformer.runs_image_tower(self.clip.visual)
         self.runs_texts = transformer.runs_text_tower(getattr(clip, "text", clip))
+        # Functions, not modules: names in a checkpoint stay what they are.
+        self._compiled = [
+            torch.compile(project, dynamic=False)
+            for project in (self._project_images, self._project_padded)
+            if compiled
+        ]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a locked tower stays without dropout, its running statistics at rest."""
@@ -78,11 +88,15 @@ class DualEncoder(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """float32 [n, 3, height, width] to unit vectors, float32 [n, dim]."""
-        return self._unit(self._project_images(images))
+        project = self._compiled[0] if self._compiled and self.training else self._project_images
+        return self._unit(project(images))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """int64 [n, 77] to unit vectors, float32 [n, dim]; nothing behind the end tokens is run."""
-        return self._unit(self._project_tokens(tokens))
+        if not self._compiled or not self.training:
+            return self._unit(self._project_tokens(tokens))
+        longest = int(tokens.argmax(dim=1).max()) + 1
+        return self._unit(self._compiled[1](tokens[:, : padded_length(longest)]))
 
     def encode_features(self, tower: str, features: Tensor) -> Tensor:
         """Features of a locked tower, float32 [n, …], to unit vectors, float32 [n, dim]."""
@@ -118,6 +132,12 @@ class DualEncoder(nn.Module):
             projected: Tensor = self.clip.encode_text(tokens)
         return projected
 
+    def _project_padded(self, tokens: Tensor) -> Tensor:
+        if not self.runs_texts:
+            return self._project_tokens(F.pad(tokens, (0, CONTEXT - tokens.shape[1])))
+        text = getattr(self.clip, "text", self.clip)
+        return transformer.encode_padded(text, tokens, self._dtype)
+
     def _unit(self, projected: Tensor) -> Tensor:
         return F.normalize(projected.to(self.clip.logit_scale.dtype), dim=-1)
 
@@ -131,6 +151,11 @@ class DualEncoder(nn.Module):
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def padded_length(longest: int) -> int:
+    """Tokens to which a compiled tower pads: one of five lengths, for each is compiled anew."""
+    return min(-(-longest // 16) * 16, CONTEXT)
 
 
 def is_convolutional(clip: Any) -> bool:

@@ -1,7 +1,7 @@
 """Sequences of different lengths laid end to end, and padded where attention needs it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,7 +25,7 @@ class Part:
         tokens: of all together.
         places: int64 [tokens], where each token stands in the padded [count · length]; None where
             all are of one length.
-        valid: bool [count, 1, 1, length], which places hold a token; None likewise.
+        valid: bool [count, 1, 1, length], which places hold a token; None where all do.
     """
 
     count: int
@@ -57,8 +57,7 @@ class Packing:
         sizes = torch.tensor(lengths, device=device)
         starts = sizes.cumsum(0) - sizes
         positions = torch.arange(sum(lengths), device=device) - starts.repeat_interleave(sizes)
-        even = len(set(lengths)) == 1
-        cuts = 1 if even or len(lengths) < PARTS_FROM else PARTS
+        cuts = 1 if len(lengths) < PARTS_FROM else PARTS
         share = -(-len(lengths) // cuts)
         chunks = [lengths[i : i + share] for i in range(0, len(lengths), share)]
         tokens = [sum(chunk) for chunk in chunks]
@@ -68,6 +67,22 @@ class Packing:
             for chunk, first, count in zip(chunks, firsts, tokens, strict=False)
         ]
         return cls(parts, positions, starts, starts + sizes - 1)
+
+    @classmethod
+    def even(cls, count: int, length: int, device: torch.device) -> "Packing":
+        """Lay out ``count`` sequences of one length."""
+        starts = length * torch.arange(count, device=device)
+        part = Part(count, length, count * length, None, None)
+        positions = torch.arange(length, device=device).repeat(count)
+        return cls([part], positions, starts, starts + length - 1)
+
+    @classmethod
+    def padded(cls, lengths: Tensor, longest: int) -> "Packing":
+        """Sequences that stay padded to ``longest`` tokens: int64 [n], on their device."""
+        even = cls.even(len(lengths), longest, lengths.device)
+        valid = even.positions.view(-1, longest) < lengths[:, None]
+        part = replace(even.parts[0], valid=valid[:, None, None])
+        return cls([part], even.positions, even.starts, even.starts + lengths - 1)
 
 
 def _part(lengths: Sequence[int], positions: Tensor) -> Part:
@@ -111,6 +126,8 @@ class _Spread(torch.autograd.Function):
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of a matrix: [m, width] and int64 [t], each row at most once, to [t, width]."""
+    if torch.compiler.is_compiling():  # which makes a backward pass of its own
+        return x.index_select(0, rows)
     taken: Tensor = _Take.apply(x, rows)
     return taken
 

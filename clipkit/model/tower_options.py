@@ -1,8 +1,11 @@
-"""What training may do to towers that are built: drop patches, keep fewer activations."""
+"""What training may do to towers that are built: drop patches, keep less, be compiled."""
 
+import os
+import shutil
 from typing import Any
 
 import timm.models
+import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from timm.layers.patch_dropout import PatchDropout as TimmPatchDropout
@@ -74,3 +77,13 @@ def _can_checkpoint(visual: Any) -> bool:
 
 def _kind(visual: Any) -> str:
     return type(getattr(visual, "trunk", visual)).__name__
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ConfigError where ``torch.compile`` finds no C++ compiler to hand its code to."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise ConfigError(
+            "train.compile is set, but no C++ compiler is found (g++ or clang++, or another in "
+            "CXX); install one, or leave train.compile out"
+        )

@@ -64,7 +64,7 @@ def encode_images(visual: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
     x = visual.ln_pre(visual.patch_dropout(x + visual.positional_embedding))
     n, length, width = x.shape
-    packing = Packing.of([length] * n, x.device)
+    packing = Packing.even(n, length, x.device)
     first = packing.starts if visual.pool_type == "tok" else None
     x = _transform(visual.transformer, x.reshape(-1, width), packing, dtype, read=first)
     pooled: Tensor = visual._pool(x.view(n, -1, width))[0]
@@ -88,16 +88,35 @@ def encode_tokens(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         tokens: captions with their end tokens.
         dtype: of the matrix products.
     """
-    # The end token has the largest id, and the first one counts, as in CLIP. Counting what is not
-    # padding would be wrong: 0 is also the id of "!".
-    lengths = tokens.argmax(dim=1) + 1
-    lengths, order = lengths.sort(stable=True)
+    lengths, order = _lengths(tokens).sort(stable=True)
     packing = Packing.of(lengths.tolist(), tokens.device)
     kept = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    words: Tensor = text.token_embedding(tokens[order][kept])
+    return _encode_packed(text, tokens[order][kept], packing, dtype)[order.argsort()]
+
+
+def encode_padded(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in a form that a compiler can keep: shapes depend on the batch's shape alone.
+
+    Args:
+        text: as above.
+        tokens: int64 [n, length], cut behind the end of the longest caption or later.
+        dtype: as above.
+    """
+    packing = Packing.padded(_lengths(tokens), tokens.shape[1])
+    return _encode_packed(text, tokens.flatten(), packing, dtype)
+
+
+def _lengths(tokens: Tensor) -> Tensor:
+    # The end token has the largest id, and the first one counts, as in CLIP. Counting what is not
+    # padding would be wrong: 0 is also the id of "!".
+    return tokens.argmax(dim=1) + 1
+
+
+def _encode_packed(text: Any, ids: Tensor, packing: Packing, dtype: torch.dtype) -> Tensor:
+    words: Tensor = text.token_embedding(ids)
     x = words + F.embedding(packing.positions, text.positional_embedding)
     x = _transform(text.transformer, x, packing, dtype, read=packing.ends, causal=True)
-    x = text.ln_final(x)[order.argsort()]
+    x = text.ln_final(x)
     projection = text.text_projection
     if isinstance(projection, nn.Linear):
         return cast(Tensor, projection(x))

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source scripts/environment.sh
-prepare_environment ".[demo,dev]"
+prepare_environment ".[demo,dev,tensorboard]"
 
 step() { printf '\n== %s\n' "$*"; "$@"; }
 

@@ -246,6 +246,9 @@ class LoopConfig:
     """Factor on the learning rate each time it goes back."""
     log_steps: Count = 10
     """Steps between two lines of log.jsonl."""
+    tensorboard: bool = False
+    """Whether to write the log as event files too, in `tensorboard/` of the run's directory; needs
+    the extra `clipkit[tensorboard]`."""
 
     def __post_init__(self) -> None:
         """Refuse fields that cannot go together."""

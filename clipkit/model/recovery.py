@@ -98,7 +98,8 @@ def go_back(run: RunDirectory, learner: "Learner", step: int) -> tuple[dict[str,
     good = good_checkpoints(run, health)
     for path in run_checkpoints(run.path)[len(good) :]:
         run.remove(path)
-    state = learner.restore(good[-1]) if good else learner.start_over()
+    name = learner.world.ask_first(good[-1].name if good else "")
+    state = learner.restore(run.path / name) if name else learner.start_over()
     learner.health = replace(
         health,
         bad_in_a_row=0,
@@ -106,7 +107,7 @@ def go_back(run: RunDirectory, learner: "Learner", step: int) -> tuple[dict[str,
         returns=health.returns + 1,
         rate=health.rate * config.retry_rate,
     )
-    place = f"step {state['step']}" if good else "the initial weights"
+    place = f"step {state['step']}" if name else "the initial weights"
     return state, (
         f"{what}: going back to {place}, from there on with {learner.health.rate:g} times the "
         f"learning rate (return {learner.health.returns} of at most {config.retries}); lower "

@@ -9,6 +9,7 @@ from typing import Any, Self
 from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError
 from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json, write_text
+from clipkit.model.board import Board
 from clipkit.model.distributed import World
 from clipkit.model.load import checkpoint_step, run_checkpoints
 from clipkit.model.log import LOG_FILE, read_log
@@ -49,6 +50,7 @@ class RunDirectory:
         steps = run_checkpoints(self.path)
         self.checkpoint = steps[-1] if steps else None
         self.logged = 0
+        self._board: Board | None = None
 
     def _refuse_taken(self) -> None:
         """Raise ArtifactError unless a run may start here: one without a checkpoint is no loss."""
@@ -83,6 +85,8 @@ class RunDirectory:
         with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         self.logged += 1
+        if self._board:
+            self._board.add(line)
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl so far; a line torn by a crash is left out."""
@@ -93,6 +97,10 @@ class RunDirectory:
         kept = self.lines()[:logged]
         write_text(self.path / LOG_FILE, "".join(json.dumps(line) + "\n" for line in kept))
         self.logged = len(kept)
+        if self.config.train.tensorboard:
+            self._board = Board(
+                self.path, checkpoint_step(self.checkpoint) if self.checkpoint else -1
+            )
 
     def list_skipped(self, skipped: dict[str, str]) -> None:
         """Write skipped.jsonl: key and reason of each image that could not be used."""
@@ -132,6 +140,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._board:
+            self._board.close()
         self._lock.release()
 
 

@@ -8,6 +8,7 @@ from clipkit.config import LoopConfig, TrainConfig, load_config
 from clipkit.data.pairs import PairLoader
 from clipkit.errors import ConfigError, TrainingError
 from clipkit.manifest import is_complete
+from clipkit.model.board import require_tensorboard
 from clipkit.model.checkpoint import Towers
 from clipkit.model.distributed import World, join_world
 from clipkit.model.doctor import examine, gather
@@ -66,6 +67,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
 
     Raises:
         ConfigError, DataError, ModelError, ArtifactError: something cannot be used as asked.
+        MissingExtraError: ``train.tensorboard`` is set without the package.
         TrainingError: the run is finished already, its gradients stay non-finite, or another
             process of it has ended.
     """
@@ -75,6 +77,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         raise TrainingError(
             f"{out} is finished; to train it further, start a new run with model.start={out}"
         )
+    if config.train.tensorboard:
+        require_tensorboard()
     with join_world() as world:
         return _train(config, out, world, resume=resume)
 

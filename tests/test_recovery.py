@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
+from test_distributed import end, train_with_two
 from test_kept import steps
 from test_train import assert_same_run, configured, curve, last_weights
 
@@ -149,3 +150,24 @@ def test_a_run_without_one_finite_step_is_an_error(colour_folder, tmp_path, fail
     fails(lambda *_: True)
     with pytest.raises(TrainingError, match=r"steps.*and none before.*fp32.*clipkit data check"):
         train(configured(colour_folder, train=settings(bad_steps=bad_steps)), tmp_path / "run")
+
+
+def test_two_processes_go_back_together(colour_folder, tmp_path):
+    """A rate that breaks the weights at the first step: back to the initial ones, then the end."""
+    config = configured(
+        colour_folder,
+        optim={"name": "sgd", "lr": 1e30, "warmup": 0.0},
+        train=settings(batch_size=4, retries=1),
+    )
+    with pytest.raises(TrainingError) as alone:
+        train(config, tmp_path / "alone")
+    said, code = end(train_with_two(config, tmp_path / "two"))
+    assert code == 1
+    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    wanted = str(alone.value).replace(str(tmp_path / "alone"), str(tmp_path / "two"))
+    assert sentences == [f"error: {wanted}"], said
+    assert "up to step 4, after 1 returns" in wanted
+    for run in ("alone", "two"):
+        told = [line for line in read_log(tmp_path / run) if "alarm" in line]
+        assert [line["about"] for line in told] == ["skipped", "return"]
+        assert told[1]["back_to"] == 0

@@ -223,13 +223,14 @@ def test_blank_captions_beside_good_ones_are_told(tmp_path):
 
 
 def fail(capsys, monkeypatch, *words):
-    """The one line with which a command ends."""
+    """The one line with which a command ends; only warnings come before it."""
     monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         main()
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (1, "")
-    (line,) = err.splitlines()
+    *warned, line = err.splitlines()
+    assert all(told.startswith("warning: ") for told in warned)
     return line.removeprefix("error: ")
 
 

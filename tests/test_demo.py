@@ -245,6 +245,6 @@ def test_the_whole_walk(drawings, tmp_path, monkeypatch):
 
 
 @contextmanager
-def _interrupted():
+def _interrupted(patient):
     """As if Ctrl-C came during the first step."""
     yield [2]

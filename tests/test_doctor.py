@@ -121,11 +121,13 @@ def test_a_stream_is_not_compared(colour_folder):
     assert shared_images(stream, open_source(colour_folder)) is None
 
 
-def test_missing_files_are_passed_over(colour_folder):
+def test_missing_and_empty_files_are_passed_over(colour_folder):
     source = open_source(colour_folder)
     (colour_folder / "red-0.png").unlink()
+    for number in (1, 2):
+        (colour_folder / f"red-{number}.png").write_bytes(b"")
     found = shared_images(source, source)
-    assert len(found.keys) == len(COLOURS) * 4 - 1
+    assert len(found.keys) == len(COLOURS) * 4 - 3
 
 
 def test_a_run_is_warned_and_goes_on(colour_folder, tmp_path, capsys):

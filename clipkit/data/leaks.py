@@ -72,7 +72,7 @@ def shared_images(
 
 
 def _sizes(source: Source, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Size in bytes and number of images, as stored; those that are not there are left out."""
+    """Size in bytes and number of images, as stored; those with nothing there are left out."""
     import pyarrow.compute as pc
 
     stored, paths = source.rows.data.column("image").flatten()
@@ -88,7 +88,8 @@ def _sizes(source: Source, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
                 size = os.stat(paths[place].as_py()).st_size
             except (OSError, TypeError):  # no file, or neither bytes nor a path
                 continue
-        yield size, number
+        if size:
+            yield size, number
 
 
 def _content(image: dict[str, Any]) -> bytes | None:

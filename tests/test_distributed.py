@@ -117,15 +117,17 @@ def test_shards_are_worth_the_whole(colour_folder, tmp_path):
     """One process, then two with shards, then one again."""
     config = configured(
         colour_folder,
-        data={"held_out_share": 0.0},
+        data={"held_out_share": 0.25},
         train=SHARED | {"chunk_size": 1, "shard": True},
     )
-    train(config, tmp_path / "whole")
-    cut_short(tmp_path / "whole", tmp_path / "two", 6)
+    whole = train(config, tmp_path / "whole")
+    cut_short(tmp_path / "whole", tmp_path / "two", 4)
     said, code = end(train_with_two(config, tmp_path / "two", "--resume"))
     assert code == 0, said
     assert_like(tmp_path / "two", tmp_path / "whole")
-    cut_short(tmp_path / "two", tmp_path / "one", 12)
+    measured = [line["held_out"] for line in read_log(tmp_path / "two") if "held_out" in line]
+    assert [recall.keys() for recall in measured] == [whole.held_out.keys()]
+    cut_short(tmp_path / "two", tmp_path / "one", 8)
     train(config, tmp_path / "one", resume=True)
     assert_like(tmp_path / "one", tmp_path / "whole")
     assert clipkit.load(tmp_path / "two").dim == 32

@@ -84,11 +84,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
 
 
 def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> TrainResult:
-    if config.train.batch_size % world.size:
-        raise ConfigError(
-            f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot "
-            "share evenly; choose a multiple of their number"
-        )
+    _require_shareable(config.train, world)
     training, held_out = open_training_data(config.data, config.train.seed)
     cut = CutReport()
     if world.is_first and not training.streaming:
@@ -137,6 +133,20 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
         skipped=loop.skipped(),
         findings=findings,
     )
+
+
+def _require_shareable(config: LoopConfig, world: World) -> None:
+    """Raise ConfigError for what cannot be done by so many processes."""
+    if config.batch_size % world.size:
+        raise ConfigError(
+            f"train.batch_size is {config.batch_size}, which {world.size} processes cannot share "
+            "evenly; choose a multiple of their number"
+        )
+    if config.shard and config.compile and world.size > 1:
+        raise ConfigError(
+            "train.shard and train.compile are both set, but compiled towers do not gather their "
+            "shards; leave one of them out"
+        )
 
 
 def _store_features(config: TrainConfig, learner: Learner, loader: PairLoader, run: Path) -> None:

@@ -110,6 +110,12 @@ def test_a_whole_tower_from_a_start_is_locked(squares, tmp_path, start, tower, c
         assert torch.equal(tensor, after[name]) == kept, name
 
 
+def test_the_precision_is_chosen_with_a_locked_tower_too(squares, tmp_path, start):
+    model = {"start": str(start), "lock": ["image"]}
+    result = train(settings(squares, model, train={"precision": "auto"}), tmp_path / "run")
+    assert result.finished
+
+
 def test_trunk_and_statistics_keep_still_while_the_projection_learns(squares, tmp_path, weights):
     result = train(
         settings(squares, locked_image(weights), data={"feature_views": 0}),

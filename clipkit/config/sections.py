@@ -115,7 +115,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images. Held-out images are never changed."""
+    """Random changes to training images and captions. Held-out ones are never changed."""
 
     __pydantic_config__ = _STRICT
     crop_scale: tuple[Share, Share] = (0.5, 1.0)
@@ -130,6 +130,9 @@ class AugmentConfig:
     """Probability of a grey image."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation, in degrees either way; corners are filled with the image's edge colour."""
+    drop_tokens: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a token of a training caption is left out. For few captions, which a text
+    tower would else learn by heart."""
 
 
 @dataclass(frozen=True)

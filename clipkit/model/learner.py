@@ -17,6 +17,7 @@ from clipkit.model.blanks import fill_up
 from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
 from clipkit.model.chunks import Loss, backward
 from clipkit.model.distributed import World
+from clipkit.model.drop_tokens import drop_tokens
 from clipkit.model.gradients import clip_gradients, sum_gradients
 from clipkit.model.groups import pair_groups
 from clipkit.model.loss import info_nce
@@ -112,11 +113,11 @@ class Learner:
         tokens = tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.chunk_size or len(tokens)
-        texts = self.captions.of(tokens).to(self.device) if self.captions else tokens
-        chunks = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
         # Each step draws from a seed of its own, so that a resumed run draws the same.
         seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
         seed += self.world.rank * (MOST_CHUNKS // self.world.size)
+        texts = self._read(tokens, seed)
+        chunks = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
         loss = backward(self.network, chunks, self.normalized, self._loss(batch), seed)
         sum_gradients(self.network.parameters(), self.world)
         limit = self.config.optim.clip_norm or math.inf
@@ -129,6 +130,13 @@ class Learner:
             self._statistics.put_back()
         self.health.note(step + 1, finite)
         return StepReport(loss, norm, rate)
+
+    def _read(self, tokens: Tensor, seed: int) -> Tensor:
+        """What the text tower reads of captions, int64 [n, 77]; or their stored features."""
+        if self.captions:
+            return self.captions.of(tokens).to(self.device)
+        share = self.config.augment.drop_tokens
+        return drop_tokens(tokens, share, torch.Generator().manual_seed(seed)) if share else tokens
 
     def _loss(self, batch: PairBatch) -> Loss:
         """The loss of a batch, of which only the vectors and the scale are missing."""

@@ -45,7 +45,7 @@ def uses_features(config: TrainConfig, source: Source) -> bool:
     """Whether locked towers are run once, before training, instead of in every step.
 
     Raises:
-        ConfigError: they shall be, and the training pairs are a stream.
+        ConfigError: they shall be, and the training pairs are a stream, or captions are changed.
     """
     if not (config.model.lock and config.data.feature_views):
         return False
@@ -53,6 +53,11 @@ def uses_features(config: TrainConfig, source: Source) -> bool:
         raise ConfigError(
             "the features of a locked tower are stored for tables, and these training pairs are a "
             'stream; set data.feature_views = 0 to run it in every step, or data.streaming = "no"'
+        )
+    if "text" in config.model.lock and config.augment.drop_tokens:
+        raise ConfigError(
+            "augment.drop_tokens changes captions in every step, and those of a locked text tower "
+            "are encoded once; leave it out, or set data.feature_views = 0"
         )
     return True
 

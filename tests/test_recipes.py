@@ -1,0 +1,44 @@
+"""The recipes: their settings are known, and weights are renamed without a mistake."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from clipkit.config import load_config
+
+RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_settings_are_known(file):
+    assert load_config(file).data.train
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.sh")), ids=lambda file: file.stem)
+def test_scripts_parse(file):
+    subprocess.run(["bash", "-n", file], check=True)
+
+
+def converter():
+    spec = importlib.util.spec_from_file_location("weights", RECIPES / "efficientnet_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_weights_are_renamed_in_order_and_misfits_refused():
+    donor, model = (timm.create_model("tf_efficientnet_lite0") for _ in range(2))
+    given = {f"_{i}.{name.rpartition('.')[2]}": t for i, (name, t) in enumerate(state(donor))}
+    renamed = converter().renamed(given, model)
+    assert all(torch.equal(renamed[name], tensor) for name, tensor in state(donor))
+    first = next(iter(given))
+    with pytest.raises(SystemExit, match=r"conv_stem\.weight"):
+        converter().renamed(given | {first: torch.zeros(3)}, model)
+
+
+def state(model):
+    return model.state_dict().items()

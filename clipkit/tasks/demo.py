@@ -58,7 +58,12 @@ def recipe(train: Path, held_out: Path, minutes: float) -> TrainConfig:
             embed_dim=256,
             # A residual network of one block a stage: cheap enough at 64 pixels to see every
             # drawing several times within the minutes.
-            vision={"layers": [1, 1, 1, 1], "width": 32, "image_size": 64},
+            vision={
+                "timm_model_name": "resnet10t",
+                "timm_pool": "avg",
+                "timm_proj": "linear",
+                "image_size": 64,
+            },
             text={"width": 192, "heads": 3, "layers": 2},
         ),
         data=DataConfig(train=str(train), held_out=str(held_out)),
@@ -67,7 +72,8 @@ def recipe(train: Path, held_out: Path, minutes: float) -> TrainConfig:
             crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), color_jitter=0.1, rotate=5.0
         ),
         # A few hundred steps hardly move the temperature, so it starts where it would end up.
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, temperature=0.04),
+        # After three epochs a name found its drawing in 0.45 of cases with Muon, 0.29 with AdamW.
+        optim=OptimConfig(name="muon", lr=3e-3, weight_decay=0.1, temperature=0.04),
         train=LoopConfig(
             batch_size=256, minutes=minutes, eval_epochs=0.0, save_epochs=0.0, keep=1, log_steps=5
         ),

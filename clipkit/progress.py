@@ -80,3 +80,9 @@ def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+def share_done(step: int, steps: int, seconds: float, minutes: float) -> float:
+    """Share of a run done, by steps or by the clock, whichever is further; a limit of 0 is none."""
+    by_steps = step / steps if steps else 0.0
+    return max(by_steps, seconds / (60 * minutes) if minutes else 0.0)

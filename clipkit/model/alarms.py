@@ -7,6 +7,7 @@ from typing import Any
 
 from clipkit.config import TrainConfig
 from clipkit.model.optim import MAX_LOGIT_SCALE
+from clipkit.progress import share_done
 
 Line = dict[str, Any]
 
@@ -71,7 +72,9 @@ class Watch:
 
     def _stuck(self) -> str:
         loss, guess = self._mean("loss"), math.log(self.pairs)
-        if self._progress(self._recent[0]) < self.config.optim.warmup or not loss >= STUCK * guess:
+        first, minutes = self._recent[0], self.config.train.minutes
+        done = share_done(first["step"], self.steps, first["seconds"], minutes)
+        if done < self.config.optim.warmup or not loss >= STUCK * guess:
             return ""
         return (
             f"after the warm-up the loss has averaged {loss:.3f} for {self._span()} steps, and "
@@ -103,8 +106,3 @@ class Watch:
             f'data.cache = "yes" (it is {data.cache}), read them with data.decode = "fast" (it is '
             f"{data.decode}), or store them smaller, near the size the model sees"
         )
-
-    def _progress(self, line: Line) -> float:
-        limit = 60 * self.config.train.minutes
-        by_steps = line["step"] / self.steps if self.steps else 0.0
-        return max(by_steps, line["seconds"] / limit if limit else 0.0)

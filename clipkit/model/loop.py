@@ -24,7 +24,7 @@ from clipkit.model.run import RunDirectory
 from clipkit.model.tokenizer import CutReport
 from clipkit.pages.run import render_run
 from clipkit.plots import plot_run
-from clipkit.progress import Meter, tell
+from clipkit.progress import Meter, share_done, tell
 
 FIRST_BAD = (
     "the loss or its gradient is not finite, so step {step} changed nothing and the run goes on; "
@@ -140,10 +140,9 @@ class TrainingLoop:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _progress(self, ahead: int = 0) -> float:
-        """Share of the run done, by steps or by the clock, whichever is further."""
-        limit = 60 * self.config.train.minutes
-        by_steps = (self.step + ahead) / self.steps if self.steps else 0.0
-        return max(by_steps, self.seconds / limit if limit else 0.0)
+        """Share of the run done, or that it will be with so many steps more."""
+        minutes = self.config.train.minutes
+        return share_done(self.step + ahead, self.steps, self.seconds, minutes)
 
     def _log(self, report: StepReport, meter: Meter) -> str:
         """Write a line of the log; the same in short for the progress bar."""

@@ -13,6 +13,7 @@ _HOMES = {
     "EmbeddingStore": "clipkit.store.embeddings",
     "Encoder": "clipkit.model.encoder",
     "Hit": "clipkit.store.vector_index",
+    "IndexWriter": "clipkit.store.writer",
     "Manifest": "clipkit.manifest",
     "ModelRef": "clipkit.manifest",
     "Prediction": "clipkit.model.classifier",
@@ -22,6 +23,7 @@ _HOMES = {
     "ZeroShotClassifier": "clipkit.model.classifier",
     "build_index": "clipkit.tasks.index",
     "check_data": "clipkit.tasks.check",
+    "compact_index": "clipkit.tasks.upkeep",
     "embed": "clipkit.tasks.embed",
     "evaluate_retrieval": "clipkit.tasks.evaluate",
     "evaluate_zeroshot": "clipkit.tasks.evaluate",
@@ -31,6 +33,7 @@ _HOMES = {
     "open_source": "clipkit.data.sources",
     "plot_runs": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
+    "remove_items": "clipkit.tasks.upkeep",
     "tokenize": "clipkit.model.tokenizer",
     "train": "clipkit.tasks.train",
 }
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from clipkit.store.embeddings import EmbeddingStore as EmbeddingStore
     from clipkit.store.vector_index import Hit as Hit
     from clipkit.store.vector_index import VectorIndex as VectorIndex
+    from clipkit.store.writer import IndexWriter as IndexWriter
     from clipkit.tasks.check import check_data as check_data
     from clipkit.tasks.embed import embed as embed
     from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
     from clipkit.tasks.plot import plot_runs as plot_runs
     from clipkit.tasks.search import Searcher as Searcher
     from clipkit.tasks.train import train as train
+    from clipkit.tasks.upkeep import compact_index as compact_index
+    from clipkit.tasks.upkeep import remove_items as remove_items
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from clipkit import __version__
 from clipkit.errors import ArtifactError, ModelMismatchError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # in 1, which is read as well, an index is one segment
 KINDS = ("run", "checkpoint", "features", "store", "index", "classifier")
 
 

@@ -85,10 +85,15 @@ def test_approximate_specs_find_most_of_it(store, tmp_path, spec, least):
 def test_search_settings_are_recorded_and_applied(store, tmp_path):
     path = tmp_path / "index"
     built = VectorIndex.build(store, path, "IDMap2,IVF64,SQ8")
-    assert built.manifest.detail == {
+    detail = dict(built.manifest.detail)
+    (segment,) = detail.pop("segments")
+    assert segment["rows"] == 1000
+    assert detail == {
         "spec": "IDMap2,IVF64,SQ8",
         "search": {"nprobe": 32},
         "trained_on": 1000,
+        "generation": 0,
+        "next_id": 1000,
     }
     assert (built.spec, built.model, len(built)) == ("IDMap2,IVF64,SQ8", MODEL, 1000)
     assert built.manifest.source == {"spec": "made up", "store": str(store.path)}
@@ -219,10 +224,10 @@ def test_building_says_nothing_on_standard_error(store, tmp_path, capfd):
 
 
 def test_training_takes_a_bounded_sample(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipkit.store.vector_index.TRAINING_ROWS", 100)
+    monkeypatch.setattr("clipkit.store.build.TRAINING_ROWS", 100)
     seen = []
     monkeypatch.setattr(
-        "clipkit.store.vector_index.train",
+        "clipkit.store.build.train",
         lambda index, rows: seen.append(rows) or index.train(rows),
     )
     index = VectorIndex.build(store, tmp_path / "index", "SQ8")
@@ -296,7 +301,8 @@ def test_an_index_is_replaced_only_on_demand(store, tmp_path):
 
 def test_records_are_those_of_the_store(store, tmp_path):
     index = VectorIndex.build(store, tmp_path / "index")
-    assert index.records().to_pylist() == records(1000)
+    expected = [record | {"id": number} for number, record in enumerate(records(1000))]
+    assert index.records().to_pylist() == expected
 
 
 SEARCH_WITHOUT_TORCH = """

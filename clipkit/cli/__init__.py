@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from clipkit import __version__
-from clipkit.cli import classify, data, demo, evaluate, index, info, plot, tokenize, train
+from clipkit.cli import classify, data, demo, evaluate, index, info, plot, tokenize, train, upkeep
 from clipkit.cli.output import note
 from clipkit.errors import ClipkitError
 
@@ -50,6 +50,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("embed")(index.embed)
+index.app.command("remove")(upkeep.remove)
+index.app.command("compact")(upkeep.compact)
 app.add_typer(index.app, name="index")
 app.command("search")(index.search)
 app.command("classify")(classify.classify)

@@ -21,7 +21,9 @@ from clipkit.cli.output import (
 if TYPE_CHECKING:
     from clipkit.model.encoder import Encoder
 
-app = typer.Typer(help="Build indexes of image vectors.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build indexes of image vectors, and keep them up to date.", no_args_is_help=True
+)
 
 
 def embed(

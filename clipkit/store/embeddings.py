@@ -112,8 +112,9 @@ class EmbeddingStore:
         return np.concatenate([empty, *(vectors for vectors, _ in self.shards())])
 
     def records(self) -> pa.Table:
-        """All records: key, size in bytes, mtime_ns, captions, label."""
-        return pa.concat_tables([SCHEMA.empty_table(), *(table for _, table in self.shards())])
+        """All records: key, size in bytes, mtime_ns, captions, label, and what else there is."""
+        tables = [SCHEMA.empty_table(), *(table for _, table in self.shards())]
+        return pa.concat_tables(tables, promote_options="permissive")
 
     @property
     def keys(self) -> list[str]:

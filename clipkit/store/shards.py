@@ -88,16 +88,45 @@ def read_shard(folder: Path, number: int, dim: int) -> tuple[Vectors, pa.Table]:
 
 
 def read_records(file: Path) -> pa.Table:
-    """The records of a shard or an index.
+    """The records of a shard: the columns of ``SCHEMA``, then what else there is.
 
     Raises:
         ArtifactError: the file is missing, truncated, or lacks a column of ``SCHEMA``.
     """
     try:
         with pq.ParquetFile(file) as parquet:
-            return parquet.read(columns=SCHEMA.names).cast(SCHEMA)
+            table = parquet.read()
+        columns = widened(table.schema)
+        return table.select(columns.names).cast(columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise _damaged(file, str(error)) from None
+
+
+def widened(*schemas: pa.Schema) -> pa.Schema:
+    """The columns of ``SCHEMA``, then all others of ``schemas``.
+
+    Raises:
+        ArtifactError: a column has types that do not go together.
+    """
+    more = [pa.schema([f for f in schema if f.name not in SCHEMA.names]) for schema in schemas]
+    try:
+        return pa.unify_schemas([SCHEMA, *more], promote_options="permissive")
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ArtifactError(
+            f"a column of the records has two types ({reason}), expected one; rename or convert it"
+        ) from None
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of ``schema`` from a table, null where it has none."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def write_shard(folder: Path, number: int, vectors: Vectors, records: pa.Table) -> None:

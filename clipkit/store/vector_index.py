@@ -1,64 +1,61 @@
-"""VectorIndex: a FAISS index beside its records, searched by inner product.
+"""VectorIndex: FAISS indexes beside their records, searched by inner product.
 
-An index is a directory of ``index.faiss``, ``records.parquet`` and ``manifest.json``, which holds
-the FAISS factory string and the search-time knobs. Ids are row numbers of the records.
+An index is a directory of segments (see ``segments``) and of ``manifest.json``, which names their
+files and holds the FAISS factory string and the search-time knobs. ``IndexWriter`` changes one.
 """
 
-import threading
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from clipkit.errors import ArtifactError, SpecError
-from clipkit.manifest import ArtifactWriter, Manifest, read_manifest
+from clipkit.errors import ArtifactError
+from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
+from clipkit.store.build import Built, Rows, cannot_write, write_segment
 from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.shards import SCHEMA, Vectors, read_records
-from clipkit.store.spec import (
-    ROWS_PER_CENTROID,
-    TRAINING_ROWS,
-    default_knobs,
-    explain,
-    new_index,
-    set_knobs,
-    train,
-    training_rows_needed,
-)
+from clipkit.store.segments import Segment, parts_of, unfit
+from clipkit.store.shards import SCHEMA, Vectors
+from clipkit.store.spec import default_knobs, set_knobs
 
-INDEX, RECORDS = "index.faiss", "records.parquet"
-_reading = threading.Lock()
+ATTEMPTS = 100
+"""How often an index that changes while it is opened is opened anew."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An item found: its key, and its inner product with the query, higher being better."""
+    """An item found: its key, and its inner product with the query, higher being better.
+
+    ``id`` is the number that the item keeps in its index, whatever becomes of its key.
+    """
 
     key: str
     score: float
+    id: int = field(default=-1, compare=False)
 
 
 class VectorIndex:
-    """A finished index, loaded for searching.
+    """A finished index, loaded for searching; it stays as it was when a writer changes the files.
 
     Attributes:
         path: the directory.
         manifest: what made it, its spec and its search-time knobs.
+        segments: its parts; the first is of its spec, the others are exact.
         model: the model whose vectors it holds; queries must come from the same.
         dim: width of its vectors.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: Any) -> None:
-        self.path, self.manifest, self._index = path, manifest, index
+    def __init__(self, path: Path, manifest: Manifest, segments: list[Segment]) -> None:
+        self.path, self.manifest, self.segments = path, manifest, segments
         self.model = manifest.require_model()
         self.dim = self.model.dim
+        self._starts = np.cumsum([0, *(segment.rows for segment in segments)])
 
     @classmethod
     def build(
@@ -76,44 +73,38 @@ class VectorIndex:
             SpecError: the spec is malformed or impossible for these vectors.
             ArtifactError: ``path`` is taken, the store is damaged, or the disk is full.
         """
-        index = new_index(spec, store.dim, len(store))
-        with ArtifactWriter(Path(path), "index", replace=replace) as artifact:
-            try:
-                trained_on = _train(index, store)
-                _add(index, store)
-            except (RuntimeError, MemoryError) as error:
-                raise SpecError(explain(spec, store.dim, error)) from None
-            try:
-                faiss.write_index(index, str(artifact.temp / INDEX))
-                _write_records(store, artifact.temp / RECORDS)
-                detail = {"spec": spec, "search": default_knobs(index), "trained_on": trained_on}
-                source = {**store.manifest.source, "store": str(store.path)}
-                artifact.finish(Manifest("index", store.model, len(store), source, detail))
-            except (RuntimeError, OSError) as error:
-                raise ArtifactError(
-                    f"{path} cannot be written ({_short(error)}); make room on that disk and "
-                    "build the index again"
-                ) from None
+        source = {**store.manifest.source, "store": str(store.path)}
+        write_index(store, store.model, path, spec, source, replace=replace)
         return cls.open(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """Load a finished index and check that its files belong together.
 
+        A writer may replace the files meanwhile: then it begins again with the new ones.
+
         Raises:
             ArtifactError: no index, half-written, or its files are damaged, foreign or do not fit.
         """
         path = Path(path)
-        manifest = read_manifest(path, "index")
-        found = cls(path, manifest, _read_index(path / INDEX))
-        index = found._index
-        if index.d != found.dim or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise _unfit(path, f"dimension {index.d}, metric {index.metric_type}", f"{found.dim}")
-        rows = {"vectors": index.ntotal, "records": _count_records(path / RECORDS)}
-        if set(rows.values()) != {manifest.count}:
-            raise _unfit(path, f"{rows['vectors']} vectors, {rows['records']} records", len(found))
-        set_knobs(index, manifest.detail.get("search", {}))
-        return found
+        for _ in range(ATTEMPTS):
+            before = _stamp(path)
+            try:
+                with _one_directory(path):
+                    manifest = read_manifest(path, "index")
+                    return cls(path, manifest, _open_segments(path, manifest))
+            except _ReplacedError:
+                continue
+            except ArtifactError:
+                if _stamp(path) == before:
+                    raise
+        raise ArtifactError(f"{path} changed {ATTEMPTS} times while it was opened; try again")
+
+    def renewed(self) -> "VectorIndex":
+        """The index as it stands on disk now; what has not changed is not read again."""
+        manifest = read_manifest(self.path, "index")
+        held = {segment.parts.index: segment for segment in self.segments}
+        return VectorIndex(self.path, manifest, _open_segments(self.path, manifest, held))
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -123,14 +114,32 @@ class VectorIndex:
         """The FAISS factory string it was built with."""
         return str(self.manifest.detail.get("spec"))
 
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Vectors, float32 [m, dim], and records of its rows, a bounded number at a time.
+
+        Raises:
+            ArtifactError: it was built by a clipkit that kept no vectors, with a lossy spec.
+        """
+        for segment in self.segments:
+            yield from segment.blocks(segment.live, self.path)
+
     def records(self) -> pa.Table:
-        """All records, row n being id n: key, size in bytes, mtime_ns, captions, label."""
-        return read_records(self.path / RECORDS)
+        """All records: key, size in bytes, mtime_ns, captions, label, what else there is, and id.
+
+        They stand in the order in which they were added.
+        """
+        tables = [table for s in self.segments for table in s.tables(s.live)]
+        return pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="permissive")
 
     @cached_property
     def keys(self) -> list[str]:
-        """The key of every row, in row order."""
-        keys: list[str] = self.records()["key"].to_pylist()
+        """The key of every row, in the order of the records."""
+        keys: list[str] = []
+        for segment in self.segments:
+            live = segment.live
+            keys += (
+                segment.keys if live is None else segment.keys.filter(pa.array(live))
+            ).to_pylist()
         return keys
 
     def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
@@ -148,8 +157,13 @@ class VectorIndex:
             raise ArtifactError(f"k is {k}, expected at least 1; ask for one hit or more")
         if not len(self) or not len(queries):
             return [[] for _ in queries]
-        scores, ids = self._index.search(queries, min(k, len(self)))
-        return [self._hits(*row) for row in zip(scores, ids, strict=True)]
+        k = min(k, len(self))
+        found = [segment.search(queries, k) for segment in self.segments if segment.rows]
+        starts = [n for n, s in zip(self._starts[:-1], self.segments, strict=True) if s.rows]
+        scores = np.concatenate([score for score, _ in found], axis=1)
+        rows = [np.where(r < 0, -1, r + n) for (_, r), n in zip(found, starts, strict=True)]
+        pairs = zip(scores, np.concatenate(rows, axis=1), strict=True)
+        return [self._hits(*pair, k) for pair in pairs]
 
     def _checked(self, queries: NDArray[Any]) -> Vectors:
         queries = np.asarray(queries)
@@ -165,83 +179,89 @@ class VectorIndex:
             )
         return queries
 
-    def _hits(self, scores: Vectors, ids: NDArray[np.int64]) -> list[Hit]:
+    def _hits(self, scores: Vectors, rows: NDArray[np.int64], k: int) -> list[Hit]:
         # Equal scores in row order, so that answers do not depend on how FAISS walked.
-        order = np.lexsort((ids, -scores))
-        return [Hit(self.keys[ids[n]], float(scores[n])) for n in order if ids[n] >= 0]
+        order = np.lexsort((rows, -scores))
+        best = [n for n in order if rows[n] >= 0][:k]
+        return [self._hit(float(scores[n]), int(rows[n])) for n in best]
+
+    def _hit(self, score: float, row: int) -> Hit:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        segment, row = self.segments[number], row - int(self._starts[number])
+        return Hit(segment.keys[row].as_py(), score, int(segment.ids[row]))
 
 
-def _train(index: Any, store: EmbeddingStore) -> int:
-    """Train on a sample that is spread over the store, and bounded; returns its size."""
-    if index.is_trained:
-        return 0
-    wanted = max(TRAINING_ROWS, ROWS_PER_CENTROID * training_rows_needed(index))
-    count = min(wanted, len(store))
-    chosen = np.sort(np.random.default_rng(0).choice(len(store), count, replace=False))
-    sample, start, filled = np.empty((count, store.dim), np.float32), 0, 0
-    for vectors, _ in store.shards():
-        rows = chosen[(chosen >= start) & (chosen < start + len(vectors))] - start
-        sample[filled : filled + len(rows)] = vectors[rows]
-        start, filled = start + len(vectors), filled + len(rows)
-    train(index, sample)
-    return count
+def write_index(
+    rows: Rows,
+    model: ModelRef,
+    path: str | Path,
+    spec: str,
+    source: dict[str, Any],
+    *,
+    replace: bool = False,
+) -> None:
+    """Write a new index of one segment; parameters and errors as for ``VectorIndex.build``."""
+    path = Path(path)
+    with ArtifactWriter(path, "index", replace=replace) as artifact:
+        built = write_segment(artifact.temp, rows, spec, path)
+        try:
+            artifact.finish(Manifest("index", model, len(rows), source, describe(spec, built)))
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
 
-def _add(index: Any, store: EmbeddingStore) -> None:
-    with_ids = isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2)
-    for vectors, _ in store.shards():
-        if with_ids:
-            start = index.ntotal
-            index.add_with_ids(vectors, np.arange(start, start + len(vectors)))
-        else:
-            index.add(vectors)
+def describe(spec: str, built: Built) -> dict[str, Any]:
+    """What the manifest says of an index of one segment."""
+    return {
+        "spec": spec,
+        "search": default_knobs(built.index),
+        "trained_on": built.trained_on,
+        "generation": 0,
+        "next_id": built.next_id,
+        "segments": [built.parts.to_dict()],
+    }
 
 
-def _write_records(store: EmbeddingStore, file: Path) -> None:
-    with pq.ParquetWriter(file, SCHEMA) as writer:
-        for _, table in store.shards():
-            writer.write_table(table)
+def _open_segments(
+    path: Path, manifest: Manifest, held: dict[str, Segment] | None = None
+) -> list[Segment]:
+    dim, held = manifest.require_model().dim, held or {}
+    segments = [
+        held[parts.index].renewed(path, parts)
+        if parts.index in held
+        else Segment.open(path, parts, dim)
+        for parts in parts_of(manifest, path)
+    ]
+    if not segments or sum(map(len, segments)) != manifest.count:
+        raise unfit(path, f"{sum(map(len, segments))} vectors", manifest.count)
+    set_knobs(segments[0].index, manifest.detail.get("search", {}))
+    return segments
 
 
-def _read_index(file: Path) -> Any:
-    try:
-        with _allocations_bounded(file.stat().st_size):
-            return faiss.read_index(str(file))
-    except (RuntimeError, OSError, MemoryError) as error:
-        raise ArtifactError(
-            f"{file} is no FAISS index that can be read ({_short(error)}); build the index again"
-        ) from None
+class _ReplacedError(Exception):
+    """Another directory was moved to the place of the one being read."""
 
 
 @contextmanager
-def _allocations_bounded(size: int) -> Iterator[None]:
-    """Let FAISS allocate no vector larger than the file it reads, whatever its header claims."""
-    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # an older FAISS
-        yield
-        return
-    with _reading:
-        before = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(max(size, 2**26))
-        try:
-            yield
-        finally:
-            faiss.set_deserialization_vector_byte_limit(before)
-
-
-def _count_records(file: Path) -> int:
+def _one_directory(path: Path) -> Iterator[None]:
+    """Make sure that all files opened by their path came from one and the same directory."""
     try:
-        return int(pq.read_metadata(file).num_rows)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ArtifactError(
-            f"{file} cannot be read ({_short(error)}); build the index again"
-        ) from None
+        held = os.open(path, os.O_RDONLY)  # while it is held, its number is given to no other
+    except OSError:
+        yield  # there is nothing, as reading it will say
+        return
+    try:
+        yield
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(held), os.stat(path)):
+            raise _ReplacedError
+    finally:
+        os.close(held)
 
 
-def _unfit(path: Path, found: str, expected: object) -> ArtifactError:
-    return ArtifactError(
-        f"{path} holds {found}, its manifest says {expected}; build the index again"
-    )
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).rsplit("failed: ", 1)[-1].split()).rstrip(".")
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes with each state of an index."""
+    try:
+        status = os.stat(path / MANIFEST)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -37,7 +37,7 @@ def remove(
 
 
 def compact(index: IndexArgument, as_json: AsJson = False) -> None:
-    """Build an index anew from what it holds: in one piece, freshly trained."""
+    """Build an index anew from what it holds, freshly trained."""
     from clipkit.tasks.upkeep import compact_index
 
     found = compact_index(index)

@@ -25,6 +25,17 @@ def own_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_vectors(tmp_path_factory):
+    """Vectors that commands keep lie in a directory of this session, not in the person's own."""
+    before = os.environ.get("CLIPKIT_CACHE")
+    os.environ["CLIPKIT_CACHE"] = str(tmp_path_factory.mktemp("vectors"))
+    yield
+    os.environ.pop("CLIPKIT_CACHE")
+    if before is not None:
+        os.environ["CLIPKIT_CACHE"] = before
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real photos with captions, where the checkout has them."""

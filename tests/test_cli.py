@@ -15,7 +15,7 @@ import clipkit
 from clipkit.cli import main
 from clipkit.data.images import find_images, read_image
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.metrics import accuracy, retrieval_recall
+from clipkit.metrics import classification_figures, classified, retrieval_recall
 from clipkit.model.load import DEFAULT_MODEL
 from clipkit.model.tokenizer import CaptionCutWarning
 from clipkit.store.embeddings import EmbeddingStore
@@ -396,7 +396,8 @@ def test_a_file_name_cannot_command_the_terminal(run, tiny_checkpoint, tmp_path)
 def test_eval_retrieval_prints_the_metrics(run, colour_folder, tiny_checkpoint, encoder):
     (colour_folder / "red-1.txt").write_text("red\nvery red\n")
     (colour_folder / "red-2.txt").unlink()
-    out, err = run("eval", "retrieval", colour_folder, "--model", tiny_checkpoint, "--json")
+    words = [colour_folder, "--model", tiny_checkpoint, "--apart"]
+    out, err = run("eval", "retrieval", *words, "--json")
     keys, images = pictures(colour_folder)
     used = [key for key in keys if key != "red-2.png"]
     texts = [(colour_folder / key).with_suffix(".txt").read_text().splitlines() for key in used]
@@ -411,9 +412,11 @@ def test_eval_retrieval_prints_the_metrics(run, colour_folder, tiny_checkpoint, 
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert (found["images"], found["captions"], found["skipped"]) == (11, 12, 1)
     assert "skipped 1 item: red-2.png: has no caption" in err
-    shown = facts(run("eval", "retrieval", colour_folder, "--model", tiny_checkpoint)[0])
+    shown = facts(run("eval", "retrieval", *words)[0])
     for name, value in expected.items():
-        assert shown[name].strip() == f"{value:.3f}"
+        low, high = found["intervals"][name]
+        assert shown[name].strip() == f"{value:.3f} ({low:.3f} to {high:.3f})"
+        assert low <= value <= high
 
 
 def test_eval_zeroshot_prints_the_metrics(run, class_folder, tiny_checkpoint, encoder):
@@ -421,10 +424,10 @@ def test_eval_zeroshot_prints_the_metrics(run, class_folder, tiny_checkpoint, en
     out, _ = run("eval", "zeroshot", class_folder, *words, "--json")
     keys, images = pictures(class_folder)
     classifier = clipkit.ZeroShotClassifier.from_labels(encoder, LABELS, DEFAULT_TEMPLATES)
-    expected = accuracy(
-        classifier.probabilities(encoder.encode_images(images)),
-        np.array([LABELS.index(key.partition("/")[0]) for key in keys]),
-    )
+    probabilities = classifier.probabilities(encoder.encode_images(images))
+    targets = np.array([LABELS.index(key.partition("/")[0]) for key in keys])
+    figures = classification_figures(classified(probabilities, targets), np.ones((1, 6)))
+    expected = {name: value[0] for name, value in figures.items()}
     (found,) = objects(out)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert (found["images"], found["classes"], found["task"]) == (6, 3, "zeroshot")

@@ -1,68 +1,118 @@
 """clipkit classify."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipkit.cli.choice import Labels, Templates, read_choice
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
     ImageColumn,
-    model_or_default,
     note,
     note_skipped,
     print_json,
     print_table,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from clipkit.model.answer_files import AnswerFiles
+    from clipkit.model.answers import Answer
+
 
 def classify(
     images: Annotated[list[str], typer.Argument(help=f"Image files, or: {DATA_HELP}")],
-    labels: Annotated[str, typer.Option(help="cat,dog,red fox, or a file with one per line.")],
+    labels: Labels,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="File of captions, one a line, {} for the label.")
-    ] = None,
+    templates: Templates = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many labels per image.")] = 3,
+    each: Annotated[
+        bool, typer.Option("--each", help="Judge each label by itself: several may be shown.")
+    ] = False,
+    reject: Annotated[
+        bool, typer.Option("--reject", help="Say where an image shows none of the labels.")
+    ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Images that do show a label: reject so that 95 % like these are kept."),
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .csv, .json, .html or .png (contact sheet) to write; repeatable."),
+    ] = None,
+    sort: Annotated[
+        Path | None, typer.Option(help="New folder for copies, in a folder for each label.")
+    ] = None,
+    link: Annotated[bool, typer.Option("--link", help="Sort links instead of copies.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Directory to keep the classifier in, for --labels.")
+    ] = None,
     image_column: ImageColumn = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Classify images zero-shot, with probabilities."""
-    from clipkit.data.prompts import read_labels, read_templates
-
-    names, captions = read_labels(labels), read_templates(templates)
+    """Classify images zero-shot or by a saved classifier."""
+    choice = read_choice(labels, templates)
 
     from clipkit.data.sources import open_source
     from clipkit.errors import DataError
-    from clipkit.model.classifier import ZeroShotClassifier
-    from clipkit.model.load import load
+    from clipkit.model.answer_files import AnswerFiles
+    from clipkit.model.classifier_file import save_classifier
+    from clipkit.tasks.classify import calibrate as set_threshold
     from clipkit.tasks.classify import classify as run
 
     # The images alone are wanted: neither captions nor labels need columns.
     sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
-    encoder = load(model_or_default(model))
-    classifier = ZeroShotClassifier.from_labels(encoder, names, captions)
+    examples = open_source(calibrate, caption="", label="") if calibrate else None
+    reject = reject or examples is not None
+    encoder, classifier = choice.load(model, background=each or reject)
+    if examples:
+        set_threshold(examples, encoder, classifier, progress=not as_json)
+    if save:
+        save_classifier(classifier, save, {"labels": labels, "templates": templates})
     skipped: list[str] = []
 
     def on_skip(key: str, reason: str) -> None:
         skipped.append(key)
         note(f"skipped {key}: {reason}")
 
-    rows, count = [], 0
-    for predictions in run(
-        sources, encoder, classifier, k=k, on_skip=on_skip, progress=not as_json
-    ):
-        count += 1
-        if as_json:
-            found = [{"label": p.label, "score": p.score} for p in predictions]
-            print_json({"key": predictions[0].key, "predictions": found})
-            continue
-        then = "  ".join(f"{p.label} {p.score:.1%}" for p in predictions[1:])
-        rows.append((predictions[0].key, predictions[0].label, f"{predictions[0].score:.1%}", then))
-    if not count:
-        raise DataError(f"not one of {len(skipped)} images could be read")
-    if not as_json:
-        print_table(("key", "label", "probability", "then"), rows)
+    lead = f"{', '.join(images)}, by {encoder.model}."
+    with AnswerFiles(out or [], sort, link=link, lead=lead) as files:
+        answers = run(
+            sources,
+            encoder,
+            classifier,
+            k=k,
+            each=each,
+            reject=reject,
+            on_skip=on_skip,
+            progress=not as_json,
+        )
+        if not _print(answers, files, as_json):
+            raise DataError(f"not one of {len(skipped)} images could be read")
     note(f"answered by {encoder.model}")
     note_skipped(len(skipped), "see above")
+
+
+def _print(answers: "Iterator[Answer]", files: "AnswerFiles", as_json: bool) -> int:
+    """Print and write answers as they come; returns how many there were."""
+    rows, count = [], 0
+    for answer in answers:
+        count += 1
+        files.add(answer)
+        if as_json:
+            print_json(answer.to_dict())
+        else:
+            rows.append(_row(answer))
+    if rows:
+        print_table(("key", "label", "probability", "then"), rows)
+    return count
+
+
+def _row(answer: "Answer") -> tuple[str, str, str, str]:
+    others = answer.predictions if answer.rejected else answer.predictions[1:]
+    then = [f"{one.label} {one.score:.1%}" for one in others]
+    then += [f"[{group.label} {group.score:.1%}]" for group in answer.groups[:2]]
+    return answer.key, answer.label, f"{answer.score:.1%}", "  ".join(then)

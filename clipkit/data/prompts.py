@@ -5,9 +5,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from clipkit.data.label_set import Label, check_paths, imagenet_labels, parse_label, phrases_of
 from clipkit.errors import CaptionError
 
 SLOT = "{}"
+IMAGENET = "imagenet"
+TEMPLATE_SETS = ("openai", "simple")
 
 # Averaging over phrasings steadies a label's vector: on ImageNet one template is worth 1.3 points
 # over bare labels and eighty another 3.5 (Radford et al. 2021, §3.1.4), most of it from the first
@@ -22,27 +25,51 @@ DEFAULT_TEMPLATES = (
     "{}",
 )
 
+# Captions that fit many an image: what a label is held against where none may fit.
+BACKGROUND = (
+    "a photo.",
+    "a picture of something.",
+    "a photo of an object.",
+    "a photo of a place.",
+    "a photo of a person.",
+    "a photo of an animal.",
+    "a photo of a plant.",
+    "a photo of food.",
+    "a photo of a building.",
+    "a photo of a vehicle.",
+    "a drawing.",
+    "a page of text.",
+    "a pattern.",
+    "a blurry picture.",
+)
 
-def read_labels(labels: str | Path) -> list[str]:
-    """Labels, from ``cat,dog,red fox`` or from a file with one per line.
 
-    Blank lines and surrounding spaces are ignored.
+def read_labels(labels: str | Path) -> list[Label]:
+    """Labels, from ``cat,dog,red fox``, from a file with one per line, or ``imagenet``.
+
+    Each may have words of its own or a path, see ``parse_label``. Blank lines and surrounding
+    spaces are ignored.
 
     Raises:
         CaptionError: a file that is missing or no UTF-8 text; fewer than two labels; an empty or
-            a repeated one (case does not count: the tokenizer reads lower case).
+            a repeated one (case does not count: the tokenizer reads lower case); two that nothing
+            can tell apart.
     """
     text = str(labels)
+    if text == IMAGENET and not os.path.isfile(text):
+        return imagenet_labels()
     if os.path.isfile(text):
-        found, where = _lines(Path(text), "labels"), text
+        lines, where = _lines(Path(text), "labels"), text
     elif isinstance(labels, Path) or _looks_like_path(text):
         raise CaptionError(
             f"{text} is no file, expected a file with one label per line or labels like "
             "cat,dog,red fox; check the path"
         )
     else:
-        found, where = [" ".join(label.split()) for label in text.split(",")], "the list of labels"
+        lines, where = text.split(","), "the list of labels"
+    found = [parse_label(line) for line in lines]
     check_labels(found, where)
+    check_paths(found, where)
     return found
 
 
@@ -74,18 +101,25 @@ def check_labels(labels: Sequence[str], where: str = "the list of labels") -> No
         seen[label.lower()] = label
 
 
-def read_templates(file: Path | None) -> list[str]:
-    """Templates from a file with one per line, each with a slot ``{}``; None gives the default.
+def read_templates(name: str | Path | None) -> list[str]:
+    """Templates from a file with one per line, each with a slot ``{}``, or of a known set.
+
+    Args:
+        name: the file; ``openai`` for the 80 that OpenAI's models were measured with on ImageNet,
+            ``simple`` for 7 of them that do nearly as well; None for ``DEFAULT_TEMPLATES``.
 
     Raises:
         CaptionError: the file is missing, no UTF-8 text or empty, or a template has no slot.
     """
-    if file is None:
+    if name is None:
         return list(DEFAULT_TEMPLATES)
+    file = Path(name)
+    if str(name) in TEMPLATE_SETS and not file.is_file():
+        return _template_set(str(name))
     if not file.is_file():
         raise CaptionError(
             f"{file} is no file, expected a file with one template per line, like "
-            "a photo of a {}.; check the path"
+            f"a photo of a {{}}., or one of {', '.join(TEMPLATE_SETS)}; check the path"
         )
     templates = _lines(file, "templates")
     if not templates:
@@ -94,6 +128,13 @@ def read_templates(file: Path | None) -> list[str]:
         )
     check_templates(templates)
     return templates
+
+
+def _template_set(name: str) -> list[str]:
+    from open_clip import zero_shot_metadata
+
+    functions = getattr(zero_shot_metadata, f"{name.upper()}_IMAGENET_TEMPLATES")
+    return [function(SLOT) for function in functions]
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -107,14 +148,17 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def label_captions(labels: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """The captions of each label, one per template: ``[labels][templates]``.
+    """The captions of each label, one per template and phrase: ``[labels][phrases × templates]``.
 
     Raises:
         CaptionError: a template has no slot.
     """
     check_templates(templates)
     # Not str.format, for which braces in a label would mean something.
-    return [[template.replace(SLOT, label) for template in templates] for label in labels]
+    return [
+        [template.replace(SLOT, phrase) for phrase in phrases_of(label) for template in templates]
+        for label in labels
+    ]
 
 
 def _lines(file: Path, what: str) -> list[str]:

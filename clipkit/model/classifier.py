@@ -1,15 +1,25 @@
-"""Captions as class weights: the zero-shot classifier of CLIP."""
+"""Classifiers of image vectors, and the one that is made of captions, CLIP's zero-shot one."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.prompts import DEFAULT_TEMPLATES, check_labels, label_captions
-from clipkit.errors import ModelMismatchError
+from clipkit.data.label_set import parents
+from clipkit.data.prompts import DEFAULT_TEMPLATES, check_labels
+from clipkit.data.vector_cache import key_of
+from clipkit.errors import CaptionError, ModelMismatchError
 from clipkit.manifest import ModelRef
+from clipkit.metrics.calibration import softmax
+from clipkit.model.class_weights import background_weights, class_weights
 from clipkit.model.encoder import Encoder
+
+Vectors = NDArray[np.float32]
+KEPT = 0.95
+"""Share of images that do show a label which a calibrated rejection keeps."""
 
 
 @dataclass(frozen=True)
@@ -21,50 +31,46 @@ class Prediction:
     score: float
 
 
-class ZeroShotClassifier:
-    """Class weights made of captions (Radford et al. 2021, section 3.1.4).
+class Classifier(ABC):
+    """Says for image vectors of one model which of its labels they show.
 
     Attributes:
-        labels: the classes, in the order of the rows of ``weights``.
-        weights: float32 [classes, dim], rows of unit length.
-        scale: the model's logit scale.
+        labels: the classes.
+        scale: the logit scale, an inverse temperature.
         model: the model whose vectors it takes.
     """
 
-    def __init__(
-        self, labels: Sequence[str], weights: NDArray[np.float32], scale: float, model: ModelRef
-    ) -> None:
+    kind: ClassVar[str]
+
+    def __init__(self, labels: Sequence[str], scale: float, model: ModelRef) -> None:
         self.labels = list(labels)
-        self.weights = weights
         self.scale = scale
         self.model = model
 
-    @classmethod
-    def from_labels(
-        cls,
-        encoder: Encoder,
-        labels: Sequence[str],
-        templates: Sequence[str] = DEFAULT_TEMPLATES,
-    ) -> "ZeroShotClassifier":
-        """Build the weights: per label, the mean of its captions' unit vectors, of unit length.
+    @abstractmethod
+    def logits(self, vectors: Vectors) -> Vectors:
+        """What the softmax takes: [n, dim] to [n, classes]; higher is likelier."""
 
-        Args:
-            encoder: the model.
-            labels: the classes.
-            templates: captions with a ``{}`` where the label goes.
+    @abstractmethod
+    def arrays(self) -> dict[str, Vectors]:
+        """All arrays that it is made of, by name."""
 
-        Raises:
-            CaptionError: labels or templates that are empty, repeated, or lack the slot.
-        """
-        check_labels(labels)
-        captions = label_captions(labels, templates)
-        vectors = encoder.encode_captions([text for texts in captions for text in texts])
-        means = vectors.reshape(len(labels), len(templates), encoder.dim).mean(axis=1)
-        weights = means / np.linalg.norm(means, axis=1, keepdims=True)
-        return cls(labels, weights.astype(np.float32), encoder.scale, encoder.model)
+    def settings(self) -> dict[str, Any]:
+        """What else it is made of."""
+        return {"scale": self.scale}
 
-    def probabilities(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Softmax over the classes at the model's temperature: [n, dim] to [n, classes].
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that its answers depend on."""
+        made_of = {name: array.tobytes() for name, array in sorted(self.arrays().items())}
+        return key_of(self.kind, self.model.fingerprint, self.labels, self.settings(), made_of)
+
+    def require(self, model: ModelRef) -> None:
+        """Raise ModelMismatchError unless the classifier was made for this model's vectors."""
+        self.model.require(model, what="the classifier", repair="make it again with this model")
+
+    def probabilities(self, vectors: Vectors) -> Vectors:
+        """Softmax over the classes: [n, dim] to [n, classes].
 
         Raises:
             ModelMismatchError: the vectors are of another width.
@@ -74,14 +80,9 @@ class ZeroShotClassifier:
                 f"the vectors have {vectors.shape[-1]} dimensions, expected {self.model.dim} of "
                 f"{self.model}; encode the images with that model"
             )
-        logits = self.scale * vectors @ self.weights.T
-        logits -= logits.max(axis=1, keepdims=True)
-        exponentials = np.exp(logits)
-        return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
+        return softmax(self.logits(vectors))
 
-    def predict(
-        self, vectors: NDArray[np.float32], keys: Sequence[str], k: int = 5
-    ) -> list[list[Prediction]]:
+    def predict(self, vectors: Vectors, keys: Sequence[str], k: int = 5) -> list[list[Prediction]]:
         """The ``k`` likeliest labels of each image, best first.
 
         Args:
@@ -89,9 +90,169 @@ class ZeroShotClassifier:
             keys: the images' keys.
             k: how many labels; at most as many as there are.
         """
-        probabilities = self.probabilities(vectors)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-        return [
-            [Prediction(key, self.labels[j], float(row[j])) for j in order]
-            for key, row, order in zip(keys, probabilities, best, strict=True)
-        ]
+        return rank(self.probabilities(vectors), self.labels, keys, k)
+
+    def group_probabilities(self, vectors: Vectors) -> dict[str, NDArray[np.float32]]:
+        """The probability of each group above the labels, [n]: the sum of those below it."""
+        found = self.probabilities(vectors)
+        return {
+            name: found[:, members].sum(axis=1) for name, members in parents(self.labels).items()
+        }
+
+
+def rank(
+    scores: Vectors, labels: Sequence[str], keys: Sequence[str], k: int
+) -> list[list[Prediction]]:
+    """The ``k`` labels of highest score of each image, best first."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return [
+        [Prediction(key, labels[j], float(row[j])) for j in order]
+        for key, row, order in zip(keys, scores, best, strict=True)
+    ]
+
+
+class ZeroShotClassifier(Classifier):
+    """Class weights made of captions (Radford et al. 2021, section 3.1.4).
+
+    Attributes:
+        labels: the classes, in the order of the rows of ``weights``.
+        weights: float32 [classes, dim], rows of unit length.
+        scale: the model's logit scale.
+        model: the model whose vectors it takes.
+        background: float32 [captions, dim], what an image may show that no label names.
+        threshold: the least probability of any label at which an image counts as showing one.
+    """
+
+    kind = "zero-shot"
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        weights: Vectors,
+        scale: float,
+        model: ModelRef,
+        background: Vectors | None = None,
+        threshold: float = 0.5,
+    ) -> None:
+        super().__init__(labels, scale, model)
+        self.weights, self.threshold = weights, threshold
+        self.background = np.empty((0, model.dim), np.float32) if background is None else background
+
+    @classmethod
+    def from_labels(
+        cls,
+        encoder: Encoder,
+        labels: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        background: bool = False,
+    ) -> "ZeroShotClassifier":
+        """Build the weights: per label, the mean of its captions' unit vectors, of unit length.
+
+        Weights of many captions are kept in the person's cache.
+
+        Args:
+            encoder: the model.
+            labels: the classes; those with synonyms (``Label``) have captions for each.
+            templates: captions with a ``{}`` where the label goes.
+            background: encode generic captions too, for ``any_of`` and ``each_alone``.
+
+        Raises:
+            CaptionError: labels or templates that are empty, repeated, lack the slot, or do not
+                fit in 77 tokens.
+        """
+        check_labels(labels)
+        weights = class_weights(encoder, labels, templates)
+        generic = background_weights(encoder, labels) if background else None
+        return cls(labels, weights, encoder.scale, encoder.model, generic)
+
+    def logits(self, vectors: Vectors) -> Vectors:
+        """The scaled cosines of images and class weights."""
+        return np.asarray(self.scale * vectors @ self.weights.T, np.float32)
+
+    def arrays(self) -> dict[str, Vectors]:
+        """The class weights and those of the generic captions."""
+        return {"weights": self.weights, "background": self.background}
+
+    def settings(self) -> dict[str, Any]:
+        """The scale and the threshold."""
+        return {"scale": self.scale, "threshold": self.threshold}
+
+    @classmethod
+    def restore(
+        cls,
+        labels: Sequence[str],
+        model: ModelRef,
+        arrays: Mapping[str, Vectors],
+        settings: Mapping[str, Any],
+    ) -> "ZeroShotClassifier":
+        """The classifier of these arrays and settings."""
+        return cls(
+            labels,
+            arrays["weights"],
+            settings["scale"],
+            model,
+            arrays["background"],
+            settings["threshold"],
+        )
+
+    def any_of(self, vectors: Vectors) -> NDArray[np.float32]:
+        """The probability that an image shows any of the labels, [n].
+
+        The labels' share in a softmax over labels and generic captions ("a photo of an object.").
+
+        Raises:
+            CaptionError: made without generic captions.
+        """
+        labels = _log_sum(self.logits(vectors))
+        return _sigmoid(labels - self._generic(vectors))
+
+    def each_alone(self, vectors: Vectors) -> Vectors:
+        """The probability of each label by itself, against the generic captions: [n, classes].
+
+        These do not add up to 1: an image may show several labels, or none.
+
+        Raises:
+            CaptionError: made without generic captions.
+        """
+        return _sigmoid(self.logits(vectors) - self._generic(vectors)[:, None])
+
+    def calibrate(self, vectors: Vectors, kept: float = KEPT) -> None:
+        """Set the threshold by images that do show one of the labels.
+
+        Of further images like these at least the share ``kept`` stays above it, whatever the
+        model (split conformal prediction, Vovk et al. 2005, section 2.2).
+
+        Args:
+            vectors: float32 [n, dim].
+            kept: share of such images to keep, in (0, 1).
+
+        Raises:
+            CaptionError: too few images for that share, or made without generic captions.
+        """
+        scores = np.sort(self.any_of(vectors))
+        place = int((1 - kept) * (len(scores) + 1) + 1e-9)
+        if place < 1:
+            least = int(np.ceil(1 / (1 - kept) - 1e-9)) - 1
+            raise CaptionError(
+                f"{len(scores)} images were given to calibrate rejection, expected at least "
+                f"{least} to keep {kept:.0%}; add images that show one of the labels"
+            )
+        self.threshold = float(scores[place - 1])
+
+    def _generic(self, vectors: Vectors) -> NDArray[np.float32]:
+        if not len(self.background):
+            raise CaptionError(
+                "the classifier was made without generic captions, expected some to hold labels "
+                "against; make it again with them"
+            )
+        return _log_sum(np.asarray(self.scale * vectors @ self.background.T, np.float32))
+
+
+def _log_sum(logits: Vectors) -> NDArray[np.float32]:
+    top = logits.max(axis=1)
+    return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)), np.float32)
+
+
+def _sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(0.5 * (1 + np.tanh(values / 2)), np.float32)

@@ -215,10 +215,12 @@ def _classify(encoder: Encoder, unseen: Source) -> list[Classified]:
     chosen = _rows(unseen, [of_label[label][len(of_label[label]) // 2] for label in present])
     pictures = _pictures(chosen)
     classifier = ZeroShotClassifier.from_labels(encoder, LABELS, TEMPLATES)
-    predictions = classify([chosen], encoder, classifier, k=3, on_skip=_never)
+    answers = classify([chosen], encoder, classifier, k=3, on_skip=_never)
     return [
-        Classified(pictures[guesses[0].key], label, [(g.label, g.score) for g in guesses])
-        for label, guesses in zip(present, predictions, strict=True)
+        Classified(
+            pictures[answer.key], label, [(one.label, one.score) for one in answer.predictions]
+        )
+        for label, answer in zip(present, answers, strict=True)
     ]
 
 

@@ -1,8 +1,7 @@
 """Measure a model: ``clipkit eval retrieval`` and ``clipkit eval zeroshot``."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,18 @@ import numpy as np
 from clipkit.data.images import Skipped
 from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.data.sources import Source
-from clipkit.data.workers import worker_count
-from clipkit.errors import DataError
+from clipkit.data.targets import empty_classes, targets_of
 from clipkit.manifest import ModelRef
-from clipkit.metrics import accuracy, retrieval_recall
-from clipkit.model.classifier import ZeroShotClassifier
-from clipkit.model.encode_pairs import EncodedPairs, encode_pairs
+from clipkit.metrics import Classified, Estimate, Retrieved
+from clipkit.metrics.measured import (
+    EqualCaptions,
+    measure_classification,
+    measure_retrieval,
+    pair_up,
+)
+from clipkit.model.cached_pairs import cached_pairs
+from clipkit.model.classifier import Classifier, ZeroShotClassifier
+from clipkit.model.encode_pairs import EncodedPairs
 from clipkit.model.encoder import Encoder
 
 
@@ -28,8 +33,11 @@ class Report:
         model: the model measured.
         data: the source measured on, as it was named.
         fingerprint: of that source.
+        settings: what else was chosen, for whoever measures the same again.
         counts: images, captions, classes, captions cut, images skipped.
-        metrics: shares in [0, 1].
+        figures: each with its 95 % interval; shares in [0, 1], ranks from 1, logit scales.
+        outcome: the single queries or items, as ``Retrieval`` or ``Classification``.
+        notes: what to keep in mind about this data, in sentences.
         skipped: images that could not be used.
         cut: what was cut from captions over 77 tokens, in words; empty if nothing was.
     """
@@ -38,41 +46,121 @@ class Report:
     model: ModelRef
     data: str
     fingerprint: str
+    settings: dict[str, Any]
     counts: dict[str, int]
-    metrics: dict[str, float]
-    skipped: list[Skipped]
+    figures: dict[str, Estimate]
+    outcome: "Retrieval | Classification"
+    notes: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     cut: str = ""
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures without their intervals."""
+        return {name: estimate.value for name, estimate in self.figures.items()}
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """As plain data, for JSON; what is no number is None."""
         return {
             "task": self.task,
             "model": str(self.model),
             "fingerprint": self.model.fingerprint,
             "data": self.data,
             "data_fingerprint": self.fingerprint,
+            "settings": self.settings,
             **self.counts,
-            **self.metrics,
+            **{name: _known(value) for name, value in self.metrics.items()},
+            "intervals": {
+                name: [_known(one.low), _known(one.high)] for name, one in self.figures.items()
+            },
+            "notes": self.notes,
         }
 
 
-def evaluate_retrieval(source: Source, encoder: Encoder, *, progress: bool = True) -> Report:
-    """Recall@1, 5 and 10 of captions finding their images and images finding their captions.
+@dataclass(frozen=True)
+class Retrieval:
+    """The queries of a retrieval: the outcome of each direction beside what was asked.
+
+    Attributes:
+        found: outcomes by direction.
+        keys: the images' keys.
+        texts: the captions; equal ones once, if they were merged.
+    """
+
+    found: dict[str, Retrieved]
+    keys: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The items of a classification beside what was said of them.
+
+    Attributes:
+        found: what the classifier said.
+        keys: the images' keys.
+        labels: the classes.
+        scale: the classifier's logit scale; fitted: the one at which right classes are likeliest
+            on these items (None for fewer than 20).
+    """
+
+    found: Classified
+    keys: list[str]
+    labels: list[str]
+    scale: float
+    fitted: float | None
+
+
+def evaluate_retrieval(
+    source: Source,
+    encoder: Encoder,
+    *,
+    equal_captions: EqualCaptions = "merge",
+    progress: bool = True,
+) -> Report:
+    """Recall@1, 5, 10 and 50, median rank and mAP of captions finding images and the reverse.
 
     Args:
         source: images with captions, any number each.
         encoder: the model to measure.
+        equal_captions: captions that the model reads alike, case and spaces aside, are one caption
+            to which all of their images are right (``"merge"``), or each is right for its own
+            image alone (``"apart"``, the protocol of Karpathy & Fei-Fei 2015, under which a model
+            is wrong when it finds the same sentence beside another image).
         progress: show a bar on stderr.
 
     Raises:
         DataError: no image or no caption.
     """
-    pairs = encode_pairs(encoder, source, workers=worker_count("auto"), progress=progress)
-    return _report("retrieval", source, encoder, pairs, _recall(pairs), {})
+    pairs = cached_pairs(encoder, source, progress=progress)
+    related = pair_up(pairs.texts, pairs.owners, equal_captions)
+    found, figures = measure_retrieval(pairs.images, pairs.captions, related)
+    texts = [pairs.texts[i] for i in related.captions]
+    copies = len(pairs.images) - len({row.tobytes() for row in pairs.images})
+    counts = {"equal_captions": len(pairs.texts) - related.distinct, "equal_images": copies}
+    outcome = Retrieval(found, pairs.keys, texts)
+    settings = {"equal_captions": equal_captions}
+    notes = _retrieval_notes(counts, equal_captions)
+    return _report(
+        "retrieval", source, encoder.model, pairs, counts, figures, outcome, settings, notes
+    )
 
 
-def _recall(pairs: EncodedPairs) -> dict[str, float]:
-    return retrieval_recall(pairs.images, pairs.captions, pairs.owners)
+def _retrieval_notes(counts: dict[str, int], equal_captions: EqualCaptions) -> list[str]:
+    notes = []
+    if counts["equal_captions"]:
+        how = (
+            "such captions are one, to which all of their images are right"
+            if equal_captions == "merge"
+            else "each is right for its own image alone, and the others count as wrong"
+        )
+        notes.append(f"{counts['equal_captions']} captions equal an earlier one: {how}")
+    if counts["equal_images"]:
+        notes.append(
+            f"{counts['equal_images']} images have the vector of an earlier one: they tie, and "
+            "ties count against the model; clipkit data check lists duplicates"
+        )
+    return notes
 
 
 def evaluate_zeroshot(
@@ -83,11 +171,10 @@ def evaluate_zeroshot(
     *,
     progress: bool = True,
 ) -> Report:
-    """Top-1, top-5 and mean per-class accuracy of classification by captions.
+    """How well captions classify images that have labels; see ``evaluate_classifier``.
 
     Args:
-        source: images with labels (class folders, or a label column). A label of the data is found
-            among ``labels`` by its words; capitals, hyphens and underscores do not matter.
+        source: images with labels (class folders, or a label column).
         encoder: the model to measure.
         labels: the classes to choose from.
         templates: captions with a ``{}`` where the label goes.
@@ -98,43 +185,66 @@ def evaluate_zeroshot(
         CaptionError: labels or templates that cannot be used.
     """
     classifier = ZeroShotClassifier.from_labels(encoder, labels, templates)
-    pairs = encode_pairs(
-        encoder, source, workers=worker_count("auto"), progress=progress, with_captions=False
+    return evaluate_classifier(source, encoder, classifier, progress=progress)
+
+
+def evaluate_classifier(
+    source: Source, encoder: Encoder, classifier: Classifier, *, progress: bool = True
+) -> Report:
+    """Accuracy, precision, F1, ROC-AUC and calibration of a classifier.
+
+    Args:
+        source: images with labels (class folders, or a label column). A label of the data is found
+            among the classifier's by its words; capitals, hyphens and underscores do not matter.
+        encoder: the model.
+        classifier: made with that model.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: no image, no labels, or a label of the data that is not among the classifier's.
+        ModelMismatchError: the classifier was made by another model.
+    """
+    classifier.require(encoder.model)
+    pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+    rows, targets = targets_of(pairs.labels, classifier.labels, source.spec)
+    found, figures, fitted = measure_classification(classifier.logits(pairs.images[rows]), targets)
+    outcome = Classification(
+        found, [pairs.keys[i] for i in rows], classifier.labels, classifier.scale, fitted
     )
-    labelled = [i for i, label in enumerate(pairs.labels) if label is not None]
-    if not labelled:
-        raise DataError(
-            f"{source.spec} has no labels; expected one folder per class, or a label column"
-        )
-    numbers = {_words(label): number for number, label in enumerate(labels)}
-    names = [str(pairs.labels[i]) for i in labelled]
-    unknown = Counter(name for name in names if _words(name) not in numbers)
-    if unknown:
-        raise DataError(
-            f"{source.spec} has labels that are not among --labels: "
-            f"{', '.join(sorted(unknown)[:10])} ({len(unknown)} in all); add them or rename them"
-        )
-    targets = np.array([numbers[_words(name)] for name in names], np.int64)
-    metrics = accuracy(classifier.probabilities(pairs.images[labelled]), targets)
+    empty = empty_classes(targets, classifier.labels)
     without = [
         Skipped(key, "has no label")
         for key, label in zip(pairs.keys, pairs.labels, strict=True)
         if label is None
     ]
-    return _report("zeroshot", source, encoder, pairs, metrics, {"classes": len(labels)}, without)
+    return _report(
+        "zeroshot",
+        source,
+        encoder.model,
+        pairs,
+        {"classes": found.classes},
+        figures,
+        outcome,
+        {"classifier": classifier.fingerprint},
+        [empty] if empty else [],
+        without,
+    )
 
 
-def _words(label: str) -> str:
-    return " ".join(label.lower().replace("_", " ").replace("-", " ").split())
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _report(
     task: str,
     source: Source,
-    encoder: Encoder,
+    model: ModelRef,
     pairs: EncodedPairs,
-    metrics: dict[str, float],
     counts: dict[str, int],
+    figures: dict[str, Estimate],
+    outcome: Retrieval | Classification,
+    settings: dict[str, Any],
+    notes: list[str],
     without: Sequence[Skipped] = (),
 ) -> Report:
     skipped = [*pairs.skipped, *without]
@@ -146,5 +256,15 @@ def _report(
     }
     cut = pairs.report.render() if pairs.report.cut else ""
     return Report(
-        task, encoder.model, source.spec, source.fingerprint, counts, metrics, skipped, cut
+        task=task,
+        model=model,
+        data=source.spec,
+        fingerprint=source.fingerprint,
+        settings=settings,
+        counts=counts,
+        figures=figures,
+        outcome=outcome,
+        notes=notes,
+        skipped=skipped,
+        cut=cut,
     )

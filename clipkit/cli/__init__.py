@@ -15,7 +15,19 @@ import typer
 from typer.core import TyperGroup
 
 from clipkit import __version__
-from clipkit.cli import classify, data, demo, evaluate, index, info, plot, tokenize, train, upkeep
+from clipkit.cli import (
+    classify,
+    compare,
+    data,
+    demo,
+    evaluate,
+    index,
+    info,
+    plot,
+    tokenize,
+    train,
+    upkeep,
+)
 from clipkit.cli.output import note
 from clipkit.errors import ClipkitError
 
@@ -33,7 +45,7 @@ _FORBIDDEN = (
 class _InOrderOfUse(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """All commands in the order in which they are used; typer would put groups last."""
-        first = ("train", "embed", "index", "search", "classify", "eval")
+        first = ("train", "embed", "index", "search", "classify", "eval", "compare")
         rest = [name for name in super().list_commands(ctx) if name not in first]
         return [*first, *rest]
 
@@ -56,6 +68,7 @@ app.add_typer(index.app, name="index")
 app.command("search")(index.search)
 app.command("classify")(classify.classify)
 app.add_typer(evaluate.app, name="eval")
+app.command("compare")(compare.compare)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(data.app, name="data")
 app.command("plot")(plot.plot)

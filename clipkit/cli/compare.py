@@ -1,0 +1,79 @@
+"""clipkit compare."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clipkit.cli.choice import Templates
+from clipkit.cli.output import (
+    DATA_HELP,
+    MODEL_HELP,
+    CaptionColumn,
+    ImageColumn,
+    LabelColumn,
+    note,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from clipkit.metrics.compared import Difference
+
+
+def compare(
+    one: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    other: Annotated[str, typer.Argument(help="The model to compare it with.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Compare zero-shot classification among these; without: retrieval."),
+    ] = None,
+    templates: Templates = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    label_column: LabelColumn = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say which of two models is better on data.
+
+    Also by how much, and whether that could be chance. Both see the same images, so that what is
+    hard for both does not hide their difference. The verdict is about mean recall, or about top-1
+    accuracy with --labels; p-values of the other figures are corrected for how many there are.
+    """
+    from clipkit.data.prompts import read_labels, read_templates
+    from clipkit.data.sources import open_source
+
+    names = (one, other)
+    classes = None if labels is None else (read_labels(labels), read_templates(templates))
+    captions = caption_column if classes is None else ""
+    source = open_source(data, image=image_column, caption=captions, label=label_column)
+
+    from clipkit.model.load import load
+    from clipkit.tasks.compare import compare_retrievals, compare_zeroshot
+
+    encoders = (load(one), load(other))
+    if classes is None:
+        found = compare_retrievals(source, encoders, names, progress=not as_json)
+    else:
+        found = compare_zeroshot(source, encoders, names, *classes, progress=not as_json)
+    for text in found.reports[0].notes:
+        note(text)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    header = ("figure", one, other, "difference", "95 % interval", "p")
+    print_table(header, [_row(row) for row in (found.headline, *found.rows)])
+    print(found.verdict)
+
+
+def _row(row: "Difference") -> tuple[str, ...]:
+    change = row.difference
+    p = "" if row.p is None else f"{row.p:.2g}"
+    return (
+        row.name,
+        f"{row.one:.3f}",
+        f"{row.other:.3f}",
+        f"{change.value:+.3f}",
+        f"{change.low:+.3f} to {change.high:+.3f}",
+        p,
+    )

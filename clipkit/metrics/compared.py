@@ -1,0 +1,120 @@
+"""Two models on the same items: differences with error bars, and whether they could be chance."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.metrics.classification import Classified, classification_figures, item_sums
+from clipkit.metrics.intervals import Estimate, Figures, estimate_difference
+from clipkit.metrics.paired import holm, sign_flip_test
+from clipkit.metrics.retrieval import DIRECTIONS, Retrieved, image_sums, retrieval_figures
+
+MEAN_RECALL = "mean_recall"
+"""Mean of recall@1, 5 and 10 in both directions: the one figure that a retrieval is judged by."""
+_MEAN_OF = (1, 5, 10)
+Sums = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of two models and how much higher it is of the second.
+
+    Attributes:
+        name: of the figure.
+        one: of the first model.
+        other: of the second.
+        difference: ``other - one`` with its 95 % interval.
+        p: how likely a difference at least as large is if the models are equally good; corrected
+            for the number of tests where it stands among several; None for figures that are no
+            means over items, for which the interval must do.
+    """
+
+    name: str
+    one: float
+    other: float
+    difference: Estimate
+    p: float | None
+
+
+def compare_retrieval(
+    one: dict[str, Retrieved], other: dict[str, Retrieved], images: int
+) -> tuple[Difference, list[Difference]]:
+    """The difference of mean recall, and of every figure; images are what is drawn anew.
+
+    Args:
+        one: outcomes of the first model.
+        other: of the second, on the same images and captions.
+        images: how many there are.
+    """
+    return _compare(
+        MEAN_RECALL,
+        partial(_with_mean_recall, one),
+        partial(_with_mean_recall, other),
+        _retrieval_sums(one, images),
+        _retrieval_sums(other, images),
+    )
+
+
+def compare_classification(
+    one: Classified, other: Classified
+) -> tuple[Difference, list[Difference]]:
+    """The difference of top-1 accuracy, and of every figure.
+
+    Args:
+        one: what the first model said.
+        other: what the second said of the same items.
+    """
+    return _compare(
+        "top1",
+        partial(classification_figures, one),
+        partial(classification_figures, other),
+        item_sums(one),
+        item_sums(other),
+    )
+
+
+def _compare(
+    headline: str, one: Figures, other: Figures, one_sums: Sums, other_sums: Sums
+) -> tuple[Difference, list[Difference]]:
+    items = len(next(iter(one_sums.values())))
+    whole = np.ones((1, items))
+    values, others = one(whole), other(whole)
+    differences = estimate_difference(one, other, items)
+    tests = {name: sign_flip_test(other_sums[name] - sums) for name, sums in one_sums.items()}
+    adjusted = holm({name: p for name, p in tests.items() if name != headline})
+
+    def row(name: str, p: float | None) -> Difference:
+        first, second = float(values[name][0]), float(others[name][0])
+        return Difference(name, first, second, differences[name], p)
+
+    rows = [row(name, adjusted.get(name)) for name in values if name != headline]
+    return row(headline, tests[headline]), rows
+
+
+def _with_mean_recall(
+    outcomes: dict[str, Retrieved], weights: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    figures = retrieval_figures(outcomes, weights)
+    parts = [figures[name] for name in _mean_names(outcomes)]
+    return {MEAN_RECALL: np.mean(parts, axis=0), **figures}
+
+
+def _retrieval_sums(outcomes: dict[str, Retrieved], images: int) -> Sums:
+    """What each image adds to each figure that is a mean over queries."""
+    sums: Sums = {}
+    for direction, found in outcomes.items():
+        for name, values in image_sums(found, images).items():
+            sums[f"{direction}_{name}"] = values / len(found.queries)
+    sums[MEAN_RECALL] = np.sum([sums[name] for name in _mean_names(outcomes)], axis=0)
+    return sums
+
+
+def _mean_names(outcomes: dict[str, Retrieved]) -> list[str]:
+    return [
+        f"{direction}_r{k}"
+        for direction in DIRECTIONS
+        for k in _MEAN_OF
+        if k <= outcomes[direction].gallery
+    ]

@@ -1,0 +1,169 @@
+"""Which of two models is better on the same data: ``clipkit compare A B --data D``."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clipkit.data.prompts import DEFAULT_TEMPLATES
+from clipkit.data.sources import Source
+from clipkit.errors import DataError
+from clipkit.metrics.compared import Difference, compare_classification, compare_retrieval
+from clipkit.metrics.measured import EqualCaptions
+from clipkit.model.encoder import Encoder
+from clipkit.tasks.evaluate import (
+    Classification,
+    Report,
+    Retrieval,
+    evaluate_retrieval,
+    evaluate_zeroshot,
+)
+
+ALPHA = 0.05
+"""A difference that chance alone makes more rarely than so is called one."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same items.
+
+    Attributes:
+        reports: what each was found to do.
+        names: by which the models were asked for.
+        headline: the difference that decides: mean recall, or top-1 accuracy.
+        rows: the differences of all other figures; their p-values hold for all together.
+        verdict: which is better, by how much, and whether that could be chance.
+    """
+
+    reports: tuple[Report, Report]
+    names: tuple[str, str]
+    headline: Difference
+    rows: list[Difference]
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {
+            "verdict": self.verdict,
+            "better": self.better,
+            "headline": asdict(self.headline),
+            "figures": [asdict(row) for row in self.rows],
+            "reports": [report.to_dict() for report in self.reports],
+        }
+
+    @property
+    def better(self) -> str | None:
+        """The name of the better model; None if chance would do."""
+        return better(self.names, self.headline)
+
+
+def compare_retrievals(
+    source: Source,
+    encoders: tuple[Encoder, Encoder],
+    names: tuple[str, str],
+    *,
+    equal_captions: EqualCaptions = "merge",
+    progress: bool = True,
+) -> Comparison:
+    """Compare how two models let captions find images and the reverse.
+
+    Args:
+        source: images with captions.
+        encoders: the two models.
+        names: what to call them.
+        equal_captions: see ``evaluate_retrieval``.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: no image or no caption.
+    """
+    one, other = (
+        evaluate_retrieval(source, encoder, equal_captions=equal_captions, progress=progress)
+        for encoder in encoders
+    )
+    first, second = one.outcome, other.outcome
+    assert isinstance(first, Retrieval)
+    assert isinstance(second, Retrieval)
+    _require_same(source, first.keys, second.keys)
+    headline, rows = compare_retrieval(first.found, second.found, len(first.keys))
+    return _comparison((one, other), names, headline, rows, len(first.keys))
+
+
+def compare_zeroshot(
+    source: Source,
+    encoders: tuple[Encoder, Encoder],
+    names: tuple[str, str],
+    labels: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    *,
+    progress: bool = True,
+) -> Comparison:
+    """Compare how two models classify by captions.
+
+    Args:
+        source: images with labels.
+        encoders: the two models.
+        names: what to call them.
+        labels: the classes to choose from.
+        templates: captions with a ``{}`` where the label goes.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: no image, no labels, or a label of the data that is not among ``labels``.
+        CaptionError: labels or templates that cannot be used.
+    """
+    one, other = (
+        evaluate_zeroshot(source, encoder, labels, templates, progress=progress)
+        for encoder in encoders
+    )
+    first, second = one.outcome, other.outcome
+    assert isinstance(first, Classification)
+    assert isinstance(second, Classification)
+    _require_same(source, first.keys, second.keys)
+    headline, rows = compare_classification(first.found, second.found)
+    return _comparison((one, other), names, headline, rows, len(first.keys))
+
+
+def _require_same(source: Source, one: list[str], other: list[str]) -> None:
+    if one != other:
+        raise DataError(
+            f"{source.spec} gave {len(one)} images to one model and {len(other)} to the other; "
+            "it changed meanwhile: compare again"
+        )
+
+
+def _comparison(
+    reports: tuple[Report, Report],
+    names: tuple[str, str],
+    headline: Difference,
+    rows: list[Difference],
+    items: int,
+) -> Comparison:
+    return Comparison(reports, names, headline, rows, _verdict(names, headline, items))
+
+
+def better(names: tuple[str, str], headline: Difference) -> str | None:
+    """The better of two models, or None if the difference could be chance."""
+    if headline.p is None or headline.p >= ALPHA or not headline.difference.value:
+        return None
+    return names[headline.difference.value > 0]
+
+
+def _verdict(names: tuple[str, str], headline: Difference, items: int) -> str:
+    change = headline.difference
+    what = (
+        f"{headline.name} is {headline.one:.3f} with {names[0]} and {headline.other:.3f} with "
+        f"{names[1]}, a difference of {change.value:+.3f} ({change.low:+.3f} to "
+        f"{change.high:+.3f}) on {items} images"
+    )
+    winner = better(names, headline)
+    if winner:
+        return f"{winner} is better: {what}; chance alone would do this with p = {_p(headline.p)}"
+    seen = (change.high - change.low) / 2
+    return (
+        f"neither is better for sure: {what}, which chance alone does with p = {_p(headline.p)}; "
+        f"so many images show differences of about {seen:.3f} and more"
+    )
+
+
+def _p(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2g}"

@@ -192,7 +192,7 @@ def test_lists_of_commands_hold_whole_sentences(run, group):
     if not group:
         names = [line.split()[0] for line in listed]
         assert names[:6] == ["train", "embed", "index", "search", "classify", "eval"]
-        assert sorted(names[6:]) == ["data", "demo", "info", "plot", "tokenize"]
+        assert sorted(names[6:]) == ["compare", "data", "demo", "info", "plot", "probe", "tokenize"]
 
 
 def test_where_no_model_is_named_the_output_says_which_it_is(

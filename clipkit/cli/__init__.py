@@ -24,6 +24,7 @@ from clipkit.cli import (
     index,
     info,
     plot,
+    probe,
     tokenize,
     train,
     upkeep,
@@ -45,7 +46,7 @@ _FORBIDDEN = (
 class _InOrderOfUse(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """All commands in the order in which they are used; typer would put groups last."""
-        first = ("train", "embed", "index", "search", "classify", "eval", "compare")
+        first = ("train", "embed", "index", "search", "classify", "eval", "compare", "probe")
         rest = [name for name in super().list_commands(ctx) if name not in first]
         return [*first, *rest]
 
@@ -69,6 +70,7 @@ app.command("search")(index.search)
 app.command("classify")(classify.classify)
 app.add_typer(evaluate.app, name="eval")
 app.command("compare")(compare.compare)
+app.command("probe")(probe.probe)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(data.app, name="data")
 app.command("plot")(plot.plot)

@@ -23,6 +23,7 @@ _HOMES = {
     "ZeroShotClassifier": "clipkit.model.classifier",
     "build_index": "clipkit.tasks.index",
     "check_data": "clipkit.tasks.check",
+    "check_index": "clipkit.tasks.check_index",
     "compact_index": "clipkit.tasks.upkeep",
     "embed": "clipkit.tasks.embed",
     "evaluate_retrieval": "clipkit.tasks.evaluate",
@@ -30,6 +31,7 @@ _HOMES = {
     "find_images": "clipkit.data.images",
     "info_nce": "clipkit.model.loss",
     "load": "clipkit.model.load",
+    "merge_indexes": "clipkit.store.merge",
     "open_source": "clipkit.data.sources",
     "plot_runs": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
@@ -55,10 +57,12 @@ if TYPE_CHECKING:
     from clipkit.model.loss import info_nce as info_nce
     from clipkit.model.tokenizer import tokenize as tokenize
     from clipkit.store.embeddings import EmbeddingStore as EmbeddingStore
+    from clipkit.store.merge import merge_indexes as merge_indexes
     from clipkit.store.vector_index import Hit as Hit
     from clipkit.store.vector_index import VectorIndex as VectorIndex
     from clipkit.store.writer import IndexWriter as IndexWriter
     from clipkit.tasks.check import check_data as check_data
+    from clipkit.tasks.check_index import check_index as check_index
     from clipkit.tasks.embed import embed as embed
     from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
     from clipkit.tasks.evaluate import evaluate_zeroshot as evaluate_zeroshot

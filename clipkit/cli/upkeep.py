@@ -1,11 +1,14 @@
-"""clipkit index remove and compact: change an index that stands."""
+"""clipkit index remove, compact, merge and check: look after an index that stands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipkit.cli.output import print_facts, print_json
+
+if TYPE_CHECKING:
+    from clipkit.store.vector_index import VectorIndex
 
 IndexArgument = Annotated[Path, typer.Argument(help="Directory of the index.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -40,8 +43,45 @@ def compact(index: IndexArgument, as_json: AsJson = False) -> None:
     """Build an index anew from what it holds, freshly trained."""
     from clipkit.tasks.upkeep import compact_index
 
-    found = compact_index(index)
-    facts = {"index": str(index), "vectors": len(found), "spec": found.spec}
+    _print_index(index, compact_index(index), as_json)
+
+
+def merge(
+    indexes: Annotated[list[Path], typer.Argument(help="Directories of two or more indexes.")],
+    out: Annotated[Path, typer.Option(help="Directory of the new index.")],
+    spec: Annotated[
+        str | None, typer.Option(help="FAISS factory string; the first one's if left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Join indexes of one model into a new one."""
+    from clipkit.store.merge import merge_indexes
+
+    _print_index(out, merge_indexes(indexes, out, spec), as_json)
+
+
+def check(index: IndexArgument, as_json: AsJson = False) -> None:
+    """Examine an index: its files, its rows, and what it finds.
+
+    Exit code 1 where something is wrong with it.
+    """
+    from clipkit.tasks.check_index import check_index
+
+    report = check_index(index)
+    facts = report.to_dict()
+    if as_json:
+        print_json(facts)
+    else:
+        problems, advice = facts.pop("problems"), facts.pop("advice")
+        shares = {n: f"{v:.1%}" if isinstance(v, float) else v for n, v in facts.items()}
+        shown = [(name, value) for name, value in shares.items() if value is not None]
+        print_facts([*shown, *(("wrong", p) for p in problems), *(("advice", a) for a in advice)])
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:
+    facts = {"index": str(path), "vectors": len(index), "spec": index.spec}
     if as_json:
         print_json(facts)
     else:

@@ -29,6 +29,7 @@ files open; one that comes between the manifest and a file just deleted begins a
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -116,9 +117,15 @@ class Segment:
     """
 
     def __init__(
-        self, parts: Parts, index: Any, records: pq.ParquetFile, vectors: Vectors | None
+        self,
+        folder: Path,
+        parts: Parts,
+        index: Any,
+        records: pq.ParquetFile,
+        vectors: Vectors | None,
     ) -> None:
-        self.parts, self.index, self._records, self.vectors = parts, index, records, vectors
+        self._folder, self.parts, self.index = folder, parts, index
+        self._records, self.vectors = records, vectors
         self.live: NDArray[np.bool_] | None = None
 
     @classmethod
@@ -140,17 +147,17 @@ class Segment:
             raise unfit(folder, f"{rows['vectors']} vectors, {rows['records']} records", parts.rows)
         for name, (size, _) in parts.files.items():
             _check_size(folder / name, size)
-        return cls(parts, index, records, vectors)._without_dead(folder)
+        return cls(folder, parts, index, records, vectors)._without_dead()
 
-    def renewed(self, folder: Path, parts: Parts) -> "Segment":
+    def renewed(self, parts: Parts) -> "Segment":
         """The same rows, of which other ones are removed."""
-        found = Segment(parts, self.index, self._records, self.vectors)
+        found = Segment(self._folder, parts, self.index, self._records, self.vectors)
         found.__dict__.update({n: self.__dict__[n] for n in ("keys", "ids") if n in self.__dict__})
-        return found._without_dead(folder)
+        return found._without_dead()
 
-    def _without_dead(self, folder: Path) -> Self:
+    def _without_dead(self) -> Self:
         if self.parts.dead:
-            self.live = ~_open_bits(folder / self.parts.dead, self.rows)
+            self.live = ~_open_bits(self._folder / self.parts.dead, self.rows)
         return self
 
     def __len__(self) -> int:
@@ -164,15 +171,25 @@ class Segment:
     @cached_property
     def keys(self) -> pa.ChunkedArray:
         """The key of every row, removed ones included."""
-        return self._records.read(columns=["key"]).column(0)
+        return self._column("key")
 
     @cached_property
     def ids(self) -> NDArray[np.int64]:
         """The id of every row, int64 [rows]."""
         if ID.name not in self._records.schema_arrow.names:  # format 1: the row numbers
             return np.arange(self.rows)
-        column = self._records.read(columns=[ID.name]).column(0)
-        return np.asarray(column.to_numpy(), np.int64)
+        return np.asarray(self._column(ID.name).to_numpy(), np.int64)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        with self._reading():
+            return self._records.read(columns=[name]).column(0)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise _unreadable(self._folder / self.parts.records, error) from None
 
     @property
     def schema(self) -> pa.Schema:
@@ -182,7 +199,12 @@ class Segment:
     def tables(self, live: NDArray[np.bool_] | None) -> Iterator[pa.Table]:
         """Records of the rows in ``live`` (None: all), at most ``BLOCK`` rows at a time."""
         start = 0
-        for batch in self._records.iter_batches(BLOCK):
+        batches = self._records.iter_batches(BLOCK)
+        while True:
+            with self._reading():
+                batch = next(batches, None)
+            if batch is None:
+                return
             table, stop = pa.Table.from_batches([batch]), start + len(batch)
             if ID.name not in table.column_names:
                 table = table.append_column(ID, pa.array(self.ids[start:stop]))
@@ -234,7 +256,7 @@ def _check_size(file: Path, expected: int) -> None:
     try:
         size = file.stat().st_size
     except OSError as error:
-        raise ArtifactError(f"{file} cannot be read ({error.strerror}); {REPAIR}") from None
+        raise _unreadable(file, error) from None
     if size != expected:
         raise ArtifactError(
             f"{file} cannot be read (it has {size} bytes, its manifest says {expected}); {REPAIR}"
@@ -245,15 +267,14 @@ def _open_records(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ArtifactError(f"{file} cannot be read ({reason}); {REPAIR}") from None
+        raise _unreadable(file, error) from None
 
 
 def _open_vectors(file: Path) -> NDArray[Any]:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
     except (OSError, ValueError, EOFError) as error:
-        raise ArtifactError(f"{file} cannot be read ({error}); {REPAIR}") from None
+        raise _unreadable(file, error) from None
 
 
 def _open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
@@ -261,4 +282,9 @@ def _open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
         packed = np.load(file, allow_pickle=False)
         return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
     except (OSError, ValueError, EOFError, TypeError) as error:
-        raise ArtifactError(f"{file} cannot be read ({error}); {REPAIR}") from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> ArtifactError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ArtifactError(f"{file} cannot be read ({reason}); {REPAIR}")

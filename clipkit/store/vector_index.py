@@ -20,7 +20,7 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.build import Built, Rows, cannot_write, write_segment
 from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.segments import Segment, parts_of, unfit
+from clipkit.store.segments import ID, Segment, parts_of, unfit
 from clipkit.store.shards import SCHEMA, Vectors
 from clipkit.store.spec import default_knobs, set_knobs
 
@@ -74,7 +74,7 @@ class VectorIndex:
             ArtifactError: ``path`` is taken, the store is damaged, or the disk is full.
         """
         source = {**store.manifest.source, "store": str(store.path)}
-        write_index(store, store.model, path, spec, source, replace=replace)
+        write_index(store, store.model, path, spec, source, {}, replace=replace)
         return cls.open(path)
 
     @classmethod
@@ -129,7 +129,8 @@ class VectorIndex:
         They stand in the order in which they were added.
         """
         tables = [table for s in self.segments for table in s.tables(s.live)]
-        return pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="permissive")
+        empty = pa.schema([*SCHEMA, ID]).empty_table()
+        return pa.concat_tables([empty, *tables], promote_options="permissive")
 
     @cached_property
     def keys(self) -> list[str]:
@@ -197,15 +198,29 @@ def write_index(
     path: str | Path,
     spec: str,
     source: dict[str, Any],
+    more: dict[str, Any],
     *,
+    next_id: int = 0,
     replace: bool = False,
 ) -> None:
-    """Write a new index of one segment; parameters and errors as for ``VectorIndex.build``."""
+    """Write a new index of one segment; errors as of ``VectorIndex.build``.
+
+    Args:
+        rows: vectors and records.
+        model: what encoded them.
+        path: where the index shall stand.
+        spec: FAISS factory string.
+        source: where the rows came from, for the manifest.
+        more: what else its ``detail`` shall say.
+        next_id: the first id for rows that have none.
+        replace: allow a finished index to stand there.
+    """
     path = Path(path)
     with ArtifactWriter(path, "index", replace=replace) as artifact:
-        built = write_segment(artifact.temp, rows, spec, path)
+        built = write_segment(artifact.temp, rows, spec, path, next_id=next_id)
         try:
-            artifact.finish(Manifest("index", model, len(rows), source, describe(spec, built)))
+            detail = {**describe(spec, built), **more}
+            artifact.finish(Manifest("index", model, len(rows), source, detail))
         except OSError as error:
             raise cannot_write(path, error) from None
 
@@ -227,9 +242,7 @@ def _open_segments(
 ) -> list[Segment]:
     dim, held = manifest.require_model().dim, held or {}
     segments = [
-        held[parts.index].renewed(path, parts)
-        if parts.index in held
-        else Segment.open(path, parts, dim)
+        held[parts.index].renewed(parts) if parts.index in held else Segment.open(path, parts, dim)
         for parts in parts_of(manifest, path)
     ]
     if not segments or sum(map(len, segments)) != manifest.count:

@@ -1,0 +1,168 @@
+"""Examine an index: ``clipkit index check``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.errors import ArtifactError
+from clipkit.store.build import sealed
+from clipkit.store.shards import UNIT_TOLERANCE, Vectors
+from clipkit.store.vector_index import VectorIndex
+
+SAMPLE = 200
+"""Images that are searched for among all; each takes a product with every vector."""
+K = 10
+MOST_REMOVED = 0.2
+"""A larger share of removed rows is advised to be compacted away: they cost time in each search."""
+MOST_LATER, FEWEST_LATER = 0.2, 10_000
+"""The same of rows behind the base, which are searched one by one, where they are that many."""
+LOW = 0.9
+"""A lower recall calls for training anew, or for another spec."""
+EQUAL = 1e-5
+"""Scores that differ by less count as equal: products are summed in different orders."""
+
+
+@dataclass
+class IndexReport:
+    """What was found.
+
+    Attributes:
+        path: the index.
+        vectors: how many it holds.
+        segments: of how many pieces it consists.
+        removed: share of its rows that are removed.
+        later: share of its rows that stand behind the base.
+        found: share of sampled images that a search with their own vector finds first.
+        recall: of the ten nearest images to sampled ones, the share that the index finds.
+        problems: what is wrong with it.
+        advice: what would make it better.
+    """
+
+    path: Path
+    vectors: int
+    segments: int
+    removed: float
+    later: float
+    found: float | None = None
+    recall: float | None = None
+    problems: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def check_index(path: str | Path) -> IndexReport:
+    """Examine an index: its files, its rows, and what searching it finds.
+
+    Every byte is read. The recall is measured against exact search with a sample of its own
+    vectors; equal scores count as found.
+
+    Raises:
+        ArtifactError: it cannot be opened at all.
+    """
+    index = VectorIndex.open(path)
+    rows = sum(segment.rows for segment in index.segments)
+    behind = sum(len(segment) for segment in index.segments[1:])
+    report = IndexReport(
+        Path(path),
+        len(index),
+        len(index.segments),
+        removed=1 - len(index) / rows if rows else 0.0,
+        later=behind / max(len(index), 1),
+    )
+    report.problems = list(_files(index)) or list(_rows(index))
+    if report.problems:
+        report.advice = ["build the index again, or take its last good copy"]
+        return report
+    if len(index) and all(segment.vectors is not None for segment in index.segments):
+        _search(index, report)
+    report.advice = list(_advice(index, report, behind))
+    return report
+
+
+def _files(index: VectorIndex) -> Iterator[str]:
+    for segment in index.segments:
+        for name, (_, expected) in segment.parts.files.items():
+            try:
+                _, found = sealed(index.path / name)
+            except OSError as error:
+                raise ArtifactError(
+                    f"{index.path / name} cannot be read ({error.strerror}), maybe because the "
+                    "index was changed meanwhile; check it again"
+                ) from None
+            if found != expected:
+                yield f"{name} is not as it was written: its SHA-256 has changed"
+
+
+def _rows(index: VectorIndex) -> Iterator[str]:
+    keys, ids = index.keys, index.records()["id"].to_numpy()
+    if len(set(keys)) < len(keys):
+        yield f"{len(keys) - len(set(keys))} keys are held twice"
+    if len(np.unique(ids)) < len(ids):
+        yield f"{len(ids) - len(np.unique(ids))} ids are held twice"
+    next_id = index.manifest.detail.get("next_id", len(ids))
+    if len(ids) and (ids.min() < 0 or ids.max() >= next_id):
+        yield f"ids run from {ids.min()} to {ids.max()}, expected 0 to {next_id - 1}"
+    whole = all(segment.vectors is not None for segment in index.segments)
+    if bad := sum(_off_unit(vectors) for vectors, _ in index.shards()) if whole else 0:
+        yield f"{bad} vectors are not of unit length"
+
+
+def _off_unit(vectors: Vectors) -> int:
+    lengths = np.linalg.norm(vectors, axis=1)
+    # Written so that NaN, for which every comparison is false, counts as bad.
+    return int(np.count_nonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE)))
+
+
+def _search(index: VectorIndex, report: IndexReport) -> None:
+    """Search for a sample of the vectors, and compare with exact search."""
+    chosen = np.sort(
+        np.random.default_rng(0).choice(len(index), min(SAMPLE, len(index)), replace=False)
+    )
+    keys, start = np.array(index.keys, object)[chosen], 0
+    parts = []
+    for vectors, _ in index.shards():
+        parts.append(vectors[chosen[(chosen >= start) & (chosen < start + len(vectors))] - start])
+        start += len(vectors)
+    sample = np.concatenate(parts)
+    k = min(K, len(index))
+    exact = _best_scores(index, sample, k)
+    first = found = 0
+    for hits, key, best in zip(index.search(sample, k), keys, exact, strict=True):
+        reached = [hit for hit in hits if hit.score >= best[-1] - EQUAL]
+        found += len(reached)
+        # A copy of an image may stand before it.
+        first += any(hit.key == key or hit.score >= best[0] - EQUAL for hit in hits[:1])
+    report.found, report.recall = first / len(sample), found / (k * len(sample))
+
+
+def _best_scores(index: VectorIndex, queries: Vectors, k: int) -> Vectors:
+    """The scores of the ``k`` best of all vectors, float32 [n, k], best first."""
+    best = np.full((len(queries), k), -np.inf, np.float32)
+    for vectors, _ in index.shards():
+        scores = np.concatenate([best, queries @ vectors.T], axis=1)
+        best = np.partition(scores, -k, axis=1)[:, -k:]
+    return np.asarray(-np.sort(-best, axis=1))
+
+
+def _advice(index: VectorIndex, report: IndexReport, behind: int) -> Iterator[str]:
+    compact = f"`clipkit index compact {index.path}`"
+    if report.removed > MOST_REMOVED:
+        yield f"{report.removed:.0%} of its rows are removed: {compact} makes it smaller and faster"
+    if index.spec != "Flat" and report.later > MOST_LATER and behind > FEWEST_LATER:
+        yield (
+            f"{report.later:.0%} of its images came after {index.spec} was trained and are "
+            f"searched one by one: {compact} trains it anew"
+        )
+    if report.recall is not None and report.recall < LOW:
+        yield (
+            f"of the ten nearest images it finds {report.recall:.0%}: {compact} trains it anew; "
+            "where that does not help, build it with another --spec"
+        )
+    if len(index) and report.recall is None:
+        yield "an older clipkit built it, which kept no exact vectors: build it again to examine it"

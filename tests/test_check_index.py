@@ -1,0 +1,113 @@
+"""What `clipkit index check` tells of an index."""
+
+import json
+import sys
+
+import faiss
+import numpy as np
+import pytest
+from test_index_writer import DIM, POOL, make_store, old_index, table, unit_rows
+
+import clipkit.tasks.check_index as module
+from clipkit.cli import main
+from clipkit.store.vector_index import VectorIndex
+from clipkit.store.writer import IndexWriter
+from clipkit.tasks.check_index import check_index
+
+
+@pytest.fixture
+def index(tmp_path):
+    path = tmp_path / "index"
+    VectorIndex.build(make_store(tmp_path / "store", unit_rows(300, DIM)), path, "IVF16,SQ8")
+    return path
+
+
+def test_a_sound_index_has_nothing_to_tell(index):
+    with IndexWriter(index) as writer:
+        writer.remove(["item-00003.png"])
+        writer.append(POOL[:5], table(["a", "b", "c", "d", "e"]))
+        writer.commit()
+    report = check_index(index)
+    assert (report.problems, report.advice) == ([], [])
+    assert (report.vectors, report.segments) == (304, 2)
+    assert report.removed == pytest.approx(1 / 305)
+    assert report.later == pytest.approx(5 / 304)
+    assert report.found == 1
+    assert report.recall > 0.95
+
+
+def test_recall_is_that_of_counting_by_hand(index):
+    detail = json.loads((index / "manifest.json").read_text())
+    detail["detail"]["search"]["nprobe"] = 1
+    (index / "manifest.json").write_text(json.dumps(detail))
+    opened = VectorIndex.open(index)
+    vectors = np.concatenate([rows for rows, _ in opened.shards()])
+    chosen = np.sort(np.random.default_rng(0).choice(300, 200, replace=False))
+    best = np.argsort(-(vectors[chosen] @ vectors.T), axis=1)[:, :10]
+    hits = [[hit.id for hit in hits] for hits in opened.search(vectors[chosen], 10)]
+    expected = np.mean([len({*a} & {*b}) / 10 for a, b in zip(hits, best.tolist(), strict=True)])
+    report = check_index(index)
+    assert report.recall == pytest.approx(expected)
+    assert report.recall < 0.9
+    assert any("finds" in advice and "trains it anew" in advice for advice in report.advice)
+
+
+def test_a_flipped_byte_is_found(index):
+    for name in ("vectors.npy", "records.parquet", "index.faiss"):
+        data = bytearray((index / name).read_bytes())
+        at = 400 if name != "records.parquet" else 20
+        data[at] ^= 1
+        (index / name).write_bytes(data)
+        report = check_index(index)
+        assert [name in problem for problem in report.problems].count(True) == 1
+        assert "build the index again" in report.advice[0]
+        data[at] ^= 1
+        (index / name).write_bytes(data)
+    assert not check_index(index).problems
+
+
+def test_what_piles_up_is_told(index, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_LATER", 50)
+    with IndexWriter(index) as writer:
+        writer.remove([f"item-{n:05d}.png" for n in range(100)])
+        writer.append(POOL[:100], table([f"new-{n}" for n in range(100)]))
+        writer.commit()
+    advice = " ".join(check_index(index).advice)
+    assert "25% of its rows are removed" in advice
+    assert "33% of its images came after IVF16,SQ8 was trained" in advice
+    with IndexWriter(index) as writer:
+        writer.commit(compact=True)
+    assert not check_index(index).advice
+
+
+def test_empty_and_old_indexes_are_examined(tmp_path):
+    empty = make_store(tmp_path / "store", np.empty((0, DIM), np.float32))
+    VectorIndex.build(empty, tmp_path / "empty")
+    report = check_index(tmp_path / "empty")
+    assert (report.vectors, report.recall, report.problems, report.advice) == (0, None, [], [])
+    old_index(tmp_path / "old", unit_rows(30, DIM), "Flat")
+    assert check_index(tmp_path / "old").recall == 1
+    old_index(tmp_path / "lossy", unit_rows(30, DIM), "SQ8")
+    report = check_index(tmp_path / "lossy")
+    assert report.recall is None
+    assert "no exact vectors" in report.advice[0]
+
+
+def test_the_command_prints_and_its_exit_code_says_whether_all_is_well(index, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["clipkit", "index", "check", str(index), *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, capsys.readouterr().out
+
+    code, out = run("--json")
+    assert code == 0
+    assert json.loads(out)["vectors"] == 300
+    assert json.loads(out)["problems"] == []
+    faiss_index = faiss.read_index(str(index / "index.faiss"))
+    faiss_index.nprobe = 7
+    faiss.write_index(faiss_index, str(index / "index.faiss"))
+    code, out = run()
+    assert code == 1
+    assert "wrong" in out
+    assert "index.faiss" in out

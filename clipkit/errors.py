@@ -13,6 +13,7 @@
     ├── ArtifactError          a directory that is not what it should be
     │   ├── ModelMismatchError made by another model than the one at hand
     │   └── SpecError          a FAISS factory string that is impossible here
+    ├── ServeError             a server that cannot start, or a request that it refuses
     └── MissingExtraError      an optional dependency that is not installed
 
 Each message is one sentence for a person: what was found, what was expected, how to mend it. The
@@ -62,6 +63,10 @@ class ModelMismatchError(ArtifactError):
 
 class SpecError(ArtifactError):
     """A FAISS factory string is malformed, or impossible for the vectors at hand."""
+
+
+class ServeError(ClipkitError):
+    """A server cannot start, or refuses a request."""
 
 
 class MissingExtraError(ClipkitError):

@@ -99,6 +99,8 @@ def pictures(folder):
         ["tokenize"],
         ["data", "check"],
         ["info", "one", "two"],
+        ["serve"],
+        ["serve", "index", "--port", "70000"],
     ],
     ids=" ".join,
 )
@@ -121,6 +123,8 @@ def test_wrong_usage_exits_2_and_prints_no_result(run, words):
         (["eval", "retrieval", "nothing", "--model", "m"], "does not exist"),
         (["eval", "zeroshot", "nothing", "--model", "m", "--labels", "a,b"], "does not exist"),
         (["train", "nothing.toml", "--out", "o"], "expected a TOML file"),
+        (["serve", "nothing", "--port", "0"], "does not exist"),
+        (["serve", "nothing", "--host", "0.0.0.0"], "expected a --token"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -192,7 +196,16 @@ def test_lists_of_commands_hold_whole_sentences(run, group):
     if not group:
         names = [line.split()[0] for line in listed]
         assert names[:6] == ["train", "embed", "index", "search", "classify", "eval"]
-        assert sorted(names[6:]) == ["compare", "data", "demo", "info", "plot", "probe", "tokenize"]
+        assert sorted(names[6:]) == [
+            "compare",
+            "data",
+            "demo",
+            "info",
+            "plot",
+            "probe",
+            "serve",
+            "tokenize",
+        ]
 
 
 def test_where_no_model_is_named_the_output_says_which_it_is(

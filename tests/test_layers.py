@@ -14,12 +14,13 @@ LAYERS = [
     {"config", "manifest", "metrics", "pages", "plots", "progress"},
     {"data"},
     {"store", "model"},
+    {"web"},
     {"tasks"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-# A server answers searches; a folder is embedded before it is indexed.
-TASK_IMPORTS = {("serve", "search"), ("index", "embed")}
+# A folder is embedded before it is indexed.
+TASK_IMPORTS = {("index", "embed")}
 # To compare two models is to evaluate both.
 TASK_IMPORTS |= {("compare", "evaluate")}
 # The demo is by its nature a walk over all commands.

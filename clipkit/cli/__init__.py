@@ -25,6 +25,7 @@ from clipkit.cli import (
     info,
     plot,
     probe,
+    serve,
     tokenize,
     train,
     upkeep,
@@ -73,6 +74,7 @@ app.command("classify")(classify.classify)
 app.add_typer(evaluate.app, name="eval")
 app.command("compare")(compare.compare)
 app.command("probe")(probe.probe)
+app.command("serve")(serve.serve)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(data.app, name="data")
 app.command("plot")(plot.plot)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from clipkit.data.images import read_image
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
+from clipkit.store.query import combined
 from clipkit.store.vector_index import Hit, VectorIndex
 
 if TYPE_CHECKING:
@@ -75,14 +76,7 @@ class Searcher:
             vectors.append(self._encoder().encode_images([picture])[0])
         if not vectors:
             raise DataError("there is nothing to search for, expected a caption, an image or both")
-        total = np.sum(vectors, axis=0)
-        length = float(np.linalg.norm(total))
-        if length < 1e-3:
-            raise DataError(
-                "the caption and the image are opposites, so that their sum has no direction; "
-                "search for one of them"
-            )
-        return self.by_vector(total / length, k)
+        return self.by_vector(combined(vectors), k)
 
     def _encoder(self) -> "Encoder":
         if self.encoder is None:

@@ -1,0 +1,159 @@
+"""A collection: an index opened for being shown, and the newer one that takes its place."""
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipkit.manifest import MANIFEST
+from clipkit.model.encoder import Encoder
+from clipkit.model.load import load_ref
+from clipkit.store.shards import Vectors
+from clipkit.store.vector_index import Hit, VectorIndex
+from clipkit.web.files import PictureFiles
+from clipkit.web.filters import Column, Rows, find_columns, with_folder
+from clipkit.web.problems import RequestError
+from clipkit.web.vectors import Vector
+
+_LOOKED_AT = 20
+"""Files that are looked for to learn whether an index has any."""
+
+
+class Collection:
+    """An index, the model that made it, its records by key, and its picture files.
+
+    Args:
+        index: what is searched.
+        encoder: its model.
+        images: the folder of the pictures; None: where they were when they were indexed.
+    """
+
+    def __init__(self, index: VectorIndex, encoder: Encoder, images: Path | None = None) -> None:
+        self.index, self.encoder = index, encoder
+        self.keys = index.keys
+        self.rows = {key: row for row, key in enumerate(self.keys)}
+        self.records: pa.Table = with_folder(index.records()).combine_chunks()
+        self.columns: list[Column] = find_columns(self.records)
+        source = index.manifest.source
+        root = images or (Path(source["root"]) if source.get("root") else None)
+        self.files = PictureFiles(root, str(source.get("kind", "folder")))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def has_pictures(self) -> bool:
+        """Whether any of a few keys, spread over the index, has a file."""
+        for key in self.keys[:: max(1, len(self.keys) // _LOOKED_AT)]:
+            try:
+                self.files.path(key)
+            except RequestError:
+                continue
+            return True
+        return False
+
+    def row(self, key: str) -> int:
+        """The row of a key; raises RequestError (404) where the index has none such."""
+        if key not in self.rows:
+            raise RequestError(404, "the index has no picture of this key")
+        return self.rows[key]
+
+    def vector(self, key: str) -> Vector | None:
+        """The vector of a key as it was encoded; None where the index keeps only a lossy one.
+
+        Raises:
+            RequestError: the index has no such key (404).
+        """
+        row = self.row(key)
+        for segment in self.index.segments:
+            if row < len(segment):
+                if segment.vectors is None:
+                    return None
+                if segment.live is not None:
+                    row = int(np.flatnonzero(segment.live)[row])
+                return np.asarray(segment.vectors[row], np.float32)
+            row -= len(segment)
+        raise AssertionError("a row beyond the last segment")
+
+    def described(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """The records of some keys, as plain data."""
+        rows = pa.array([self.rows[key] for key in keys], pa.int64())
+        described: list[dict[str, Any]] = self.records.take(rows).to_pylist()
+        return described
+
+    def search(self, queries: Vectors, k: int, rows: Rows | None = None) -> list[list[Hit]]:
+        """The best ``k`` hits of each query among some rows, best first.
+
+        Args:
+            queries: float32 [n, dim].
+            k: how many, at least 1.
+            rows: those that may be found; None: all.
+        """
+        if rows is None:
+            return self.index.search(queries, k)
+        wanted = min(k, int(np.count_nonzero(rows)))
+        asked = k
+        while wanted:
+            found = [
+                [hit for hit in hits if rows[self.rows[hit.key]]][:k]
+                for hits in self.index.search(queries, asked)
+            ]
+            if asked >= len(self) or all(len(hits) >= wanted for hits in found):
+                return found
+            asked = min(4 * asked, len(self))
+        return [[] for _ in queries]
+
+
+class Current:
+    """The collection that is served now; it is replaced as a whole, so that no request waits.
+
+    A request takes ``collection`` once and keeps to it.
+
+    Args:
+        path: the directory of the index.
+        images: as for ``Collection``.
+        encoder: the index's model; loaded from its manifest where None.
+
+    Raises:
+        ArtifactError: no index, or a damaged one.
+        ModelError: its model cannot be loaded.
+    """
+
+    def __init__(
+        self, path: Path, images: Path | None = None, encoder: Encoder | None = None
+    ) -> None:
+        self.path, self._images = path, images
+        self._refreshing = threading.Lock()
+        self._stamp = self._look()
+        self.collection = self._open(encoder)
+
+    def refresh(self) -> bool:
+        """Open the index again if its manifest is another one by now; whether it was.
+
+        Raises:
+            ClipkitError: the new state cannot be opened; the old one stays.
+        """
+        with self._refreshing:
+            stamp = self._look()
+            if stamp in (None, self._stamp):  # None: it is being replaced this very moment
+                return False
+            self.collection = self._open(self.collection.encoder)
+            self._stamp = stamp
+            return True
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            status = (self.path / MANIFEST).stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+    def _open(self, encoder: Encoder | None) -> Collection:
+        index = VectorIndex.open(self.path)
+        if encoder is None or encoder.model.fingerprint != index.model.fingerprint:
+            encoder = load_ref(index.model, f"the index {self.path}")
+        return Collection(index, encoder, self._images)

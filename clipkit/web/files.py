@@ -1,0 +1,102 @@
+"""The picture files of an index, and no other file of the machine."""
+
+import os
+import stat
+from pathlib import Path
+
+from clipkit.data.images import read_image
+from clipkit.errors import ImageError
+from clipkit.web.pictures import as_jpeg, media_type
+from clipkit.web.problems import RequestError
+
+MAX_FILE = 256 << 20
+"""Bytes of the largest file that is read: decoding runs two at a time, so this bounds memory."""
+WITHOUT_FILES = {
+    "tars": "inside tar files",
+    "parquet": "inside a table",
+    "jsonl": "inside a table",
+    "saved": "inside a saved data set",
+    "hub": "in a data set of the hub",
+}
+
+
+class PictureFiles:
+    """Reads the file of a key below one directory.
+
+    Args:
+        root: the directory that keys are relative to; None where there is none.
+        kind: of the source that was indexed, for the sentence about a file that is not there.
+    """
+
+    def __init__(self, root: Path | None, kind: str = "folder") -> None:
+        self.root = root.resolve() if root is not None else None
+        self._kind = kind
+
+    def path(self, key: str) -> Path:
+        """The file of a key, its links followed.
+
+        Raises:
+            RequestError: there is none (404), or it lies outside of the directory (403).
+        """
+        try:
+            if self.root is None:
+                raise FileNotFoundError
+            path = Path(self.root, key).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: links that go in a circle
+            raise RequestError(404, self._missing(key)) from None
+        if not path.is_relative_to(self.root):
+            raise RequestError(
+                403, f"the file of {key} lies outside of the index's folder and is not shown"
+            )
+        return path
+
+    def stamp(self, key: str) -> str:
+        """A text that changes when the file of a key does; raises as ``path``."""
+        path = self.path(key)
+        try:
+            status = path.stat()
+        except OSError:
+            raise RequestError(404, self._missing(key)) from None
+        return f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
+
+    def read(self, key: str) -> bytes:
+        """The content of the file of a key.
+
+        Raises:
+            RequestError: as ``path``; or it is no regular file (404), or too large (413).
+        """
+        path = self.path(key)
+        try:
+            # The path holds no link any more; not waiting keeps a named pipe from holding us up.
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            raise RequestError(404, self._missing(key)) from None
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise RequestError(404, f"{key} is no regular file any more")
+        with os.fdopen(file, "rb") as stream:
+            data = stream.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise RequestError(413, f"the file of {key} has more than {MAX_FILE >> 20} MiB")
+        return data
+
+    def shown(self, key: str) -> tuple[bytes, str]:
+        """What a browser shows of a key, and its media type: the file, or a JPEG made of it.
+
+        Raises:
+            RequestError: as ``read``; or the file is no picture that can be read (415).
+        """
+        data = self.read(key)
+        kind = media_type(data)
+        if kind is not None:
+            return data, kind
+        try:
+            return as_jpeg(read_image(data)), "image/jpeg"
+        except ImageError as error:
+            raise RequestError(415, f"{key} cannot be shown, it {error}") from None
+
+    def _missing(self, key: str) -> str:
+        where = WITHOUT_FILES.get(self._kind)
+        if where:
+            return f"{key} has no file of its own: the pictures of this index lie {where}"
+        return f"the file of {key} is not there any more; bring the index up to date"

@@ -1,0 +1,201 @@
+// The grid of pictures, and the keys that move in it.
+
+import { image, thumb } from "./api.js";
+import { $, bar, make, percent } from "./dom.js";
+
+export class Grid {
+  // `act(what, hit)` is called with "open", "like" or "unlike"; `leave()` to go back to the words.
+  constructor(act, leave) {
+    this.list = $("grid");
+    this.hits = [];
+    this.act = act;
+    this.leave = leave;
+    this.list.addEventListener("click", (event) => this.clicked(event));
+    this.list.addEventListener("keydown", (event) => this.pressed(event));
+    this.list.addEventListener("dragstart", (event) => this.dragged(event));
+    // An error does not bubble; it is caught on its way down.
+    this.list.addEventListener("error", (event) => {
+      event.target.closest?.(".tile")?.classList.add("lost");
+    }, true);
+  }
+
+  show(hits, { append = false, far = false, shown = true } = {}) {
+    const start = append ? this.hits.length : 0;
+    this.hits = append ? [...this.hits, ...hits] : hits;
+    // Pictures that stay are kept, for a new element would flicker.
+    const kept = new Map(append ? [] : [...this.list.querySelectorAll("img")]
+      .map((one) => [one.getAttribute("src"), one]));
+    const tiles = hits.map((hit, n) => this.tile(hit, start + n, shown, kept));
+    if (append) this.list.append(...tiles);
+    else this.list.replaceChildren(...tiles);
+    this.list.classList.toggle("far", far);
+    this.list.classList.remove("stale");
+  }
+
+  ghosts(number) {
+    this.hits = [];
+    const ghost = () => make("li", { className: "tile ghost", "aria-hidden": "true",
+      children: [make("div", { className: "open" })] });
+    this.list.replaceChildren(...Array.from({ length: number }, ghost));
+  }
+
+  tile(hit, n, shown, kept) {
+    const name = hit.captions[0] ?? hit.key;
+    const picture = shown ? kept.get(thumb(hit.key)) ?? make("img", { src: thumb(hit.key), alt: "",
+      loading: "lazy", decoding: "async", draggable: true }) : "";
+    const match = matchText(hit);
+    const open = make("button", {
+      type: "button", className: "open", tabIndex: n ? -1 : 0, title: hit.key,
+      "aria-label": match ? `${name}, ${match}` : name,
+      children: [
+        picture,
+        make("span", { className: "lost-name", text: hit.key }),
+      ],
+    });
+    const more = make("button", { type: "button", className: "more", tabIndex: -1,
+      text: "More like this" });
+    const children = [open, more];
+    if (match) children.push(matchLine(hit));
+    children.push(make("p", { className: "name", text: name }));
+    const tile = make("li", { className: shown ? "tile" : "tile lost", children });
+    tile.dataset.n = n;
+    return tile;
+  }
+
+  focus(n) {
+    const tile = this.list.children[Math.max(0, Math.min(n, this.hits.length - 1))];
+    if (!tile) return;
+    this.list.querySelector('.open[tabindex="0"]')?.setAttribute("tabindex", "-1");
+    const open = tile.querySelector(".open");
+    open.tabIndex = 0;
+    open.focus();
+  }
+
+  clicked(event) {
+    const tile = event.target.closest(".tile:not(.ghost)");
+    if (!tile) return;
+    const hit = this.hits[tile.dataset.n];
+    if (event.target.closest(".more")) this.act("like", hit);
+    else if (event.target.closest(".open")) this.act("open", hit);
+  }
+
+  pressed(event) {
+    const tile = event.target.closest(".tile");
+    if (!tile || event.ctrlKey || event.metaKey || event.altKey) return;
+    const n = Number(tile.dataset.n);
+    const across = getComputedStyle(this.list).gridTemplateColumns.split(" ").length;
+    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across };
+    if (event.key in steps) {
+      event.preventDefault();
+      if (n + steps[event.key] < 0) this.leave();
+      else this.focus(n + steps[event.key]);
+    } else if (event.key === "Home") this.focus(0);
+    else if (event.key === "End") this.focus(this.hits.length - 1);
+    else if (event.key === "m") this.act("like", this.hits[n]);
+    else if (event.key === "x") this.act("unlike", this.hits[n]);
+    else if (event.key === "Escape") this.leave();
+  }
+
+  dragged(event) {
+    const tile = event.target.closest(".tile");
+    if (tile) event.dataTransfer.setData("application/x-clipkit", this.hits[tile.dataset.n].key);
+  }
+}
+
+function matchText(hit) {
+  if (hit.probability !== null) return `${percent(hit.probability)} match`;
+  return hit.score === null ? "" : `score ${hit.score.toFixed(3)}`;
+}
+
+function matchLine(hit) {
+  const calibrated = hit.probability !== null;
+  const shown = calibrated ? percent(hit.probability) : hit.score.toFixed(3);
+  return make("div", {
+    className: "match",
+    title: calibrated ? `score ${hit.score.toFixed(3)}` : "inner product with the query",
+    children: [make("b", { text: shown }), bar(calibrated ? hit.probability : hit.score)],
+  });
+}
+
+// The dialog that shows one picture large.
+export class Details {
+  constructor(grid, act) {
+    this.dialog = $("details");
+    this.grid = grid;
+    this.n = 0;
+    const picture = $("details-image");
+    picture.addEventListener("error", () => this.lost());
+    this.dialog.addEventListener("click", (event) => {
+      const what = event.target === this.dialog ? "close"
+        : event.target.closest("[data-do]")?.dataset.do;
+      if (what === "close") this.dialog.close();
+      else if (what === "back") this.step(-1);
+      else if (what === "on") this.step(1);
+      else if (what) this.leaveTo(() => act(what, this.hit));
+    });
+    this.dialog.addEventListener("keydown", (event) => {
+      if (event.key === "ArrowLeft") this.step(-1);
+      else if (event.key === "ArrowRight") this.step(1);
+      else if (event.key === "m") this.leaveTo(() => act("like", this.hit));
+      else if (event.key === "x") this.leaveTo(() => act("unlike", this.hit));
+    });
+    this.dialog.addEventListener("close", () => {
+      picture.removeAttribute("src");
+      if (!this.left) grid.focus(this.n);
+    });
+  }
+
+  get hit() {
+    return this.grid.hits[this.n];
+  }
+
+  leaveTo(work) {
+    this.left = true;
+    this.dialog.close();
+    work();
+  }
+
+  open(hit) {
+    this.left = false;
+    this.n = this.grid.hits.indexOf(hit);
+    this.fill();
+    this.dialog.showModal();
+  }
+
+  step(by) {
+    const n = this.n + by;
+    if (n < 0 || n >= this.grid.hits.length) return;
+    this.n = n;
+    this.fill();
+  }
+
+  fill() {
+    const hit = this.hit;
+    $("details-lost").hidden = true;
+    $("details-image").hidden = false;
+    $("details-image").src = image(hit.key);
+    $("details-image").alt = hit.captions[0] ?? hit.key;
+    $("details-open").href = image(hit.key);
+    $("details-name").textContent = hit.key;
+    const score = hit.score === null ? "" : `score ${hit.score.toFixed(3)}`;
+    const match = hit.probability === null ? score
+      : `${percent(hit.probability)} match, ${score}`;
+    $("details-match").textContent = [match, `number ${hit.rank}`].filter(Boolean).join(" · ");
+    $("details-captions").replaceChildren(...hit.captions.map((text) => make("li", { text })));
+    const facts = Object.entries({ label: hit.label, ...hit.more });
+    const told = facts.filter(([, value]) => value !== null && value !== "");
+    $("details-more").replaceChildren(...told.flatMap(([name, value]) => [
+      make("dt", { text: name }), make("dd", { text: String(value) })]));
+  }
+
+  async lost() {
+    if (!this.dialog.open) return;
+    const hit = this.hit;
+    $("details-image").hidden = true;
+    $("details-lost").hidden = false;
+    $("details-lost").textContent = "This picture cannot be shown.";
+    const answer = await fetch(image(hit.key)).catch(() => null);
+    const told = await answer?.json().catch(() => null);
+    if (told?.detail && hit === this.hit) $("details-lost").textContent = told.detail;
+  }
+}

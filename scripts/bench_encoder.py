@@ -1,0 +1,236 @@
+"""Tokenizer, captions and images against open_clip's own, in turn, on the same weights.
+
+python scripts/bench_encoder.py ../shared/data/flickr8k-224-dev.parquet
+python scripts/bench_encoder.py PAIRS --only images --weights lite2.safetensors
+
+Weights of ViT-B-32 are random: there are none of it without the hub. For a convolutional tower,
+`--weights` names those of EfficientNet-Lite2 that scripts/recipes/efficientnet_weights.py makes;
+vectors of real photos then differ as much as those of a trained model.
+"""
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipkit.config import parse_config
+from clipkit.manifest import ModelRef
+from clipkit.model import tokenizer
+from clipkit.model.checkpoint import vector_dim
+from clipkit.model.encoder import Encoder
+from clipkit.model.prepare import prepare
+from clipkit.model.towers import build_towers
+
+MODEL = "ViT-B-32"
+CONVOLUTIONAL = {
+    "embed_dim": 512,
+    "vision": {
+        "timm_model_name": "tf_efficientnet_lite2",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 260,
+    },
+    "text": {"width": 64, "heads": 1, "layers": 1},
+}
+Times = dict[str, list[float]]
+
+
+def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> Times:
+    """Seconds of each run, round by round, after one that does not count."""
+    times: Times = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def show(times: Times, items: int, unit: str, peer: str = "open_clip") -> None:
+    """What each does in a second, and how many times as fast as the peer it is."""
+    for name, seconds in times.items():
+        ratios = [theirs / ours for theirs, ours in zip(times[peer], seconds, strict=True)]
+        rate = items / statistics.median(seconds)
+        beside = "" if name == peer else f"  {_spread(ratios)} times {peer}"
+        print(f"  {name:24} {rate:10.1f} {unit}/s{beside}")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def bench_tokenizer(captions: list[str], rounds: int) -> None:
+    """One thread each, with nothing remembered and with the words of the first pass, and two."""
+    print(f"tokenizer, {len(captions)} captions")
+    known = open_clip.SimpleTokenizer()
+    known(captions)
+
+    def ours_afresh() -> None:
+        tokenizer._chunks.clear()
+        tokenizer.tokenize(captions)
+
+    def on_two(tokenize: Callable[[list[str]], Any]) -> None:
+        half = len(captions) // 2
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(tokenize, (captions[:half], captions[half:])))
+
+    runs: dict[str, Callable[[], Any]] = {
+        "open_clip": lambda: known(captions),
+        "open_clip, new words": lambda: open_clip.SimpleTokenizer()(captions),
+        "clipkit, new words": ours_afresh,
+        "clipkit": lambda: tokenizer.tokenize(captions),
+        "clipkit, two threads": lambda: on_two(tokenizer.tokenize),
+        "open_clip, two threads": lambda: on_two(known),
+    }
+    show(in_turn(runs, rounds), len(captions), "captions")
+
+
+def encoder(clip: Any, precision: Any) -> Encoder:
+    """Our encoder of a copy of open_clip's model."""
+    network = prepare(deepcopy(clip), precision, torch.device("cpu"))
+    model = ModelRef("benchmark", "", "", vector_dim(clip), network.precision)
+    return Encoder(network, model, lambda image: image)
+
+
+def bench_captions(clip: Any, captions: list[str], count: int, rounds: int) -> None:
+    """Captions of 8 to 24 tokens, each different."""
+    lengths = (tokenizer.tokenize(captions).argmax(axis=1) + 1).tolist()
+    fitting = [c for c, n in zip(captions, lengths, strict=True) if 8 <= n <= 24]
+    chosen = list(dict.fromkeys(fitting))[:count]
+    tokens = open_clip.SimpleTokenizer()(chosen)
+    print(f"captions, {MODEL}, {len(chosen)} of 8 to 24 tokens")
+    encoders = {name: encoder(clip, name) for name in ("fp32", "auto")}
+
+    def theirs() -> Tensor:
+        with torch.inference_mode():
+            parts = torch.split(tokens, 64)
+            return torch.cat([clip.encode_text(part, normalize=True) for part in parts])
+
+    runs: dict[str, Callable[[], Any]] = {"open_clip": theirs}
+    for name, ours in encoders.items():
+        # Words as they come: the tokenizer's share is in ours.
+        runs[_label(name, ours, "text")] = lambda ours=ours: ours.encode_captions(chosen)
+    show(in_turn(runs, rounds), len(chosen), "captions")
+    for name, ours in encoders.items():
+        compare(_label(name, ours, "text"), ours.encode_captions(chosen), theirs())
+
+
+def _label(asked: str, encoder: Encoder, tower: str) -> str:
+    found = encoder.network.precisions[tower]
+    return f"clipkit {asked}" + ("" if found == asked else f" ({found})")
+
+
+def bench_images(name: str, clip: Any, images: Tensor, peak: float, rounds: int) -> None:
+    """Images already preprocessed, in batches of 64."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        clip.encode_image(images[:1])
+    work = counter.get_total_flops()
+    print(f"images, {name}, {len(images)} photos, {work / 1e9:.2f} GFLOP each")
+    encoders = {asked: encoder(clip, asked) for asked in ("fp32", "auto", "bf16")}
+
+    def theirs() -> Tensor:
+        with torch.inference_mode():
+            parts = torch.split(images, 64)
+            return torch.cat([clip.encode_image(part, normalize=True) for part in parts])
+
+    runs: dict[str, Callable[[], Any]] = {"open_clip": theirs}
+    for asked, ours in encoders.items():
+        runs[_label(asked, ours, "image")] = lambda ours=ours: ours.encode_images(images)
+    times = in_turn(runs, rounds)
+    show(times, len(images), "images")
+    wanted = theirs()
+    for asked, ours in encoders.items():
+        label = _label(asked, ours, "image")
+        share = work * len(images) / statistics.median(times[label]) / peak
+        compare(label, ours.encode_images(images), wanted, f", {share:.0%} of the peak in bf16")
+
+
+def compare(name: str, ours: NDArray[np.float32], wanted: Tensor, more: str = "") -> None:
+    """The worst agreement of vectors; also about their mean, which random weights share much of."""
+    theirs = wanted.numpy()
+    plain = np.sum(ours * theirs, axis=1).min()
+    mean = theirs.mean(axis=0)
+    about = F.cosine_similarity(torch.from_numpy(ours - mean), torch.from_numpy(theirs - mean))
+    worst = np.abs(ours - theirs).max()
+    print(
+        f"  {name:24} worst cosine {plain:.6f}, about the mean {float(about.min()):.5f}, "
+        f"largest difference {worst:.1e}{more}"
+    )
+
+
+def matrix_peak(rounds: int) -> float:
+    """FLOP a second of the fastest product of the sizes in a ViT-B, in bf16."""
+    best = 0.0
+    for tokens, width, out in ((3200, 768, 3072), (3200, 3072, 768), (2048, 2048, 2048)):
+        x, weight = (torch.ones(n, width, dtype=torch.bfloat16) for n in (tokens, out))
+        seconds = in_turn({"": lambda x=x, weight=weight: F.linear(x, weight)}, 3 * rounds)
+        best = max(best, 2 * tokens * width * out / min(seconds[""]))
+    return best
+
+
+def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:
+    """Real photos as float32 [count, 3, height, width], normalised as EfficientNet-Lite's."""
+    rows = pq.read_table(file, columns=["image"]).slice(0, count).to_pylist()
+    pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+    pixels = [
+        np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in pictures
+    ]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().sub(127).div(128)
+
+
+def build_convolutional(weights: Path) -> Any:
+    """open_clip's model on an EfficientNet-Lite2."""
+    settings = {"model": {**CONVOLUTIONAL, "image_weights": str(weights)}}
+    return build_towers(parse_config(settings).model, 0.07, seed=0).clip.eval()
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parts = ("tokenizer", "captions", "images")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pairs", type=Path, help="Parquet with images and captions")
+    parser.add_argument("--only", choices=parts, nargs="*", default=parts)
+    parser.add_argument("--weights", type=Path, help="of EfficientNet-Lite2, in timm's layout")
+    parser.add_argument("--photos", type=int, default=128)
+    parser.add_argument("--captions", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    texts = pq.read_table(options.pairs, columns=["captions"])["captions"].to_pylist()
+    captions = [caption for several in texts for caption in several]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if "tokenizer" in options.only:
+        bench_tokenizer(captions, options.rounds)
+    torch.manual_seed(0)
+    clip = open_clip.create_model(MODEL).eval()
+    if "captions" in options.only:
+        bench_captions(clip, captions, options.captions, options.rounds)
+    if "images" not in options.only:
+        return
+    peak = matrix_peak(options.rounds)
+    print(f"fastest matrix product in bf16: {peak / 1e12:.2f} TFLOP/s")
+    towers = {MODEL: clip}
+    if options.weights:
+        towers["EfficientNet-Lite2"] = build_convolutional(options.weights)
+    for name, model in towers.items():
+        images = read_photos(options.pairs, model.visual.image_size, options.photos)
+        bench_images(name, model, images, peak, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

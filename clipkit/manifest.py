@@ -31,13 +31,14 @@ class ModelRef:
     """Which model made something.
 
     The fingerprint covers weights, activation, preprocessing and tokenizer; two references are
-    compatible if and only if their fingerprints are equal, whatever the names say.
+    compatible if and only if their fingerprints are equal, whatever names and precision say.
     """
 
     name: str
     weights: str
     fingerprint: str
     dim: int
+    precision: str = field(default="fp32", compare=False)
 
     def __str__(self) -> str:
         label = f"{self.name}/{self.weights}" if self.weights else self.name

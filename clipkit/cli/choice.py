@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import model_or_default
+from clipkit.cli.output import Precision, load_encoder, load_maker
 
 if TYPE_CHECKING:
     from clipkit.model.classifier import Classifier
@@ -33,18 +33,22 @@ class Choice:
     templates: list[str]
     saved: "Classifier | None"
 
-    def load(self, model: str | None, *, background: bool = False) -> "tuple[Encoder, Classifier]":
+    def load(
+        self, model: str | None, precision: Precision, *, background: bool = False
+    ) -> "tuple[Encoder, Classifier]":
         """The encoder, and the classifier made with it or opened."""
         from clipkit.model.classifier import ZeroShotClassifier
-        from clipkit.model.load import load, load_ref
 
         if self.saved is None:
-            encoder = load(model_or_default(model))
+            encoder = load_encoder(model, precision)
             made = ZeroShotClassifier.from_labels(
                 encoder, self.labels, self.templates, background=background
             )
             return encoder, made
-        encoder = load(model) if model else load_ref(self.saved.model, "the classifier")
+        if model:
+            encoder = load_encoder(model, precision)
+        else:
+            encoder = load_maker(self.saved.model, "the classifier", precision)
         self.saved.require(encoder.model)
         return encoder, self.saved
 

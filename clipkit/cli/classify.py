@@ -10,6 +10,7 @@ from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
     ImageColumn,
+    Precision,
     note,
     note_skipped,
     print_json,
@@ -51,6 +52,7 @@ def classify(
         Path | None, typer.Option(help="Directory to keep the classifier in, for --labels.")
     ] = None,
     image_column: ImageColumn = None,
+    precision: Precision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Classify images zero-shot or by a saved classifier."""
@@ -67,7 +69,7 @@ def classify(
     sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
     examples = open_source(calibrate, caption="", label="") if calibrate else None
     reject = reject or examples is not None
-    encoder, classifier = choice.load(model, background=each or reject)
+    encoder, classifier = choice.load(model, precision, background=each or reject)
     if examples:
         set_threshold(examples, encoder, classifier, progress=not as_json)
     if save:

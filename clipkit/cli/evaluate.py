@@ -11,6 +11,8 @@ from clipkit.cli.output import (
     CaptionColumn,
     ImageColumn,
     LabelColumn,
+    Precision,
+    load_encoder,
     note,
     note_skipped,
     print_facts,
@@ -40,6 +42,7 @@ def retrieval(
     ] = False,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    precision: Precision = None,
     as_json: Json = False,
 ) -> None:
     """Recall of captions finding images and the reverse.
@@ -52,11 +55,13 @@ def retrieval(
 
     source = open_source(data, image=image_column, caption=caption_column)
 
-    from clipkit.model.load import load
     from clipkit.tasks.evaluate import evaluate_retrieval
 
     report = evaluate_retrieval(
-        source, load(model), equal_captions="apart" if apart else "merge", progress=not as_json
+        source,
+        load_encoder(model, precision),
+        equal_captions="apart" if apart else "merge",
+        progress=not as_json,
     )
     _print(report, as_json)
 
@@ -69,6 +74,7 @@ def zeroshot(
     templates: Templates = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    precision: Precision = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of classifying images that have labels.
@@ -84,7 +90,7 @@ def zeroshot(
 
     from clipkit.tasks.evaluate import evaluate_classifier
 
-    encoder, classifier = choice.load(model)
+    encoder, classifier = choice.load(model, precision)
     _print(evaluate_classifier(source, encoder, classifier), as_json)
 
 

@@ -10,7 +10,8 @@ from clipkit.cli.output import (
     MODEL_HELP,
     CaptionColumn,
     ImageColumn,
-    model_or_default,
+    Precision,
+    load_encoder,
     note,
     note_skipped,
     print_facts,
@@ -32,6 +33,7 @@ def embed(
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    precision: Precision = None,
 ) -> None:
     """Encode images and store their vectors.
 
@@ -41,10 +43,9 @@ def embed(
 
     source = open_source(images, image=image_column, caption=caption_column)
 
-    from clipkit.model.load import load
     from clipkit.tasks.embed import embed as run
 
-    store = run(source, out, load(model_or_default(model)))
+    store = run(source, out, load_encoder(model, precision))
     note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
     print_facts([("store", out), ("images", len(store)), ("model", store.model)])
 
@@ -55,6 +56,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Directory of the index.")],
     model: Annotated[str | None, typer.Option(help=f"Only for images. {MODEL_HELP}")] = None,
     spec: Annotated[str, typer.Option(help="FAISS factory string; inner product always.")] = "Flat",
+    precision: Precision = None,
 ) -> None:
     """Index a store, or images.
 
@@ -65,14 +67,12 @@ def build(
 
     embedded = False
 
-    def load_encoder() -> "Encoder":
+    def load() -> "Encoder":
         nonlocal embedded
         embedded = True
-        from clipkit.model.load import load
+        return load_encoder(model, precision)
 
-        return load(model_or_default(model))
-
-    index = build_index(source, out, spec=spec, load=load_encoder)
+    index = build_index(source, out, spec=spec, load=load)
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
@@ -108,7 +108,7 @@ def search(
     from clipkit.model.load import load_ref
     from clipkit.tasks.search import Searcher
 
-    searcher = Searcher(opened, load_ref(opened.model, f"the index {index}"))
+    searcher = Searcher(opened, load_ref(opened.model, f"the index {index}", precision="fp32"))
     hits = searcher.search(caption=query, image=image, k=k)
     if as_json:
         for rank, hit in enumerate(hits, 1):

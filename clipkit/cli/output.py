@@ -6,9 +6,13 @@ Tables for people, one JSON object a line for programs.
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from clipkit.manifest import ModelRef
+    from clipkit.model.encoder import Encoder
 
 MODEL_HELP = (
     "A run or checkpoint directory; NAME/TAG or NAME/path/to/weights with an open_clip model "
@@ -24,6 +28,10 @@ CaptionColumn = Annotated[
 ]
 LabelColumn = Annotated[
     str | None, typer.Option(help="Column of the labels, if not a usual name; '' for none.")
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"] | None,
+    typer.Option(help="fp32 is exact; bf16 is faster on machines made for it; auto chooses."),
 ]
 
 # A file name may hold what a terminal takes for a command, or for a new line.
@@ -89,3 +97,19 @@ def model_or_default(model: str | None) -> str:
 
     note(f"using the model {DEFAULT_MODEL}; name another one with --model")
     return DEFAULT_MODEL
+
+
+def load_encoder(model: str | None, precision: Precision) -> "Encoder":
+    """The encoder of the MODEL named, or of the default one, in the precision named or ours."""
+    from clipkit.model.load import load
+    from clipkit.model.prepare import DEFAULT_PRECISION
+
+    return load(model_or_default(model), precision=precision or DEFAULT_PRECISION)
+
+
+def load_maker(model: "ModelRef", what: str, precision: Precision) -> "Encoder":
+    """The encoder that made something, in the precision named or ours."""
+    from clipkit.model.load import load_ref
+    from clipkit.model.prepare import DEFAULT_PRECISION
+
+    return load_ref(model, what, precision=precision or DEFAULT_PRECISION)

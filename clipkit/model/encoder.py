@@ -9,11 +9,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipkit.manifest import ModelRef
-from clipkit.model.network import DualEncoder
-from clipkit.model.tokenizer import CutReport, tokenize
+from clipkit.model.network import DualEncoder, is_convolutional
+from clipkit.model.tokenizer import CONTEXT, CutReport, tokenize, warn_of_cuts
 
 Vectors = NDArray[np.float32]
 """float32 [n, dim], rows of unit length."""
+
+WINDOW = 8192
+"""Captions that are sorted by length together, which bounds what is held of them at a time."""
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens that go through the text tower at once, by the kind of device."""
 
 
 class Encoder:
@@ -36,6 +41,8 @@ class Encoder:
         self.model = model
         self.dim = model.dim
         self.preprocess = preprocess
+        convolutional = is_convolutional(network.clip)
+        self._layout = torch.channels_last if convolutional else torch.contiguous_format
 
     @property
     def scale(self) -> float:
@@ -51,11 +58,12 @@ class Encoder:
     def encode_images(
         self, images: Sequence[Image.Image] | torch.Tensor, batch_size: int = 64
     ) -> Vectors:
-        """Encode images.
+        """Encode images; safe to call from several threads at a time.
 
         Args:
             images: RGB pictures, or a float32 tensor [n, 3, height, width] already preprocessed.
-            batch_size: how many go through the tower at once; the result does not depend on it.
+            batch_size: how many go through the tower at once; the result depends on it by rounding
+                alone.
         """
         vectors = np.empty((len(images), self.dim), np.float32)
         self.network.eval()
@@ -63,7 +71,8 @@ class Encoder:
             part = images[start : start + batch_size]
             if not isinstance(part, torch.Tensor):
                 part = torch.stack([self.preprocess(image) for image in part])
-            encoded = self.network.encode_images(part.to(self.device))
+            part = part.to(self.device).contiguous(memory_format=self._layout)
+            encoded = self.network.encode_images(part)
             vectors[start : start + batch_size] = encoded.cpu().numpy()
         return vectors
 
@@ -71,29 +80,46 @@ class Encoder:
     def encode_captions(
         self,
         captions: Sequence[str],
-        batch_size: int = 256,
+        batch_tokens: int | None = None,
         *,
         policy: Literal["cut", "error"] = "cut",
         report: CutReport | None = None,
     ) -> Vectors:
-        """Encode captions of at most 77 tokens each.
+        """Encode captions of at most 77 tokens each; safe to call from several threads at a time.
+
+        Captions of like length go through the tower together, without padding, equal ones once.
 
         Args:
             captions: any texts; what does not fit is cut, with a warning that shows the words lost.
-            batch_size: how many go through the tower at once; the result does not depend on it.
+            batch_tokens: how many tokens go through the tower at once, None: ``BATCH_TOKENS``; the
+                result depends on it by rounding alone.
             policy: ``"error"`` refuses captions that do not fit.
             report: counts what was cut instead of warning.
 
         Raises:
             CaptionError: a caption does not fit and the policy is ``"error"``.
         """
-        tokens = tokenize(list(captions), policy=policy, report=report)
-        # Captions of like length together: a batch costs as much as its longest caption.
-        order = np.argsort(tokens.argmax(axis=1), kind="stable")
-        vectors = np.empty((len(tokens), self.dim), np.float32)
+        most = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        counted = CutReport() if report is None else report
+        vectors = np.empty((len(captions), self.dim), np.float32)
         self.network.eval()
-        for start in range(0, len(tokens), batch_size):
-            rows = order[start : start + batch_size]
+        for start in range(0, len(captions), WINDOW):
+            window = list(captions[start : start + WINDOW])
+            tokens = tokenize(window, policy=policy, report=counted)
+            distinct, places = np.unique(tokens, axis=0, return_inverse=True)
+            vectors[start : start + len(window)] = self._encode_rows(distinct, most)[places.ravel()]
+        if report is None:
+            warn_of_cuts(counted, stacklevel=4)  # the decorator is a frame of its own
+        return vectors
+
+    def _encode_rows(self, tokens: NDArray[np.int64], most: int) -> Vectors:
+        """int64 [n, 77] to vectors, about ``most`` tokens at a time."""
+        lengths = tokens.argmax(axis=1) + 1
+        order = np.argsort(lengths, kind="stable")
+        run = lengths[order] if self.network.runs_texts else np.full(len(order), CONTEXT)
+        cuts = np.flatnonzero(np.diff((np.cumsum(run) - 1) // most)) + 1
+        vectors = np.empty((len(tokens), self.dim), np.float32)
+        for rows in np.split(order, cuts):
             part = torch.from_numpy(tokens[rows]).to(self.device)
             vectors[rows] = self.network.encode_tokens(part).cpu().numpy()
         return vectors

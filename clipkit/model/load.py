@@ -12,26 +12,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from safetensors import SafetensorError
 
 from clipkit.errors import ModelError
 from clipkit.manifest import MANIFEST, ModelRef, is_complete, read_manifest
-from clipkit.model.checkpoint import CONFIG, fingerprint, vector_dim
+from clipkit.model.checkpoint import CONFIG, WEIGHTS, fingerprint, vector_dim
 from clipkit.model.encoder import Encoder
-from clipkit.model.network import DualEncoder, why_unsuitable
+from clipkit.model.network import why_unsuitable
+from clipkit.model.prepare import DEFAULT_PRECISION, Precision, prepare
 
 DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
 """The MODEL where none is named."""
 
 
-def load(model: str | Path = DEFAULT_MODEL, *, device: str | None = None) -> Encoder:
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    device: str | None = None,
+    precision: Precision = DEFAULT_PRECISION,
+) -> Encoder:
     """Load an encoder.
 
     Args:
@@ -40,32 +46,49 @@ def load(model: str | Path = DEFAULT_MODEL, *, device: str | None = None) -> Enc
             beside weights); ``NAME/TAG`` or ``NAME/path/to/weights`` with an open_clip model name;
             ``hf-hub:org/name``.
         device: where to put it; None: a CUDA device if there is one, else the CPU.
+        precision: of the matrix products: ``"fp32"`` is exact, ``"bf16"`` fast where the machine
+            has instructions for it, ``"auto"`` takes bf16 where it gains and harms nothing.
 
     Raises:
         ModelError: unknown name or tag, weights that cannot be reached or do not fit, or a text
             tower without CLIP's 77 tokens.
     """
-    name, weights = resolve(str(model))
-    clip, _, transform = _create(name, weights)
+    clip, reference, transform = load_clip(str(model))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    preprocess = dict(clip.visual.preprocess_cfg)
+    network = prepare(clip, precision, torch.device(device))
+    return Encoder(network, replace(reference, precision=network.precision), transform)
+
+
+def load_clip(model: str) -> tuple[Any, ModelRef, Any]:
+    """open_clip's model of a MODEL on the CPU, which model it is, and its transform of images.
+
+    Raises:
+        ModelError: as ``load``.
+    """
+    name, weights = resolve(model)
+    clip, transform, _ = _create(name, weights)
     label = name.removeprefix("local-dir:")
-    reference = ModelRef(label, weights, fingerprint(clip, preprocess), vector_dim(clip))
-    return Encoder(DualEncoder(clip).to(device).eval(), reference, transform)
+    digest = fingerprint(clip, dict(clip.visual.preprocess_cfg))
+    reference = ModelRef(label, weights, digest, vector_dim(clip))
+    return clip, reference, transform
 
 
-def load_ref(model: ModelRef, what: str = "this artifact") -> Encoder:
+def load_ref(
+    model: ModelRef, what: str = "this artifact", *, precision: Precision = DEFAULT_PRECISION
+) -> Encoder:
     """Load the model that made something, and check that it is still the same.
 
     Args:
         model: the reference in its manifest.
         what: it made, for the error.
+        precision: as of ``load``; vectors of either go together.
 
     Raises:
         ModelError: it cannot be loaded.
         ModelMismatchError: what is there now has other weights or preprocessing.
     """
-    encoder = load(f"{model.name}/{model.weights}" if model.weights else model.name)
+    name = f"{model.name}/{model.weights}" if model.weights else model.name
+    encoder = load(name, precision=precision)
     model.require(
         encoder.model,
         what=what,
@@ -197,22 +220,26 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _create(name: str, weights: str) -> tuple[CLIP | CustomTextCLIP, Any, Any]:
-    """Build the model with open_clip, every failure a ModelError."""
+def _create(name: str, weights: str) -> tuple[Any, Any, Path]:
+    """Build the model with open_clip, every failure a ModelError.
+
+    Returns:
+        the model, its transform of images, and the file of its weights.
+    """
     model_config(name)
     tag = get_pretrained_cfg(name, weights) if weights else None
     try:
         with _quiet():
             # Downloading first keeps a network failure apart from weights that do not fit.
-            if tag:
-                download_pretrained(tag)
-            created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
+            file = download_pretrained(tag) if tag else weights
+            clip, _, transform = open_clip.create_model_and_transforms(
                 name,
                 pretrained=weights or None,
                 # The activation belongs to the weights: open_clip only warns when they disagree.
                 force_quick_gelu=bool(tag and tag.get("quick_gelu")),
                 weights_only=True,
             )
+            file = file or _weights_file(name)
     except (OSError, ConnectionError, ValueError) as error:
         raise ModelError(_unreachable(f"{name}/{weights}".rstrip("/"), error)) from None
     except pickle.UnpicklingError:
@@ -223,20 +250,19 @@ def _create(name: str, weights: str) -> tuple[CLIP | CustomTextCLIP, Any, Any]:
     except (RuntimeError, KeyError, SafetensorError) as error:
         what = f"{name}/{weights}".rstrip("/").removeprefix("local-dir:")
         raise ModelError(f"the weights of {what} do not fit the model: {_short(error)}") from None
-    if not _has_weights(name, weights):
+    if not file:
         raise ModelError(f"{name} has a configuration but no weights; expected both")
-    return created
+    return clip, transform, Path(file)
 
 
-def _has_weights(name: str, weights: str) -> bool:
-    """Whether there were weights to load: open_clip goes on with random ones if a file is gone."""
-    if weights:
-        return True
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        return any(f.suffix in (".safetensors", ".bin", ".pth") for f in folder.iterdir())
-    with _quiet():
-        return bool(open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:")))
+def _weights_file(name: str) -> str | Path | None:
+    """The weights of a directory or hub: open_clip goes on with random ones if they are gone."""
+    if not name.startswith("local-dir:"):
+        found: str | None = open_clip.download_pretrained_from_hf(name.removeprefix("hf-hub:"))
+        return found
+    folder = Path(name.removeprefix("local-dir:"))
+    files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pth")]
+    return folder / WEIGHTS if folder / WEIGHTS in files else next(iter(files), None)
 
 
 def _unreachable(what: str, error: Exception) -> str:

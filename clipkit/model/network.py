@@ -25,6 +25,7 @@ class DualEncoder(nn.Module):
             size; measuring, where they do not, runs them as they are.
 
     Attributes:
+        precisions: that of each tower, "image" and "text".
         given_features: locked towers of which ``forward`` takes the stored features, in place of
             images or tokens.
     """
@@ -41,7 +42,7 @@ class DualEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip
-        self.precision = precision
+        self.precisions = {"image": precision, "text": precision}
         self.locked = locked
         self.given_features: frozenset[str] = frozenset()
         self.runs_images = transformer.runs_image_tower(self.clip.visual)
@@ -81,6 +82,11 @@ class DualEncoder(nn.Module):
         return encoded[0], encoded[1], self.scale
 
     @property
+    def precision(self) -> str:
+        """That of the image tower, whose vectors and features are stored."""
+        return self.precisions["image"]
+
+    @property
     def scale(self) -> Tensor:
         """The inverse temperature, float32 []."""
         scale: Tensor = self.clip.logit_scale
@@ -100,7 +106,7 @@ class DualEncoder(nn.Module):
 
     def encode_features(self, tower: str, features: Tensor) -> Tensor:
         """Features of a locked tower, float32 [n, …], to unit vectors, float32 [n, dim]."""
-        with self._autocast(features.device):
+        with self._autocast(tower, features.device):
             return self._unit(self.locked[tower].head(features))
 
     @torch.no_grad()
@@ -112,23 +118,23 @@ class DualEncoder(nn.Module):
         elif body is self.clip.visual:
             features = self._project_images(given)
         else:
-            with self._autocast(given.device):
+            with self._autocast(tower, given.device):
                 features = body(given)
         return features.float()
 
     def _project_images(self, images: Tensor) -> Tensor:
         visual = self.clip.visual
         if self.runs_images:
-            return transformer.encode_images(visual, images, self._dtype)
-        with self._autocast(images.device):
+            return transformer.encode_images(visual, images, self._dtype("image"))
+        with self._autocast("image", images.device):
             projected: Tensor = visual(images)
         return projected
 
     def _project_tokens(self, tokens: Tensor) -> Tensor:
         if self.runs_texts:
             text = getattr(self.clip, "text", self.clip)
-            return transformer.encode_tokens(text, tokens, self._dtype)
-        with self._autocast(tokens.device):
+            return transformer.encode_tokens(text, tokens, self._dtype("text"))
+        with self._autocast("text", tokens.device):
             projected: Tensor = self.clip.encode_text(tokens)
         return projected
 
@@ -136,19 +142,18 @@ class DualEncoder(nn.Module):
         if not self.runs_texts:
             return self._project_tokens(F.pad(tokens, (0, CONTEXT - tokens.shape[1])))
         text = getattr(self.clip, "text", self.clip)
-        return transformer.encode_padded(text, tokens, self._dtype)
+        return transformer.encode_padded(text, tokens, self._dtype("text"))
 
     def _unit(self, projected: Tensor) -> Tensor:
         return F.normalize(projected.to(self.clip.logit_scale.dtype), dim=-1)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the towers' matrix products."""
+    def _dtype(self, tower: str) -> torch.dtype:
+        """Of a tower's matrix products."""
         dtype: torch.dtype = self.clip.logit_scale.dtype
-        return torch.bfloat16 if self.precision == "bf16" else dtype
+        return torch.bfloat16 if self.precisions[tower] == "bf16" else dtype
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.precision != "bf16":
+    def _autocast(self, tower: str, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precisions[tower] != "bf16":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -3,16 +3,15 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipkit.model.checkpoint import Towers
 from clipkit.model.network import DualEncoder, is_convolutional
+from clipkit.model.prepare import Precision
 from clipkit.model.tokenizer import CONTEXT, VOCAB
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 FASTER = 1.05
 """How many times as fast bf16 must be: below that it gains nothing and rounds for nothing."""

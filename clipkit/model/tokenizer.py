@@ -33,6 +33,7 @@ __all__ = [
     "inspect",
     "split_caption",
     "tokenize",
+    "warn_of_cuts",
 ]
 
 CONTEXT = 77
@@ -196,8 +197,8 @@ def tokenize(
     for i in cut:
         counted.add(texts[i], rows[i])
         rows[i] = rows[i][:ROOM]
-    if cut and report is None:
-        warnings.warn(_warning(counted), CaptionCutWarning, stacklevel=2)
+    if report is None:
+        warn_of_cuts(counted, stacklevel=3)
     return _fill(rows, np.minimum(lengths, ROOM))
 
 
@@ -228,10 +229,12 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _warning(report: CutReport) -> str:
-    head, *_ = report.render().splitlines()
-    lost = ", ".join(repr(shorten(case.lost, 200)) for case in report.worst[:3])
-    return f"{head}: {lost}"
+def warn_of_cuts(report: CutReport, stacklevel: int = 2) -> None:
+    """Give a ``CaptionCutWarning`` with the words that were not read, if there are any."""
+    if report.cut:
+        head, *_ = report.render().splitlines()
+        lost = ", ".join(repr(shorten(case.lost, 200)) for case in report.worst[:3])
+        warnings.warn(f"{head}: {lost}", CaptionCutWarning, stacklevel=stacklevel)
 
 
 def _refusal(text: str, ids: Sequence[int]) -> str:

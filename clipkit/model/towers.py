@@ -17,7 +17,7 @@ from clipkit.config import ModelConfig
 from clipkit.errors import ConfigError, ModelError
 from clipkit.model.checkpoint import Towers
 from clipkit.model.image_weights import PRETRAINED, load_image_weights, own_preprocessing
-from clipkit.model.load import load, model_config, resolve
+from clipkit.model.load import load_clip, model_config, resolve
 from clipkit.model.locked import lock_towers
 from clipkit.model.network import why_unsuitable
 from clipkit.model.tokenizer import CONTEXT, VOCAB
@@ -89,9 +89,8 @@ def _preprocessing(config: ModelConfig, clip: Any) -> dict[str, Any]:
 
 
 def _from_weights(config: ModelConfig) -> Towers:
-    encoder = load(config.start, device="cpu")
+    clip, _, _ = load_clip(config.start)
     name, _ = resolve(config.start)
-    clip: Any = encoder.network.clip
     settings = model_config(name)
     # Tags trained with QuickGELU are loaded with it whatever the name's configuration says.
     settings["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in clip.modules())

@@ -60,7 +60,7 @@ def encode_images(visual: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
     """
     patches, kernel = _patches(images, visual.patch_size), visual.conv1.weight
     weight = kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1)
-    x = F.linear(patches.to(dtype), weight.to(dtype)).to(kernel.dtype)
+    x = F.linear(patches.to(dtype), weight.to(dtype)).to(visual.positional_embedding.dtype)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
     x = visual.ln_pre(visual.patch_dropout(x + visual.positional_embedding))
     n, length, width = x.shape

@@ -1,0 +1,98 @@
+"""Towers made ready to encode: matrices rounded once, batch norms folded into convolutions."""
+
+import time
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from torch import nn
+
+from clipkit.model.fold import fold_batch_norms
+from clipkit.model.network import DualEncoder, is_convolutional
+
+Precision = Literal["auto", "fp32", "bf16"]
+DEFAULT_PRECISION: Precision = "auto"
+"""The precision of the matrix products where none is named."""
+
+FASTER = 1.5
+"""How many times as fast a product in bf16 must be: 3 to 5 with instructions of its own, else 1."""
+NARROWEST = 256
+"""Width of the narrowest tower that is worth rounding; converting costs a narrower one its gain."""
+ROUNDS = 5
+"""Products of each kind that are timed, of which the fastest counts."""
+
+
+def prepare(clip: Any, setting: Precision, device: torch.device) -> DualEncoder:
+    """Towers that encode, made of an open_clip model in place: it cannot be trained any more.
+
+    Args:
+        clip: open_clip's model.
+        setting: "auto" takes bf16 for a tower where the machine gains by it and the sums between
+            the tower's layers stay in float32, else fp32. It goes by machine and tower alone, so
+            that vectors are the same from one run to the next.
+        device: where.
+    """
+    network = DualEncoder(clip).to(device).eval()
+    if is_convolutional(clip):
+        network.to(memory_format=torch.channels_last)
+        fold_batch_norms(clip.visual)
+    for tower in network.precisions:
+        if setting == "bf16" or (setting == "auto" and _gains(network, tower, device)):
+            network.precisions[tower] = "bf16"
+            _round(network, tower)
+    return network
+
+
+def _gains(network: DualEncoder, tower: str, device: torch.device) -> bool:
+    """Whether a tower is encoded faster in bf16, and its vectors stay what they are.
+
+    With the sums between layers rounded too, as in a convolutional network, they do not: vectors
+    of an EfficientNet-Lite2 with ImageNet's weights came to a cosine of 0.992 with those of fp32.
+    """
+    if tower == "text":
+        exact_sums, module = network.runs_texts, getattr(network.clip, "text", network.clip)
+        width = module.positional_embedding.shape[-1] if exact_sums else 0
+    else:
+        visual = network.clip.visual
+        exact_sums = network.runs_images or type(visual) is TimmModel
+        exact_sums = exact_sums and not is_convolutional(network.clip)
+        width = max(
+            (m.in_features for m in visual.modules() if isinstance(m, nn.Linear)), default=0
+        )
+    return exact_sums and width >= NARROWEST and _computes_bf16(device.type)
+
+
+def _round(network: DualEncoder, tower: str) -> None:
+    """Round what a tower's products read, in place: no second copy of the weights is held."""
+    visual, text = network.clip.visual, getattr(network.clip, "text", network.clip)
+    own = network.runs_images if tower == "image" else network.runs_texts
+    if own:
+        for block in (visual if tower == "image" else text).transformer.resblocks:
+            block.attn.to(torch.bfloat16)
+            block.mlp.to(torch.bfloat16)
+        if tower == "image":
+            visual.conv1.to(torch.bfloat16)
+        return
+    # What else there is runs under autocast, which rounds what these read beside their weights.
+    for module in (visual if tower == "image" else text.transformer).modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+            module.to(torch.bfloat16)
+
+
+@cache
+def _computes_bf16(kind: str) -> bool:
+    """Whether devices of a kind have instructions for products of bf16, by timing one on a CPU."""
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if kind != "cpu":
+        return False
+    least = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    pairs = {dtype: torch.ones(256, 768, dtype=dtype) for dtype in least}
+    for _ in range(ROUNDS):
+        for dtype, x in pairs.items():
+            start = time.perf_counter()
+            F.linear(x, x)
+            least[dtype] = min(least[dtype], time.perf_counter() - start)
+    return least[torch.float32] > FASTER * least[torch.bfloat16]

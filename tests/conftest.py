@@ -16,12 +16,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Streams leave lock files in the cache of `datasets`: not in the person's own."""
+    """Lock files of `datasets` and notes of models: not in the person's own cache."""
     import datasets
 
     before = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    os.environ["CLIPKIT_CACHE"] = str(tmp_path_factory.mktemp("notes"))
     yield
+    del os.environ["CLIPKIT_CACHE"]
     datasets.config.HF_DATASETS_CACHE = before
 
 

@@ -12,6 +12,7 @@ from clipkit.cli.output import (
     ImageColumn,
     Precision,
     load_encoder,
+    load_maker,
     note,
     note_skipped,
     print_facts,
@@ -21,6 +22,7 @@ from clipkit.cli.output import (
 
 if TYPE_CHECKING:
     from clipkit.model.encoder import Encoder
+    from clipkit.model.query import QueryEncoder
 
 app = typer.Typer(
     help="Build indexes of image vectors, and keep them up to date.", no_args_is_help=True
@@ -105,10 +107,15 @@ def search(
 
     opened = VectorIndex.open(index)
 
-    from clipkit.model.load import load_ref
+    from clipkit.model.query import load_query_encoder
     from clipkit.tasks.search import Searcher
 
-    searcher = Searcher(opened, load_ref(opened.model, f"the index {index}", precision="fp32"))
+    encoder: Encoder | QueryEncoder | None = None
+    if image is None:
+        encoder = load_query_encoder(opened.model)
+    if encoder is None:
+        encoder = load_maker(opened.model, f"the index {index}", "fp32")
+    searcher = Searcher(opened, encoder)
     hits = searcher.search(caption=query, image=image, k=k)
     if as_json:
         for rank, hit in enumerate(hits, 1):

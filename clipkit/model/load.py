@@ -27,6 +27,7 @@ from clipkit.model.checkpoint import CONFIG, WEIGHTS, fingerprint, vector_dim
 from clipkit.model.encoder import Encoder
 from clipkit.model.network import why_unsuitable
 from clipkit.model.prepare import DEFAULT_PRECISION, Precision, prepare
+from clipkit.model.remember import remember
 
 DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
 """The MODEL where none is named."""
@@ -66,10 +67,11 @@ def load_clip(model: str) -> tuple[Any, ModelRef, Any]:
         ModelError: as ``load``.
     """
     name, weights = resolve(model)
-    clip, transform, _ = _create(name, weights)
+    clip, transform, file = _create(name, weights)
     label = name.removeprefix("local-dir:")
     digest = fingerprint(clip, dict(clip.visual.preprocess_cfg))
     reference = ModelRef(label, weights, digest, vector_dim(clip))
+    remember(reference, clip, file)
     return clip, reference, transform
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clipkit.model.encoder import Encoder
+    from clipkit.model.query import QueryEncoder
 
 
 class Searcher:
@@ -28,7 +29,7 @@ class Searcher:
         ModelMismatchError: ``encoder`` is another model than the index's.
     """
 
-    def __init__(self, index: VectorIndex, encoder: "Encoder | None" = None) -> None:
+    def __init__(self, index: VectorIndex, encoder: "Encoder | QueryEncoder | None" = None) -> None:
         if encoder is not None:
             index.model.require(
                 encoder.model,
@@ -78,7 +79,7 @@ class Searcher:
             raise DataError("there is nothing to search for, expected a caption, an image or both")
         return self.by_vector(combined(vectors), k)
 
-    def _encoder(self) -> "Encoder":
+    def _encoder(self) -> "Encoder | QueryEncoder":
         if self.encoder is None:
             raise ModelError(
                 f"captions and images are encoded by {self.index.model}, which is not loaded; "

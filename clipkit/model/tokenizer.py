@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-import ftfy
 import numpy as np
 import numpy.typing as npt
 import regex
@@ -147,6 +146,8 @@ def _clean(text: str) -> str:
     # In printable ASCII without "&" there is nothing for ftfy and html to mend. The test is a
     # hundred times cheaper than asking them.
     if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy  # hardly ever needed for a query, and a tenth of a second to load
+
         text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     return text.lower()
 

@@ -11,6 +11,8 @@ import faiss as typed_faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.store.flat import search_index
+
 # Its stubs know neither the keyword arguments nor all classes.
 faiss: Any = typed_faiss
 
@@ -30,7 +32,7 @@ def search_rows(
         live: bool [rows], True for those to find; None: all.
     """
     if live is None:
-        return index.search(queries, k)  # type: ignore[no-any-return]
+        return search_index(index, queries, k)
     count = int(np.count_nonzero(live))
     if not count:
         return _nothing(len(queries), k)

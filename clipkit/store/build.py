@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import ArtifactError, SpecError
+from clipkit.store.device import clustering_on_card
 from clipkit.store.faiss_files import held_vectors, short
 from clipkit.store.segments import ID, Parts
 from clipkit.store.shards import Vectors, conform, widened
@@ -121,7 +122,8 @@ def _train(index: Any, rows: Rows) -> int:
         picked = chosen[(chosen >= start) & (chosen < start + len(vectors))] - start
         sample[filled : filled + len(picked)] = vectors[picked]
         start, filled = start + len(vectors), filled + len(picked)
-    train(index, sample)
+    with clustering_on_card(index):
+        train(index, sample)
     return count
 
 

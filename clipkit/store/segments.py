@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from clipkit.errors import ArtifactError
 from clipkit.manifest import Manifest
 from clipkit.store.faiss_files import held_vectors, read_index
-from clipkit.store.select import search_rows
+from clipkit.store.select import Searcher
 from clipkit.store.shards import Vectors, conform, widened
 
 ID = pa.field("id", pa.int64())
@@ -126,6 +126,7 @@ class Segment:
     ) -> None:
         self._folder, self.parts, self.index = folder, parts, index
         self._records, self.vectors = records, vectors
+        self._searcher = Searcher(index)
         self.live: NDArray[np.bool_] | None = None
 
     @classmethod
@@ -241,7 +242,7 @@ class Segment:
             queries: float32 [n, dim].
             k: how many, at least 1.
         """
-        scores, rows = search_rows(self.index, queries, min(k, self.rows), self.live)
+        scores, rows = self._searcher.search(queries, min(k, self.rows), self.live)
         if self.parts.vectors is not None and self.vectors is not None:
             for query, score, row in zip(queries, scores, rows, strict=True):
                 found = row >= 0

@@ -11,6 +11,7 @@ import faiss as typed_faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.store.device import ENOUGH, to_card
 from clipkit.store.flat import search_index
 
 # Its stubs know neither the keyword arguments nor all classes.
@@ -18,6 +19,31 @@ faiss: Any = typed_faiss
 
 Scores = NDArray[np.float32]
 RowNumbers = NDArray[np.int64]
+
+
+class Searcher:
+    """Searches one FAISS index: on the CPU, and on a card, if there is one, after some queries.
+
+    Args:
+        index: FAISS index, whose ids are row numbers.
+    """
+
+    def __init__(self, index: Any) -> None:
+        self._index, self._asked, self._card = index, 0, None
+
+    def search(
+        self, queries: Scores, k: int, live: NDArray[np.bool_] | None
+    ) -> tuple[Scores, RowNumbers]:
+        """As ``search_rows``."""
+        before, self._asked = self._asked, self._asked + len(queries)
+        if before < ENOUGH <= self._asked:
+            self._card = to_card(self._index)
+        if self._card is not None:
+            try:
+                return search_rows(self._card, queries, k, live)
+            except RuntimeError:  # more hits or cells than a card can do
+                self._card = None
+        return search_rows(self._index, queries, k, live)
 
 
 def search_rows(

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipkit.data.vector_cache import user_cache
 from clipkit.errors import MissingExtraError, ServeError
 
 if TYPE_CHECKING:
     from clipkit.model.encoder import Encoder
+    from clipkit.web.thumbs import ThumbCache
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TOKEN = r"[A-Za-z0-9_.~-]{16,200}"
@@ -34,7 +36,7 @@ def serve(
         port: 0 for any that is free.
         token: what every request must show.
         images: folder of the pictures; None: where they were when they were indexed.
-        cache: folder of the thumbnails; None: ``clipkit/thumbs`` in the user's cache.
+        cache: folder of the thumbnails; None: in the user's cache, if that is not off.
         encoder: the index's model; None: loaded as the index names it.
         on_ready: called with the address of the page and the number of pictures.
 
@@ -49,7 +51,6 @@ def serve(
         from clipkit.web.app import create_app
         from clipkit.web.collection import Current
         from clipkit.web.server import listen, server
-        from clipkit.web.thumbs import ThumbCache
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
@@ -61,7 +62,7 @@ def serve(
             raise ServeError(f"{images} is no folder, expected the pictures of the index")
         current = Current(Path(index), images, encoder)
         hosts = {host, *LOOPBACK} if host in LOOPBACK else None
-        app = create_app(current, ThumbCache(cache or _cache()), hosts=hosts, token=token)
+        app = create_app(current, _thumbs(cache), hosts=hosts, token=token)
         name = f"[{host}]" if ":" in host else host
         query = f"/?token={token}" if token else "/"
         if on_ready is not None:
@@ -89,6 +90,9 @@ def check_address(host: str, token: str | None) -> None:
         )
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "clipkit" / "thumbs"
+def _thumbs(cache: Path | None) -> "ThumbCache":
+    from clipkit.web.thumbs import ThumbCache
+
+    kept = user_cache()
+    folder = cache or (kept.folder / "thumbs" if kept else None)
+    return ThumbCache(folder) if folder else ThumbCache(Path(os.devnull), limit=0)

@@ -1,0 +1,423 @@
+"""The page, in a real browser."""
+
+import json
+import threading
+import time
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+from browser import chromium, missing
+from toys import COLOURS, png, square
+from web_toys import ServedEncoder, application, build, running
+
+from clipkit.tasks.index import build_index
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+]
+SCRIPT = "<img src=x onerror=window.harmed=1><script>window.harmed=1</script>"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """160 squares of eight colours; the address, and the encoder behind it."""
+    encoder = ServedEncoder()
+    index = build(tmp_path_factory.mktemp("page"), per_colour=20)
+    with running(application(index, encoder=encoder)[0]) as port:
+        yield f"http://127.0.0.1:{port}", encoder
+
+
+@pytest.fixture
+def address(served):
+    return served[0]
+
+
+@pytest.fixture
+def encoder(served):
+    yield served[1]
+    served[1].gate.set()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A fresh page; whatever it fetched elsewhere, refused to run or threw fails the test."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    context.set_default_timeout(10_000)
+    one = context.new_page()
+    wrong = []
+    one.on("request", lambda request: wrong.append(request.url) if foreign(request) else None)
+    one.on("pageerror", lambda error: wrong.append(str(error)))
+    one.on("console", lambda line: wrong.append(line.text) if "Policy" in line.text else None)
+
+    def foreign(request):
+        return not request.url.startswith((address, "blob:", "http://127.0.0.1"))
+
+    yield one
+    context.close()
+    assert not wrong
+
+
+def shown(page):
+    """Keys of the tiles, in order."""
+    return page.eval_on_selector_all("#grid .open", "all => all.map(one => one.title)")
+
+
+def wait_for(page, colour, count=1):
+    """Wait until the first tiles are of a colour."""
+    page.wait_for_function(
+        """([colour, count]) => {
+            const all = [...document.querySelectorAll("#grid .open")].slice(0, count);
+            return all.length === count && all.every(one => one.title.startsWith(colour + "/"));
+        }""",
+        arg=[colour, count],
+    )
+
+
+def expected(address, **query):
+    """The first keys that the API gives."""
+    with urlopen(f"{address}/search?{urlencode({**query, 'limit': 5}, doseq=True)}") as answer:
+        return [hit["key"] for hit in json.load(answer)["hits"]]
+
+
+def wait_until(page, keys):
+    """Wait until the first tiles are of these keys."""
+    page.wait_for_function(
+        """(keys) => keys.every((key, n) =>
+            document.querySelectorAll("#grid .open")[n]?.title === key)""",
+        arg=keys,
+    )
+
+
+def test_typing_shows_the_right_pictures(page, address):
+    page.goto(address)
+    wait_for(page, "black")  # the first in the index
+    assert "160 pictures" in page.text_content("#status")
+    page.keyboard.type("a red square")  # the field has the focus
+    wait_for(page, "red", 3)
+    assert page.url == f"{address}/?q=a+red+square"
+    page.wait_for_function("() => document.querySelector('#grid img').naturalWidth > 0")
+    assert "best first for “a red square”" in page.text_content("#status")
+    page.fill("#q", 'blue -cyan -"a green thing"')
+    wait_until(page, expected(address, q="blue", minus=["cyan", "a green thing"]))
+    page.fill("#minus", "magenta, black")
+    minus = ["cyan", "a green thing", "magenta", "black"]
+    wait_until(page, expected(address, q="blue", minus=minus))
+
+
+def test_an_answer_that_comes_late_is_dropped(page, address, encoder):
+    page.goto(address)
+    wait_for(page, "black")
+    encoder.gate.clear()
+    page.fill("#q", "red late")
+    while ["red late"] not in encoder.calls:
+        time.sleep(0.01)
+    page.wait_for_selector("#progress:not([hidden])")
+    page.fill("#q", "blue late")
+    page.wait_for_function("() => location.search.includes('blue')")
+    threading.Timer(0.3, encoder.gate.set).start()
+    wait_for(page, "blue", 3)
+    page.wait_for_selector("#progress", state="hidden")
+    assert page.input_value("#q") == "blue late"
+
+
+def test_a_picture_is_sent_from_the_disk(page, address, tmp_path):
+    (tmp_path / "mine.png").write_bytes(png(square("green")))
+    page.goto(address)
+    page.set_input_files("#file", tmp_path / "mine.png")
+    wait_for(page, "green", 3)
+    page.wait_for_function("() => location.search.startsWith('?image=')")
+    assert page.text_content("#chips span") == "your picture"
+    name = page.url.partition("image=")[2]
+    page.fill("#q", "red")
+    both = expected(address, q="red", image=name)
+    assert both != expected(address, image=name) != expected(address, q="red")
+    wait_until(page, both)
+    page.reload()
+    wait_until(page, both)
+    page.click("#chips button")
+    wait_for(page, "red", 3)
+
+
+def test_a_picture_is_dropped_and_pasted(page, address):
+    page.goto(address)
+    wait_for(page, "black")
+    give = """([kind, data]) => {
+        const files = new DataTransfer();
+        files.items.add(new File([new Uint8Array(data)], "a.png", { type: "image/png" }));
+        const name = kind === "drop" ? "dataTransfer" : "clipboardData";
+        const made = kind === "drop" ? new DragEvent("drop", { dataTransfer: files })
+          : new ClipboardEvent("paste", { clipboardData: files });
+        window.dispatchEvent(made);
+    }"""
+    for kind, colour in (("drop", "cyan"), ("paste", "magenta")):
+        page.evaluate(give, [kind, list(png(square(colour)))])
+        wait_for(page, colour, 3)
+
+
+def test_what_is_no_picture_is_refused_in_words(page, address, tmp_path):
+    (tmp_path / "page.png").write_text(SCRIPT)
+    page.goto(address)
+    page.set_input_files("#file", tmp_path / "page.png")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "is not an image of a known format" in page.text_content("#problem-text")
+    page.click("#chips button")
+    page.wait_for_selector("#problem", state="hidden")
+
+
+def test_the_back_button_goes_back(page, address):
+    page.goto(address)
+    page.fill("#q", "red")
+    wait_for(page, "red", 3)
+    page.press("#q", "Enter")
+    page.fill("#q", "green")
+    wait_for(page, "green", 3)
+    page.hover(".tile")
+    page.click(".tile .more")
+    page.wait_for_selector("#chips li")
+    wait_for(page, "green", 3)
+    assert page.input_value("#q") == ""
+    page.go_back()
+    wait_for(page, "green", 3)
+    assert (page.input_value("#q"), page.locator("#chips li").count()) == ("green", 0)
+    page.go_back()
+    wait_for(page, "red", 3)
+    assert page.input_value("#q") == "red"
+    page.go_forward()
+    wait_for(page, "green", 3)
+
+
+def test_an_address_holds_the_whole_search(page, address):
+    query = "q=a+thing&minus=red&unlike=cyan%2Fcyan-0.png&where=label%3Dgreen&where=label%3Dblue"
+    page.goto(f"{address}/?{query}")
+    page.wait_for_function(
+        "() => document.querySelector('#status').textContent.includes('40 pictures')"
+    )
+    assert page.locator("#chips li").count() == 3
+    assert {key.split("/")[0] for key in shown(page)} == {"green", "blue"}
+    assert page.input_value("#minus") == "red"
+    assert page.url == f"{address}/?{query}"
+
+
+def test_everything_goes_by_keyboard(page, address):
+    page.goto(f"{address}/?q=red")
+    wait_for(page, "red", 3)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "q"
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    focused = "document.activeElement.title"
+    assert page.evaluate(focused) == shown(page)[1]
+    page.keyboard.press("ArrowDown")
+    across = page.evaluate(
+        "getComputedStyle(document.querySelector('#grid')).gridTemplateColumns.split(' ').length"
+    )
+    assert page.evaluate(focused) == shown(page)[1 + across]
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#details[open]")
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#details-name") == shown(page)[2 + across]
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#details", state="hidden")
+    assert page.evaluate(focused) == shown(page)[2 + across]
+    page.keyboard.press("x")
+    page.wait_for_selector("#chips li.less")
+    page.keyboard.press("?")
+    page.wait_for_selector("#help[open]")
+
+
+def test_scrolling_shows_the_rest(page, address):
+    page.goto(f"{address}/?q=red")
+    wait_for(page, "red", 3)
+    for count in (120, 160):
+        page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+        page.wait_for_function(f"() => document.querySelectorAll('.tile').length === {count}")
+    assert len(set(shown(page))) == 160
+    assert page.text_content("#end") == "All 160 pictures are shown."
+
+
+def test_columns_choose_pictures(page, address):
+    page.goto(f"{address}/?q=red")
+    page.click("#filter-button")
+    page.click("fieldset:has-text('label') label:has-text('blue')")
+    wait_for(page, "blue", 3)
+    assert "20 pictures with this filter" in page.text_content("#status")
+    page.click("#chips button")
+    wait_for(page, "red", 3)
+    assert not page.is_checked("fieldset:has-text('label') label:has-text('blue') input")
+
+
+def test_labels_give_bars_and_prompts_are_compared(page, address):
+    page.goto(f"{address}/?q=red&view=classify")
+    page.fill("[name=labels]", "red thing\nblue thing\ngreen thing")
+    page.click(".ask button")
+    page.wait_for_selector(".card")
+    assert page.locator(".card").count() == 24
+    assert page.text_content(".card .guess.first .label") == "red thing"
+    page.fill("[name=other]", "{} blue blue blue blue")
+    page.click(".ask button")
+    page.wait_for_selector(".fill.second")
+    assert "The two sets of prompts disagree about" in page.text_content("#classify-view .name")
+    page.reload()
+    page.wait_for_selector(".fill.second")
+    assert page.input_value("[name=labels]").splitlines()[1] == "blue thing"
+    page.fill("[name=labels]", "one")
+    page.click(".ask button")
+    page.wait_for_selector("#problem:not([hidden])")
+
+
+def test_a_server_that_is_gone_is_told_and_tried_again(page, address):
+    page.goto(address)
+    wait_for(page, "black")
+    page.route("**/search?*", lambda route: route.abort())
+    page.fill("#q", "red")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "does not answer" in page.text_content("#problem-text")
+    page.unroute("**/search?*")
+    page.click("#again")
+    wait_for(page, "red", 3)
+    assert page.is_hidden("#problem")
+
+
+def test_a_conclusion_of_the_server_is_said_plainly(page, address):
+    def none(route):
+        answer = route.fetch()
+        body = answer.json()
+        body["matched"] = False
+        for hit in body["hits"]:
+            hit["probability"] = 0.034
+        route.fulfill(response=answer, json=body)
+
+    page.route("**/search?*", none)
+    page.goto(f"{address}/?q=red")
+    wait_for(page, "red", 3)
+    assert page.text_content("#status").startswith("No good match for “red”.")
+    assert page.text_content(".match b") == "3 %"
+    assert "3 % match" in page.get_attribute(".open", "aria-label")
+
+
+def test_script_in_names_captions_and_columns_is_shown_as_text(page, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    name = SCRIPT.replace("/", "") + ".png"
+    for one in (name, "b.png"):
+        square("red").save(folder / one)
+    rows = [f'"{name}","{SCRIPT}","{SCRIPT}"', 'b.png,"two","plain"']
+    (folder / "metadata.csv").write_text("file_name,caption,label\n" + "\n".join(rows))
+    index = build_index(folder, tmp_path / SCRIPT.replace("/", ""), load=ServedEncoder)
+    with running(application(index.path)[0]) as port:
+        page.goto(f"http://127.0.0.1:{port}/?q={SCRIPT}&labels={SCRIPT}%0Ab&where=label~<img")
+        page.wait_for_selector(".tile")
+        assert page.text_content(".tile .name") == SCRIPT
+        page.click("#filter-button")
+        page.click(".tile .open")
+        page.wait_for_selector("#details[open]")
+        assert page.text_content("#details-captions") == SCRIPT
+        page.wait_for_function("() => document.querySelector('#details-image').naturalWidth > 0")
+        page.keyboard.press("Escape")
+        page.click("[data-view=classify]")
+        page.wait_for_selector(".card")
+        time.sleep(0.2)
+        assert page.evaluate("window.harmed") is None
+        assert page.locator("main script, header script, img[src=x]").count() == 0
+
+
+def test_pictures_without_files_are_names(page, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"image": [png(square(c)) for c in COLOURS], "caption": list(COLOURS)}
+    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+    index = build_index(tmp_path / "table.parquet", tmp_path / "index", load=ServedEncoder)
+    with running(application(index.path)[0]) as port:
+        page.goto(f"http://127.0.0.1:{port}/?q=red")
+        page.wait_for_selector(".tile.lost")
+        assert page.locator("#grid img").count() == 0
+        assert page.text_content(".tile .name") == "red"
+        page.click(".tile .open")
+        page.wait_for_function(
+            "() => document.querySelector('#details-lost').textContent.includes('inside a table')"
+        )
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1600])
+@pytest.mark.parametrize("view", ["search", "classify"])
+def test_nothing_is_wider_than_the_screen(page, address, width, view):
+    page.set_viewport_size({"width": width, "height": 700})
+    page.goto(f"{address}/?q=red&view={view}&labels=a%0Ab&like=red/red-0.png&where=label%3Dred")
+    page.wait_for_selector(".card" if view == "classify" else ".tile:not(.ghost)")
+    page.click("#filter-button")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    columns = page.evaluate("getComputedStyle(document.querySelector('#grid')).gridTemplateColumns")
+    assert view == "classify" or len(columns.split()) >= 2
+
+
+NAMELESS = """() => [...document.querySelectorAll("button, input:not([hidden]), textarea, a, img")]
+    .filter(one => one.checkVisibility())
+    .filter(one => !(one.ariaLabel || one.textContent.trim() || one.labels?.length
+      || one.alt === "" || one.alt))
+    .map(one => one.outerHTML)"""
+CONTRAST = """() => {
+    const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+      .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
+    const ground = (one) => {
+      for (; one; one = one.parentElement) {
+        const colour = parse(getComputedStyle(one).backgroundColor);
+        if (colour.length === 3 || colour[3] === 1) return colour;
+      }
+    };
+    const bad = [];
+    for (const one of document.querySelectorAll("body *")) {
+      const text = [...one.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+      if (!text || !one.checkVisibility()) continue;
+      const [a, b] = [light(parse(getComputedStyle(one).color)), light(ground(one))];
+      const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      if (ratio < 4.5) bad.push(`${ratio.toFixed(2)} ${one.outerHTML.slice(0, 90)}`);
+    }
+    return bad;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_has_a_name_and_can_be_read(page, address, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f"{address}/?q=red&unlike=red/red-0.png&labels=a%0Ab&where=label%3Dred")
+    wait_for(page, "red", 3)
+    page.click("#filter-button")
+    looks = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (looks == "rgb(255, 255, 255)") == (scheme == "light")
+    for step in (lambda: None, lambda: page.click(".tile .open"), classify):
+        step() if step is not classify else classify(page)
+        assert page.evaluate(NAMELESS) == []
+        assert page.evaluate(CONTRAST) == []
+
+
+def classify(page):
+    page.keyboard.press("Escape")
+    page.click("[data-view=classify]")
+    page.wait_for_selector(".card")
+
+
+def test_the_token_is_asked_for_once(page, tmp_path):
+    token = "a-token-of-our-own-0123456789"
+    index = build(tmp_path, per_colour=1)
+    with running(application(index, token=token, hosts=None)[0]) as port:
+        page.goto(f"http://127.0.0.1:{port}/?q=red")
+        page.fill("[name=token]", "a wrong one")
+        page.click("button")
+        page.fill("[name=token]", token)
+        page.click("button")
+        page.wait_for_selector(".tile")
+        assert token not in page.url
+        page.goto(f"http://127.0.0.1:{port}/?q=green")
+        wait_for(page, "green")

@@ -3,7 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LogLine = dict[str, Any]
 _SMOOTHED = 10
@@ -78,6 +82,47 @@ def plot_runs(
         axes.legend(fontsize=7)
     for axes in panels[1:]:
         axes.set_ylim(bottom=0)
+    figure.savefig(file, dpi=110, format="png")
+
+
+def plot_map(
+    places: "NDArray[np.float32]",
+    clusters: "NDArray[np.int64]",
+    names: Sequence[tuple[str, float, float]],
+    file: Path,
+    title: str,
+) -> None:
+    """Draw a collection on a plane, coloured by cluster.
+
+    Args:
+        places: [n, 2]; y runs down, as on the page.
+        clusters: [n].
+        names: what to write, and where.
+        file: the PNG to write.
+        title: what to write above.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    axes = figure.subplots()
+    size = min(40.0, 6e4 / len(places))
+    axes.scatter(
+        places[:, 0],
+        places[:, 1],
+        s=size,
+        c=clusters % 20,
+        cmap="tab20",
+        vmin=0,
+        vmax=19,
+        linewidths=0,
+    )
+    outline = [withStroke(linewidth=3, foreground="white")]
+    for name, x, y in names:
+        axes.text(x, y, name, ha="center", va="center", weight="bold", path_effects=outline)
+    axes.set(title=title, aspect="equal")
+    axes.invert_yaxis()
+    axes.axis("off")
     figure.savefig(file, dpi=110, format="png")
 
 

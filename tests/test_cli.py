@@ -201,6 +201,7 @@ def test_lists_of_commands_hold_whole_sentences(run, group):
             "data",
             "demo",
             "info",
+            "map",
             "plot",
             "probe",
             "serve",

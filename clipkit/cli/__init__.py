@@ -23,6 +23,7 @@ from clipkit.cli import (
     evaluate,
     index,
     info,
+    map,
     plot,
     probe,
     serve,
@@ -77,6 +78,7 @@ app.command("probe")(probe.probe)
 app.command("serve")(serve.serve)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(data.app, name="data")
+app.command("map")(map.draw)
 app.command("plot")(plot.plot)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)

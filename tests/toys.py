@@ -14,6 +14,8 @@ from clipkit.manifest import ModelRef
 if TYPE_CHECKING:
     import torch
 
+    from clipkit.data.preprocess import Preprocess
+
 COLOURS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
@@ -38,17 +40,27 @@ class ColourEncoder:
         self.dim = 3
         self.encoded = 0
 
-    def preprocess(self, image: Image.Image) -> "torch.Tensor":
+    @property
+    def preprocess(self) -> "Preprocess":
+        from clipkit.data.preprocess import Preprocess
+
+        return Preprocess((4, 4), mean=(0, 0, 0), std=(1, 1, 1), resize_mode="squash")
+
+    @property
+    def device(self) -> "torch.device":
         import torch
 
-        pixels = np.asarray(image.convert("RGB").resize((4, 4)), np.float32) / 255
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return torch.device("cpu")
 
-    def encode_images(self, images: "Sequence[Image.Image] | torch.Tensor") -> np.ndarray:
+    def encode_images(
+        self, images: "Sequence[Image.Image] | torch.Tensor", batch_size: int = 64
+    ) -> np.ndarray:
         import torch
 
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.preprocess(image) for image in images])
+        if images.dtype == torch.uint8:
+            images = self.preprocess.normalise(images)
         self.encoded += len(images)
         return _unit(images.numpy().mean(axis=(2, 3)) - GREY)
 
@@ -116,6 +128,7 @@ def records(count: int, start: int = 0) -> list[dict]:
             "mtime_ns": 7 * number,
             "captions": [f"caption {number}"] * (number % 3),
             "label": None if number % 2 else f"label {number}",
+            "content_hash": f"{number:032x}",
         }
         for number in range(start, start + count)
     ]

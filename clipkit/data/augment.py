@@ -3,19 +3,16 @@
 import math
 import random
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from clipkit.config import AugmentConfig
-from clipkit.data.images import Reduction
+from clipkit.data.images import Decode, Reduction, largest_reduction
 from clipkit.data.resample import Box, Pixels, resample, resample_exactly
 
-Decode = Literal["fast", "exact"]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of Pillow's own grey
-_SMALLER = (8, 4, 2)  # what a JPEG can be divided by while it is decoded
 
 
 def augmentation(
@@ -65,7 +62,7 @@ def reduction(config: AugmentConfig, size: tuple[int, int], decode: Decode) -> R
         area = width * height * share
         spare_width = min(math.sqrt(area * narrow), width) / size[1]
         spare_height = min(math.sqrt(area / wide), height) / size[0]
-        return next((n for n in _SMALLER if n <= min(spare_width, spare_height)), 1)
+        return largest_reduction(min(spare_width, spare_height))
 
     return factor
 

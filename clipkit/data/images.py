@@ -7,11 +7,11 @@ import stat
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,12 +19,17 @@ from PIL import Image, UnidentifiedImageError
 from clipkit.errors import DataError, ImageError
 
 _NAMES = ["jpg", "jpeg", "jfif", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "pgm"]
-SUFFIXES = frozenset(f".{name}" for name in [*_NAMES, "avif", "jp2"])
+_NAMES += ["avif", "jp2", "heic", "heif", "hif"]
+SUFFIXES = frozenset(f".{name}" for name in _NAMES)
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning level: where Pillow too refuses
 MAX_ASPECT = 100
 
 # Closed on purpose: Pillow's EPS reader, for one, starts Ghostscript on what it is given.
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO", "HEIF")
+# Brands of files that hold pictures coded as AV1 (AVIF 1.1, section 6) and, where none of those
+# stands beside them, as HEVC (ISO/IEC 23008-12, annex B).
+_AVIF = {b"avif", b"avis"}
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _ORIENTATION = 0x0112  # EXIF 2.32, table 4
 _UPRIGHT = {
@@ -120,8 +125,15 @@ def printable(text: str | os.PathLike[str]) -> str:
     return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+Decode = Literal["exact", "fast"]
+"""How pictures are read: as Pillow and open_clip do, or at the size that is enough."""
 Reduction = Callable[[int, int], int]
 """From width and height to the whole number, 1, 2, 4 or 8, that a picture may be divided by."""
+
+
+def largest_reduction(spare: float) -> int:
+    """The largest such number that is at most ``spare``."""
+    return next((number for number in (8, 4, 2) if number <= spare), 1)
 
 
 def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Image.Image:
@@ -144,7 +156,7 @@ def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Imag
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
     try:
-        with _open(source) as stream, Image.open(stream, formats=_formats()) as image:
+        with open_regular(source) as stream, _identified(stream) as image:
             _check_size(*image.size)
             factor = _factor(image.size, reduction) if reduction else 1
             smaller = factor > 1 and _draft(image, factor)
@@ -153,8 +165,6 @@ def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Imag
             return picture if smaller or factor == 1 else picture.reduce(factor)
     except (ImageError, MemoryError):
         raise
-    except UnidentifiedImageError:
-        raise ImageError("is not an image of a known format") from None
     except Image.DecompressionBombError:
         raise ImageError(_too_large("it")) from None
     # Damaged bytes make decoders raise nearly anything: OSError, SyntaxError, struct.error, …
@@ -162,7 +172,12 @@ def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Imag
         raise ImageError(f"is damaged or truncated: {_why(error)}") from None
 
 
-def _open(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
+def open_regular(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
+    """A regular file that is not empty, or its content, as a stream.
+
+    Raises:
+        ImageError: it is something else, or cannot be opened; the message is the reason alone.
+    """
     if isinstance(source, bytes):
         stream: BinaryIO = io.BytesIO(source)
         size = len(source)
@@ -183,9 +198,33 @@ def _open(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
     return stream
 
 
+def _identified(stream: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(stream, formats=_formats())
+    except UnidentifiedImageError:
+        stream.seek(0)
+        raise ImageError(_unknown(stream.read(64))) from None
+
+
+def _unknown(head: bytes) -> str:
+    """Why no reader takes a file that begins so."""
+    end = min(int.from_bytes(head[:4]), len(head)) if head[4:8] == b"ftyp" else 0
+    brands = {head[at : at + 4] for at in (8, *range(16, end, 4))}
+    if brands & _AVIF:
+        if "AVIF" not in _formats():
+            return "is an AVIF picture, which Pillow reads from version 11.3 on; upgrade Pillow"
+    elif brands & _HEIC and "HEIF" not in _formats():
+        return "is a HEIC picture, which takes pillow-heif; pip install 'clipkit[heif]'"
+    return "is not an image of a known format"
+
+
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

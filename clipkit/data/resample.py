@@ -51,13 +51,20 @@ def resample(picture: Pixels, degrees: float, box: Box, size: tuple[int, int]) -
         return _turned(picture, degrees, box, size)
     left, upper = int(box[0] + 0.5), int(box[1] + 0.5)
     right, lower = max(int(box[2] + 0.5), left + 1), max(int(box[3] + 0.5), upper + 1)
-    return _resized(picture[upper:lower, left:right], size)
+    return resize(picture[upper:lower, left:right], size)
 
 
-def _resized(picture: Pixels, size: tuple[int, int]) -> Pixels:
+def resize(picture: Pixels, size: tuple[int, int], interpolation: str = "bicubic") -> Pixels:
+    """A whole picture, uint8 [h, w, 3], in another size by torch's kernel for bytes.
+
+    Args:
+        picture: what is resized.
+        size: height and width of the result.
+        interpolation: ``"bicubic"`` or ``"bilinear"``; both reach as far as the step is wide.
+    """
     # Copied here, by one thread: torch would set all its threads to copying what is not dense.
     channels_last = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
-    found = F.interpolate(channels_last, size, mode="bicubic", antialias=True)
+    found = F.interpolate(channels_last, size, mode=interpolation, antialias=True)
     pixels: Pixels = found[0].permute(1, 2, 0).numpy()
     return pixels
 
@@ -76,7 +83,7 @@ def _turned(picture: Pixels, degrees: float, box: Box, size: tuple[int, int]) ->
     shrink = min(1.0, _SPARE * max(1 / step_x, 1 / step_y))
     if shrink < 1:
         small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-        picture = _resized(picture, small)
+        picture = resize(picture, small)
     kx, ky = picture.shape[1] / width, picture.shape[0] / height
     along = (cos * step_x * kx, sin * step_y * kx, start_x * kx)
     down = (-sin * step_x * ky, cos * step_y * ky, start_y * ky)

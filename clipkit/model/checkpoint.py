@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from clipkit.data.preprocess import Preprocess
 from clipkit.errors import ArtifactError
 from clipkit.manifest import ArtifactWriter, Manifest, ModelRef, write_json
 from clipkit.model.encoder import Encoder
@@ -54,8 +54,7 @@ class Towers:
         It has no fingerprint, which would take reading all weights and hold until the next step.
         """
         model = ModelRef("a network in training", "", "", vector_dim(self.clip))
-        transform = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
-        return Encoder(network, model, transform)
+        return Encoder(network, model, Preprocess.of(self.preprocess))
 
 
 CONFIG = "open_clip_config.json"

@@ -1,6 +1,6 @@
 """Encoder: images or captions to unit vectors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipkit.data.preprocess import Preprocess, as_batch
 from clipkit.manifest import ModelRef
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.tokenizer import CONTEXT, CutReport, tokenize, warn_of_cuts
@@ -31,12 +32,7 @@ class Encoder:
         preprocess: an RGB image to a float32 tensor [3, height, width], as the model expects it.
     """
 
-    def __init__(
-        self,
-        network: DualEncoder,
-        model: ModelRef,
-        preprocess: Callable[[Image.Image], torch.Tensor],
-    ) -> None:
+    def __init__(self, network: DualEncoder, model: ModelRef, preprocess: Preprocess) -> None:
         self.network = network
         self.model = model
         self.dim = model.dim
@@ -61,7 +57,8 @@ class Encoder:
         """Encode images; safe to call from several threads at a time.
 
         Args:
-            images: RGB pictures, or a float32 tensor [n, 3, height, width] already preprocessed.
+            images: RGB pictures; or a tensor [n, 3, height, width], uint8 as ``preprocess.pixels``
+                gives it or float32 already normalised.
             batch_size: how many go through the tower at once; the result depends on it by rounding
                 alone.
         """
@@ -70,8 +67,11 @@ class Encoder:
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             if not isinstance(part, torch.Tensor):
-                part = torch.stack([self.preprocess(image) for image in part])
-            part = part.to(self.device).contiguous(memory_format=self._layout)
+                part = as_batch([self.preprocess.pixels(image) for image in part])
+            part = part.to(self.device, non_blocking=True)
+            if part.dtype == torch.uint8:
+                part = self.preprocess.normalise(part)
+            part = part.contiguous(memory_format=self._layout)
             encoded = self.network.encode_images(part)
             vectors[start : start + batch_size] = encoded.cpu().numpy()
         return vectors

@@ -21,6 +21,7 @@ import torch
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from safetensors import SafetensorError
 
+from clipkit.data.preprocess import Preprocess
 from clipkit.errors import ModelError
 from clipkit.manifest import MANIFEST, ModelRef, is_complete, read_manifest
 from clipkit.model.checkpoint import CONFIG, WEIGHTS, fingerprint, vector_dim
@@ -54,25 +55,26 @@ def load(
         ModelError: unknown name or tag, weights that cannot be reached or do not fit, or a text
             tower without CLIP's 77 tokens.
     """
-    clip, reference, transform = load_clip(str(model))
+    clip, reference = load_clip(str(model))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = prepare(clip, precision, torch.device(device))
-    return Encoder(network, replace(reference, precision=network.precision), transform)
+    reference = replace(reference, precision=network.precision)
+    return Encoder(network, reference, Preprocess.of(clip.visual.preprocess_cfg))
 
 
-def load_clip(model: str) -> tuple[Any, ModelRef, Any]:
-    """open_clip's model of a MODEL on the CPU, which model it is, and its transform of images.
+def load_clip(model: str) -> tuple[Any, ModelRef]:
+    """open_clip's model of a MODEL on the CPU, and which model it is.
 
     Raises:
         ModelError: as ``load``.
     """
     name, weights = resolve(model)
-    clip, transform, file = _create(name, weights)
+    clip, file = _create(name, weights)
     label = name.removeprefix("local-dir:")
     digest = fingerprint(clip, dict(clip.visual.preprocess_cfg))
     reference = ModelRef(label, weights, digest, vector_dim(clip))
     remember(reference, clip, file)
-    return clip, reference, transform
+    return clip, reference
 
 
 def load_ref(
@@ -222,11 +224,11 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _create(name: str, weights: str) -> tuple[Any, Any, Path]:
+def _create(name: str, weights: str) -> tuple[Any, Path]:
     """Build the model with open_clip, every failure a ModelError.
 
     Returns:
-        the model, its transform of images, and the file of its weights.
+        the model, and the file of its weights.
     """
     model_config(name)
     tag = get_pretrained_cfg(name, weights) if weights else None
@@ -234,7 +236,7 @@ def _create(name: str, weights: str) -> tuple[Any, Any, Path]:
         with _quiet():
             # Downloading first keeps a network failure apart from weights that do not fit.
             file = download_pretrained(tag) if tag else weights
-            clip, _, transform = open_clip.create_model_and_transforms(
+            clip, *_ = open_clip.create_model_and_transforms(
                 name,
                 pretrained=weights or None,
                 # The activation belongs to the weights: open_clip only warns when they disagree.
@@ -254,7 +256,7 @@ def _create(name: str, weights: str) -> tuple[Any, Any, Path]:
         raise ModelError(f"the weights of {what} do not fit the model: {_short(error)}") from None
     if not file:
         raise ModelError(f"{name} has a configuration but no weights; expected both")
-    return clip, transform, Path(file)
+    return clip, Path(file)
 
 
 def _weights_file(name: str) -> str | Path | None:

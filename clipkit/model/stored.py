@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from tqdm import tqdm
 
 from clipkit.config import TrainConfig
 from clipkit.data.augment import augmentation
 from clipkit.data.features import Encoded, Features, stored_features
+from clipkit.data.preprocess import Preprocess
 from clipkit.data.sampling import stable_hash
 from clipkit.data.sources import Row, Source, row_image
 from clipkit.data.workers import map_ordered, worker_count
@@ -117,8 +117,7 @@ class _ImageMaker:
     ) -> None:
         self.network, self.config, self.source = network, config, source
         self.size = towers.image_size
-        preprocess = PreprocessCfg(**towers.preprocess)
-        self.plain = image_transform_v2(preprocess, is_train=False)
+        self.plain = preprocess = Preprocess.of(towers.preprocess)
         self.augment = augmentation(config.augment, self.size, config.data.decode)
         self.mean, self.std = (
             255 * torch.tensor(values)[:, None, None]

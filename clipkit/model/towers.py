@@ -89,7 +89,7 @@ def _preprocessing(config: ModelConfig, clip: Any) -> dict[str, Any]:
 
 
 def _from_weights(config: ModelConfig) -> Towers:
-    clip, _, _ = load_clip(config.start)
+    clip, _ = load_clip(config.start)
     name, _ = resolve(config.start)
     settings = model_config(name)
     # Tags trained with QuickGELU are loaded with it whatever the name's configuration says.

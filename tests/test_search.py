@@ -137,7 +137,7 @@ def test_a_taken_place_is_refused_before_encoding(photos, tmp_path):
 
 def test_a_half_written_store_is_no_source(photos, tmp_path):
     class Interrupted(ColourEncoder):
-        def encode_images(self, images):
+        def encode_images(self, images, batch_size=64):
             if self.encoded:
                 raise KeyboardInterrupt
             return super().encode_images(images)

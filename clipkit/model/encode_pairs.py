@@ -6,14 +6,15 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from clipkit.data.images import Skipped
+from clipkit.data.images import Decode, Skipped
+from clipkit.data.resample import Pixels
 from clipkit.data.sources import Source, no_captions, row_image
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError
+from clipkit.model.batches import Batcher, BatchSize
 from clipkit.model.encoder import Encoder, Vectors
 from clipkit.model.tokenizer import CutReport
 
@@ -49,47 +50,58 @@ def encoded_batches(
     encoder: Encoder,
     rows: Iterable[Row],
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     workers: int,
     on_skip: Callable[[str, str], None],
+    decode: Decode = "exact",
+    known: Callable[[Row], Vectors | None] | None = None,
 ) -> Iterator[tuple[Vectors, list[Row]]]:
     """Encode the images of rows, decoding the next ones meanwhile.
 
     Args:
         encoder: the model.
         rows: rows of a Source.
-        batch_size: images per batch.
+        batch_size: images per batch; memory that does not suffice makes it smaller.
         workers: decoding threads.
         on_skip: called with key and reason of each image that cannot be read.
+        decode: "fast" reads pictures at the size that is enough.
+        known: gives the vector of a row that need not be encoded, float32 [1, dim], or None;
+            called from the decoding threads, before the row's image is read. It may raise
+            ImageError.
 
     Yields:
-        vectors, float32 [m, dim], and the m rows they belong to, in order.
+        vectors, float32 [m, dim], and the m rows they belong to, in order; those known already
+        come before others that wait for their batch to be full.
     """
+    batcher = Batcher(encoder, batch_size)
+    reduction = encoder.preprocess.reduction(decode)
 
-    def decode(row: Row) -> tuple[Row, torch.Tensor | str]:
+    def read(row: Row) -> tuple[Row, Vectors | None, Pixels | str]:
         try:
-            return row, encoder.preprocess(row_image(row))
+            vector = known(row) if known else None
+            if vector is not None:
+                return row, vector, ""
+            return row, None, encoder.preprocess.pixels(row_image(row, reduction), decode)
         except ImageError as error:
-            return row, str(error)
+            return row, None, str(error)
 
-    ready: list[tuple[Row, torch.Tensor]] = []
-    for row, result in map_ordered(decode, rows, workers=workers, ahead=2 * batch_size):
-        if isinstance(result, str):
+    ready: list[tuple[Row, Pixels]] = []
+    for row, vector, result in map_ordered(read, rows, workers=workers, ahead=2 * batcher.size):
+        if vector is not None:
+            yield vector, [row]
+        elif isinstance(result, str):
             on_skip(row["key"], result)
-            continue
-        ready.append((row, result))
-        if len(ready) == batch_size:
-            yield _encode(encoder, ready)
+        else:
+            ready.append((row, result))
+        if len(ready) >= batcher.size:
+            yield _encoded(batcher, ready)
             ready = []
     if ready:
-        yield _encode(encoder, ready)
+        yield _encoded(batcher, ready)
 
 
-def _encode(
-    encoder: Encoder, ready: Sequence[tuple[Row, torch.Tensor]]
-) -> tuple[Vectors, list[Row]]:
-    vectors = encoder.encode_images(torch.stack([tensor for _, tensor in ready]))
-    return vectors, [row for row, _ in ready]
+def _encoded(batcher: Batcher, ready: Sequence[tuple[Row, Pixels]]) -> tuple[Vectors, list[Row]]:
+    return batcher.encode([pixels for _, pixels in ready]), [row for row, _ in ready]
 
 
 def encode_pairs(

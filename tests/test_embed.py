@@ -10,6 +10,7 @@ import pytest
 from toys import COLOURS, ColourEncoder, png, square, write_squares
 
 import clipkit.tasks.embed as embed_module
+from clipkit.data.content import content_hash
 from clipkit.data.sources import open_source
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError, SkipLimitError
 from clipkit.manifest import partial_path
@@ -42,6 +43,7 @@ def test_each_image_gets_its_vector_and_its_record(tmp_path):
         "mtime_ns": status.st_mtime_ns,
         "captions": [],
         "label": "blue",
+        "content_hash": content_hash(tmp_path / "photos" / keys[3]),
     }
     assert store.model == encoder.model
     assert store.manifest.source["spec"] == str(tmp_path / "photos")
@@ -157,9 +159,9 @@ def test_only_new_and_changed_images_are_encoded_again(tmp_path):
     assert encoder.encoded == 16
 
     (photos / "red" / "red-0.png").unlink()
-    square("magenta").save(photos / "blue" / "blue-0.png")
+    square("magenta", shade=99).save(photos / "blue" / "blue-0.png")
     os.utime(photos / "blue" / "blue-0.png", ns=(1, 1))
-    square("cyan").save(photos / "green" / "new.png")
+    square("cyan", shade=99).save(photos / "green" / "new.png")
     (photos / "white" / "white-1.png").write_bytes(b"spoilt")
     store = embed(photos, tmp_path / "store", encoder)
     assert encoder.encoded == 18
@@ -203,7 +205,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
 class Interrupted(ColourEncoder):
     """Presses Ctrl-C at its second batch."""
 
-    def encode_images(self, images):
+    def encode_images(self, images, batch_size=64):
         if self.encoded:
             raise KeyboardInterrupt
         return super().encode_images(images)
@@ -242,7 +244,7 @@ def test_an_update_of_a_store_can_be_interrupted_too(tmp_path):
     write_squares(photos)
     embed(photos, tmp_path / "store", ColourEncoder())
     for number in range(20):
-        square("green", shade=number).save(photos / "green" / f"more-{number:02d}.png")
+        square("green", shade=50 + number).save(photos / "green" / f"more-{number:02d}.png")
     with pytest.raises(KeyboardInterrupt):
         embed(photos, tmp_path / "store", Interrupted(), batch_size=8)
     assert len(EmbeddingStore.open(tmp_path / "store")) == 16
@@ -255,19 +257,24 @@ def test_an_update_of_a_store_can_be_interrupted_too(tmp_path):
 
 
 EMBED_AND_DIE = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 from toys import ColourEncoder
-from clipkit.store.embeddings import EmbeddingStore, StoreWriter
+from clipkit.store.embeddings import EmbeddingStore
 from clipkit.tasks.embed import embed
 
 class Dying(ColourEncoder):
-    def encode_images(self, images):
+    def encode_images(self, images, batch_size=64):
         if self.encoded >= 24:
+            # Shards are written in the background: until the second one stands.
+            second = Path(sys.argv[2]).parent / ".store.partial" / "records-00001.parquet"
+            while not second.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode_images(images)
 
-EmbeddingStore.create = lambda path, model, replace: StoreWriter(path, model, 10, replace)
-from pathlib import Path
+create = EmbeddingStore.create
+EmbeddingStore.create = lambda path, model, **rest: create(path, model, shard_size=10, **rest)
 embed(Path(sys.argv[1]), Path(sys.argv[2]), Dying(), batch_size=6)
 """
 

@@ -130,6 +130,7 @@ def interrupted(path, count=25, shard_size=10):
     """Leave behind a half-written store of `count` rows, as a killed process would."""
     writer = EmbeddingStore.create(path, MODEL, shard_size=shard_size)
     writer.append(unit_rows(count, 4), records(count))
+    writer._shards.wait()
     writer._artifact._lock.release()
     writer._skipped.close()
     return partial_path(path)
@@ -293,6 +294,7 @@ with EmbeddingStore.create(sys.argv[1], MODEL, shard_size=10) as writer:
     vectors, rows = unit_rows(45, 4), records(45)
     for number in range(held, 45):
         if number == held + 17:
+            writer._shards.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         writer.append(vectors[number:number + 1], rows[number:number + 1])
     writer.finish({})

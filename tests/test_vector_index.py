@@ -94,6 +94,7 @@ def test_search_settings_are_recorded_and_applied(store, tmp_path):
         "trained_on": 1000,
         "generation": 0,
         "next_id": 1000,
+        "decode": "exact",
     }
     assert (built.spec, built.model, len(built)) == ("IDMap2,IVF64,SQ8", MODEL, 1000)
     assert built.manifest.source == {"spec": "made up", "store": str(store.path)}

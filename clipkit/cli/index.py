@@ -1,7 +1,7 @@
 """clipkit embed, clipkit index and clipkit search."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,17 +29,37 @@ app = typer.Typer(
 )
 
 
+def _batch_size(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is neither auto nor a number from 1 on")
+    return text if text == "auto" else int(text)
+
+
+Decode = Annotated[
+    Literal["exact", "fast"] | None,
+    typer.Option(
+        help="Read pictures exactly as open_clip does, or at the size that is enough, which is "
+        "the default unless the store was made otherwise."
+    ),
+]
+
+
 def embed(
     images: Annotated[str, typer.Argument(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    decode: Decode = None,
+    batch_size: Annotated[
+        Any, typer.Option(help="Images encoded at once; auto suits the device.", parser=_batch_size)
+    ] = "auto",
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     precision: Precision = None,
 ) -> None:
     """Encode images and store their vectors.
 
-    Run again, it encodes only what is new or was left by an interrupted run.
+    Run again, it encodes only what is new or was left by an interrupted run; renamed images keep
+    their vectors.
     """
     from clipkit.data.sources import open_source
 
@@ -47,7 +67,8 @@ def embed(
 
     from clipkit.tasks.embed import embed as run
 
-    store = run(source, out, load_encoder(model, precision))
+    encoder = load_encoder(model, precision)
+    store = run(source, out, encoder, decode=decode, batch_size=batch_size)
     note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
     print_facts([("store", out), ("images", len(store)), ("model", store.model)])
 
@@ -58,6 +79,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Directory of the index.")],
     model: Annotated[str | None, typer.Option(help=f"Only for images. {MODEL_HELP}")] = None,
     spec: Annotated[str, typer.Option(help="FAISS factory string; inner product always.")] = "Flat",
+    decode: Decode = None,
     precision: Precision = None,
 ) -> None:
     """Index a store, or images.
@@ -74,12 +96,14 @@ def build(
         embedded = True
         return load_encoder(model, precision)
 
-    index = build_index(source, out, spec=spec, load=load)
+    index = build_index(source, out, spec=spec, load=load, decode=decode)
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
     elif model:
         note(f"--model is for images: {source} is a store, whose vectors are of {store.model}")
+    if decode and not embedded:
+        note(f"--decode is for images: {source} is a store, made with --decode {store.decode}")
     print_facts(
         [
             ("index", out),

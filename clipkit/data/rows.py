@@ -78,12 +78,17 @@ def no_captions(source: Source) -> DataError:
     )
 
 
-def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
-    """The picture of a row, RGB, as ``read_image`` reads it; raises ImageError where it cannot."""
+def row_source(row: Row) -> Path | bytes:
+    """The file of a row's image, or its content; raises ImageError where it has neither."""
     data, path = row["image"]["bytes"], row["image"]["path"]
     if data is None and path is None:
         raise ImageError("has neither bytes nor a path")
-    return read_image(Path(path) if data is None else data, reduction)
+    return Path(path) if data is None else data
+
+
+def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
+    """The picture of a row, RGB, as ``read_image`` reads it; raises ImageError where it cannot."""
+    return read_image(row_source(row), reduction)
 
 
 def features() -> "Features":

@@ -70,9 +70,14 @@ class QueryEncoder:
         vectors = [self._encode(row[: row.argmax() + 1].tolist()) for row in rows]
         return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
 
-    def encode_images(self, images: Any) -> Array:
+    def encode_images(self, images: Any) -> Any:
         """Refuse images; raises ModelError."""
         del images
+        return self.preprocess
+
+    @property
+    def preprocess(self) -> Any:
+        """Refuse images; raises ModelError."""
         raise ModelError(
             f"the image tower of {self.model} is not loaded; load the model with clipkit.load"
         )

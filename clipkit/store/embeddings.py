@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +16,10 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from clipkit.errors import ArtifactError, ModelMismatchError
-from clipkit.manifest import ArtifactWriter, Manifest, ModelRef, read_manifest, write_json
+from clipkit.errors import ArtifactError
+from clipkit.manifest import ArtifactWriter, Manifest, ModelRef, read_manifest
+from clipkit.store.partial import EXACT, OWNER, Owner
+from clipkit.store.shard_writer import ShardWriter
 from clipkit.store.shards import (
     SCHEMA,
     Record,
@@ -32,7 +33,6 @@ from clipkit.store.shards import (
     write_shard,
 )
 
-_OWNER = "partial.json"
 _SKIPPED = "skipped.jsonl"
 
 
@@ -70,21 +70,33 @@ class EmbeddingStore:
 
     @staticmethod
     def create(
-        path: str | Path, model: ModelRef, *, shard_size: int = 4096, replace: bool = False
+        path: str | Path,
+        model: ModelRef,
+        *,
+        decode: str = EXACT,
+        shard_size: int = 4096,
+        replace: bool = False,
     ) -> "StoreWriter":
         """Start a store, or go on with the half-written one at ``path``.
 
         Args:
             path: where the store shall stand.
             model: what encodes it.
-            shard_size: rows of a shard, the most that a crash can lose.
+            decode: how its pictures are read, "exact" or "fast".
+            shard_size: rows of a shard; a crash can lose the open one and the one being written.
             replace: allow a finished store to stand there; it stays until the new one is finished.
 
         Raises:
-            ArtifactError: ``path`` is taken, or another process writes there.
+            ArtifactError: ``path`` is taken, another process writes there, or pictures of the
+                half-written one were read in another way.
             ModelMismatchError: another model began the half-written one.
         """
-        return StoreWriter(Path(path), model, shard_size, replace)
+        return StoreWriter(Path(path), model, decode, shard_size, replace)
+
+    @property
+    def decode(self) -> str:
+        """How its pictures were read: "exact" or "fast"."""
+        return str(self.manifest.detail.get("decode", EXACT))
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -112,7 +124,7 @@ class EmbeddingStore:
         return np.concatenate([empty, *(vectors for vectors, _ in self.shards())])
 
     def records(self) -> pa.Table:
-        """All records: key, size in bytes, mtime_ns, captions, label, and what else there is."""
+        """All records: key, size in bytes, mtime_ns, captions, label, content_hash, and others."""
         tables = [SCHEMA.empty_table(), *(table for _, table in self.shards())]
         return pa.concat_tables(tables, promote_options="permissive")
 
@@ -139,11 +151,11 @@ class StoreWriter:
         done: the keys already held, each with the ``digest`` of its record.
     """
 
-    def __init__(self, path: Path, model: ModelRef, shard_size: int, replace: bool) -> None:
-        self.model, self.shard_size = model, shard_size
+    def __init__(
+        self, path: Path, model: ModelRef, decode: str, shard_size: int, replace: bool
+    ) -> None:
+        self.owner, self.shard_size = Owner(model, decode), shard_size
         self.done: dict[str, int] = {}
-        self._vectors: list[Vectors] = []
-        self._records: list[Record] = []
         self._stale: set[int] = set()
         self._skips = 0
         self._finished = False
@@ -160,16 +172,13 @@ class StoreWriter:
 
     def _resume(self) -> None:
         """Keep the sound shards of an interrupted writer of this model; clear away the rest."""
-        owner = _read_owner(self.temp / _OWNER)
-        if owner and owner.fingerprint != self.model.fingerprint:
-            raise ModelMismatchError(
-                f"{self.temp} is a half-written store of {owner}, but the model at hand is "
-                f"{self.model}; go on with that model or remove the directory"
-            )
+        owner = Owner.read(self.temp)
+        if owner:
+            owner.require(self.owner, self.temp)
         sound: list[int] = []
         for number in shard_numbers(self.temp) if owner else []:
             try:
-                _, table = read_shard(self.temp, number, self.model.dim)
+                _, table = read_shard(self.temp, number, self.owner.model.dim)
             except ArtifactError:
                 break
             for record in table.to_pylist():
@@ -178,9 +187,9 @@ class StoreWriter:
                     self.forget(record["key"])
                 self.done[record["key"]] = digest(record)
             sound.append(number)
-        _clear(self.temp, keep={_OWNER, *(name for n in sound for name in shard_names(n))})
-        write_json(self.temp / _OWNER, {"model": asdict(self.model)})
-        self._next = sound[-1] + 1 if sound else 0
+        _clear(self.temp, keep={OWNER, *(name for n in sound for name in shard_names(n))})
+        self.owner.write(self.temp)
+        self._shards = ShardWriter(self.temp, sound[-1] + 1 if sound else 0)
 
     def __enter__(self) -> Self:
         return self
@@ -190,20 +199,20 @@ class StoreWriter:
 
         Raises:
             ArtifactError: wrong shape or type, not finite, not of unit length, a key that is
-                already held, or the shard cannot be written.
+                already held, or a shard cannot be written.
         """
         vectors = np.asarray(vectors)
-        check_vectors(vectors, records, self.model.dim)
+        check_vectors(vectors, records, self.owner.model.dim)
         for record in records:
             if record["key"] in self.done:
                 raise ArtifactError(
                     f"the key {record['key']!r} is already in {self.path}; give each item one key"
                 )
             self.done[record["key"]] = digest(record)
-        self._vectors.extend(vectors)
-        self._records.extend(records)
-        while len(self._records) >= self.shard_size:
-            self._write_shard(self.shard_size)
+        try:
+            self._shards.append(vectors, records, self.shard_size)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
 
     def skip(self, key: str, reason: str) -> None:
         """Note an item that is left out, and why."""
@@ -217,12 +226,12 @@ class StoreWriter:
 
     def _drop_stale(self) -> None:
         for number in shard_numbers(self.temp) if self._stale else []:
-            vectors, table = read_shard(self.temp, number, self.model.dim)
+            vectors, table = read_shard(self.temp, number, self.owner.model.dim)
             keep = [digest(record) not in self._stale for record in table.to_pylist()]
             if not any(keep):
                 remove_shard(self.temp, number)
             elif not all(keep):
-                self._write(number, np.array(vectors[keep]), table.filter(pa.array(keep)))
+                write_shard(self.temp, number, np.array(vectors[keep]), table.filter(keep))
 
     def finish(self, source: dict[str, Any]) -> EmbeddingStore:
         """Write what is buffered, move the store into place and open it.
@@ -230,32 +239,21 @@ class StoreWriter:
         Args:
             source: where the content came from, for the manifest.
         """
-        if self._records:
-            self._write_shard(len(self._records))
-        self._drop_stale()
-        detail = {"shards": len(shard_numbers(self.temp)), "skipped": self._skips}
-        manifest = Manifest("store", self.model, len(self.done), source=source, detail=detail)
         try:
+            self._shards.flush()
+            self._drop_stale()
+            shards = len(shard_numbers(self.temp))
+            detail = {"shards": shards, "skipped": self._skips, "decode": self.owner.decode}
             self._skipped.close()
-            self._artifact.finish(manifest)
+            self._artifact.finish(
+                Manifest("store", self.owner.model, len(self.done), source=source, detail=detail)
+            )
         except OSError as error:
             raise _cannot_write(self.path, error) from None
         # Only now: until the move is done, it tells a resuming writer whose work this is.
-        (self.path / _OWNER).unlink(missing_ok=True)
+        (self.path / OWNER).unlink(missing_ok=True)
         self._finished = True
         return EmbeddingStore.open(self.path)
-
-    def _write_shard(self, rows: int) -> None:
-        table = pa.Table.from_pylist(self._records[:rows], SCHEMA)
-        self._write(self._next, np.stack(self._vectors[:rows]), table)
-        self._next += 1
-        del self._vectors[:rows], self._records[:rows]
-
-    def _write(self, number: int, vectors: Vectors, table: pa.Table) -> None:
-        try:
-            write_shard(self.temp, number, vectors, table)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
 
     def __exit__(
         self,
@@ -265,22 +263,13 @@ class StoreWriter:
     ) -> None:
         if not self._finished:
             # An orderly end, Ctrl-C too, keeps even the open shard; a full disk may forbid it.
-            with suppress(ArtifactError, OSError):
-                if self._records:
-                    self._write_shard(len(self._records))
-            with suppress(OSError):
-                self._skipped.close()
+            for end in (self._shards.flush, self._skipped.close):
+                with suppress(OSError):
+                    end()
             if not shard_numbers(self.temp):
                 shutil.rmtree(self.temp, ignore_errors=True)
+        self._shards.close()
         self._artifact.__exit__(kind, error, trace)
-
-
-def _read_owner(file: Path) -> ModelRef | None:
-    """The model whose half-written store this is; None where that is not known."""
-    try:
-        return ModelRef(**json.loads(file.read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _clear(folder: Path, keep: set[str]) -> None:

@@ -47,7 +47,7 @@ def merge_indexes(
             what=f"the index {first.path}",
             repair=f"build {other.path} again with that model",
         )
-        decodes = [one.manifest.detail.get("decode") for one in (first, other)]
+        decodes = [one.decode for one in (first, other)]
         if decodes[0] != decodes[1]:
             raise ArtifactError(
                 f"the pictures of {first.path} were read with --decode {decodes[0]}, those of "

@@ -25,8 +25,11 @@ SCHEMA = pa.schema(
         "mtime_ns": pa.int64(),
         "captions": pa.list_(pa.string()),
         "label": pa.string(),
+        "content_hash": pa.string(),
     }
 )
+_YOUNGER = ("content_hash",)
+"""Columns that older stores lack; they read as nulls."""
 UNIT_TOLERANCE = 1e-3
 
 
@@ -96,6 +99,9 @@ def read_records(file: Path) -> pa.Table:
     try:
         with pq.ParquetFile(file) as parquet:
             table = parquet.read()
+        for name in _YOUNGER:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), pa.string()))
         columns = widened(table.schema)
         return table.select(columns.names).cast(columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:

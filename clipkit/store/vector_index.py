@@ -20,6 +20,7 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.build import Built, Rows, cannot_write, write_segment
 from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.partial import EXACT
 from clipkit.store.segments import ID, Segment, parts_of, unfit
 from clipkit.store.shards import SCHEMA, Vectors
 from clipkit.store.spec import default_knobs, set_knobs
@@ -74,7 +75,9 @@ class VectorIndex:
             ArtifactError: ``path`` is taken, the store is damaged, or the disk is full.
         """
         source = {**store.manifest.source, "store": str(store.path)}
-        write_index(store, store.model, path, spec, source, {}, replace=replace)
+        write_index(
+            store, store.model, path, spec, source, {"decode": store.decode}, replace=replace
+        )
         return cls.open(path)
 
     @classmethod
@@ -113,6 +116,11 @@ class VectorIndex:
     def spec(self) -> str:
         """The FAISS factory string it was built with."""
         return str(self.manifest.detail.get("spec"))
+
+    @property
+    def decode(self) -> str:
+        """How its pictures were read, "exact" or "fast"; one that is searched for is read so."""
+        return str(self.manifest.detail.get("decode", EXACT))
 
     def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
         """Vectors, float32 [m, dim], and records of its rows, a bounded number at a time.

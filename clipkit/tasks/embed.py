@@ -4,20 +4,27 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
-from clipkit.data.sources import Row, Source, open_source
+from clipkit.data.content import content_hash
+from clipkit.data.images import Decode
+from clipkit.data.sources import Row, Source, open_source, row_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
-from clipkit.manifest import ModelRef, is_complete
 from clipkit.model.encode_pairs import encoded_batches
 from clipkit.store.embeddings import EmbeddingStore, StoreWriter
+from clipkit.store.known import KnownVectors
+from clipkit.store.partial import decode_of
 from clipkit.store.shards import Record, Vectors, digest
 
 if TYPE_CHECKING:
+    from clipkit.model.batches import BatchSize
     from clipkit.model.encoder import Encoder
+
+DEFAULT_DECODE: Decode = "fast"
+"""Of a new store."""
 
 EARLIEST_STOP = 1000
 """Fewer images are judged at the end, when it is known whether all of them are bad."""
@@ -28,22 +35,26 @@ def embed(
     out: str | Path,
     encoder: "Encoder",
     *,
-    batch_size: int = 64,
+    decode: Decode | None = None,
+    batch_size: "BatchSize" = "auto",
     workers: int | str = "auto",
     skip_limit: float = 0.5,
 ) -> EmbeddingStore:
     """Encode every image of a source into a store; what is stored already is not encoded again.
 
+    Images are decoded by threads, encoded, and written by another thread, all at the same time.
+
     An interrupted run goes on where it stopped. A finished store of the same model is brought up
-    to date: images of the same key, size and modification time keep their vectors, new and changed
-    ones are encoded, vanished ones go. Bytes inside a table or tar have no modification time, so
-    that there key and size decide.
+    to date: images of the same key, size and modification time keep their vectors, and so do those
+    of the same content under another name; new and changed ones are encoded, vanished ones go.
 
     Args:
         images: whatever ``open_source`` opens, or a source already open.
         out: where the store shall stand.
         encoder: the model.
-        batch_size: images encoded at once.
+        decode: "exact" reads pictures as open_clip does, "fast" at the size that is enough; None:
+            as those of the store at ``out`` were read, and "fast" where there is none.
+        batch_size: images encoded at once; ``"auto"`` suits the device.
         workers: decoding threads; ``"auto"`` is one per core.
         skip_limit: the largest share of images that may be unreadable. Half is generous on
             purpose: a bad picture in a folder of photos harms no other, and all are listed.
@@ -52,15 +63,19 @@ def embed(
         DataError: the source cannot be opened, or holds no image.
         SkipLimitError: more than ``skip_limit`` of the images are bad, or all of them.
         ModelMismatchError: another model made the store at ``out``, finished or half-written.
-        ArtifactError: ``out`` is taken by something else, or the disk is full.
+        ModelError: the device's memory does not suffice for one image.
+        ArtifactError: ``out`` is taken by something else, its pictures were read in another way,
+            or the disk is full.
     """
     source = images if isinstance(images, Source) else open_source(images)
     total = None if source.streaming else len(source.rows)
+    decode = decode or cast(Decode | None, decode_of(Path(out))) or DEFAULT_DECODE
     with (
-        EmbeddingStore.create(out, encoder.model, replace=True) as writer,
+        EmbeddingStore.create(out, encoder.model, decode=decode, replace=True) as writer,
         tqdm(total=total, unit="img", desc="embedding", disable=None) as bar,
     ):
-        walk = _Walk(source, writer, _Known(writer.path, encoder.model), bar, skip_limit)
+        known = KnownVectors(writer.path, writer.owner)
+        walk = _Walk(source, writer, known, bar, skip_limit)
         try:
             for vectors, rows in encoded_batches(
                 encoder,
@@ -68,9 +83,10 @@ def embed(
                 batch_size=batch_size,
                 workers=worker_count(workers),
                 on_skip=walk.skip,
+                decode=decode,
+                known=walk.known_vector,
             ):
-                writer.append(vectors, [row["record"] for row in rows])
-                bar.update(len(rows))
+                walk.store(vectors, rows)
         except KeyboardInterrupt:
             bar.close()
             print(
@@ -84,35 +100,11 @@ def embed(
         return writer.finish({"spec": source.spec, **origin, "fingerprint": source.fingerprint})
 
 
-class _Known:
-    """The vectors of a finished store, found by key, size and modification time."""
-
-    def __init__(self, path: Path, model: ModelRef) -> None:
-        self._rows: dict[str, tuple[int, int, Vectors, int]] = {}
-        if not is_complete(path):
-            return
-        store = EmbeddingStore.open(path)
-        store.model.require(
-            model, what=f"the store {path}", repair="name another place with --out, or remove it"
-        )
-        for vectors, table in store.shards():
-            columns = (table[name].to_pylist() for name in ("key", "size", "mtime_ns"))
-            for row, (key, size, mtime_ns) in enumerate(zip(*columns, strict=True)):
-                self._rows[key] = (size, mtime_ns, vectors, row)
-
-    def vector(self, record: Record) -> Vectors | None:
-        """float32 [1, dim] of an image that has not changed; None where there is none."""
-        size, mtime_ns, vectors, row = self._rows.get(record["key"], (None, None, None, 0))
-        if vectors is None or (size, mtime_ns) != (record["size"], record["mtime_ns"]):
-            return None
-        return vectors[row : row + 1]
-
-
 class _Walk:
-    """One pass over a source, sorting its rows into held, copied, to encode, and skipped."""
+    """One pass over a source, sorting its rows into held, known, to encode, and skipped."""
 
     def __init__(
-        self, source: Source, writer: StoreWriter, known: _Known, bar: Any, skip_limit: float
+        self, source: Source, writer: StoreWriter, known: KnownVectors, bar: Any, skip_limit: float
     ) -> None:
         self.source, self.writer, self.known, self.bar = source, writer, known, bar
         self.skip_limit = skip_limit
@@ -120,7 +112,10 @@ class _Walk:
         self.bad: list[tuple[str, str]] = []
 
     def rows_to_encode(self) -> Iterator[Row]:
-        """The rows with no vector yet, each with its ``record``; the others are dealt with."""
+        """The rows whose image must be read, each with its ``record``; others are dealt with.
+
+        ``known`` is the row of the store that stands already, where key, size and time are equal.
+        """
         for row in self.source.rows:
             key = row["key"]
             if key in self.seen:
@@ -134,11 +129,34 @@ class _Walk:
                 continue
             if held is not None:
                 self.writer.forget(key)
-            vector = self.known.vector(record)
-            if vector is None:
-                yield {**row, "record": record}
+            known = self.known.unchanged(record)
+            # Bytes in a table have no time: whether they are the same, their hash must say.
+            if known is not None and record["mtime_ns"]:
+                record["content_hash"] = self.known.content_hash(known)
+            row = {**row, "record": record, "known": known}
+            if record["content_hash"] and known is not None:
+                self.store(self.known.vector(known), [row])
             else:
-                self.writer.append(vector, [record])
+                yield row
+
+    def known_vector(self, row: Row) -> Vectors | None:
+        """The vector of a row that stands in the store already, maybe under another key.
+
+        Its content is hashed for that, and for the next time; called by the decoding threads.
+        """
+        content = row["record"]["content_hash"] = content_hash(row_source(row))
+        known = row["known"]
+        if known is None or self.known.content_hash(known) not in (None, content):
+            known = row["known"] = self.known.same_content(content)
+        return None if known is None else self.known.vector(known)
+
+    def store(self, vectors: Vectors, rows: list[Row]) -> None:
+        """Hand rows with their vectors, float32 [n, dim], to the writer."""
+        self.writer.append(vectors, [row["record"] for row in rows])
+        for row in rows:
+            if row["known"] is None:
+                self.bar.update()
+            else:
                 self._advance_unmeasured()
 
     def _advance_unmeasured(self) -> None:
@@ -190,4 +208,4 @@ def _record(row: Row) -> Record:
         else:
             size, mtime_ns = status.st_size, status.st_mtime_ns
     kept = {name: row[name] for name in ("key", "captions", "label")}
-    return {**kept, "size": size, "mtime_ns": mtime_ns}
+    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipkit.data.images import Decode
 from clipkit.errors import ArtifactError, ModelError
 from clipkit.manifest import ArtifactWriter, is_complete, partial_path, read_manifest
 from clipkit.store.embeddings import EmbeddingStore
@@ -21,6 +22,7 @@ def build_index(
     *,
     spec: str = "Flat",
     load: "Callable[[], Encoder] | None" = None,
+    decode: Decode | None = None,
 ) -> VectorIndex:
     """Build an index of a store, or of images, which are embedded into ``OUT.store`` first.
 
@@ -31,6 +33,7 @@ def build_index(
         out: where the index shall stand.
         spec: FAISS factory string.
         load: gives the encoder for images; not called for a store.
+        decode: how images are read, as of ``embed``; of no use for a store.
 
     Raises:
         SpecError: the spec is malformed, or impossible for these vectors.
@@ -42,7 +45,7 @@ def build_index(
     if _is_ours(path) or partial_path(path).is_dir():
         store = EmbeddingStore.open(path)
     else:
-        store = _embed(source, out, spec, load)
+        store = _embed(source, out, spec, load, decode)
     return VectorIndex.build(store, out, spec, replace=True)
 
 
@@ -56,7 +59,11 @@ def _is_ours(path: Path) -> bool:
 
 
 def _embed(
-    source: str | Path, out: Path, spec: str, load: "Callable[[], Encoder] | None"
+    source: str | Path,
+    out: Path,
+    spec: str,
+    load: "Callable[[], Encoder] | None",
+    decode: Decode | None,
 ) -> EmbeddingStore:
     # Here, because indexing a store needs neither torch nor datasets.
     from clipkit.data.sources import open_source
@@ -73,4 +80,4 @@ def _embed(
     new_index(spec, encoder.dim, None if images.streaming else len(images.rows))
     with ArtifactWriter(out, "index", replace=True):
         pass
-    return embed(images, out.with_name(f"{out.name}.store"), encoder)
+    return embed(images, out.with_name(f"{out.name}.store"), encoder, decode=decode)

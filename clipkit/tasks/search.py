@@ -1,12 +1,12 @@
 """Search images by caption, by image, or by both: ``clipkit search INDEX "a red bicycle"``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.images import read_image
+from clipkit.data.images import Decode, Reduction, read_image
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
 from clipkit.store.query import combined
 from clipkit.store.vector_index import Hit, VectorIndex
@@ -14,6 +14,7 @@ from clipkit.store.vector_index import Hit, VectorIndex
 if TYPE_CHECKING:
     from PIL import Image
 
+    from clipkit.data.preprocess import Preprocess
     from clipkit.model.encoder import Encoder
     from clipkit.model.query import QueryEncoder
 
@@ -73,11 +74,22 @@ class Searcher:
                 raise CaptionError("the caption is empty, expected words to search for")
             vectors.append(self._encoder().encode_captions([caption])[0])
         if image is not None:
-            picture = _read(image) if isinstance(image, str | Path) else image
-            vectors.append(self._encoder().encode_images([picture])[0])
+            vectors.append(self._encode(image))
         if not vectors:
             raise DataError("there is nothing to search for, expected a caption, an image or both")
         return self.by_vector(combined(vectors), k)
+
+    def _encode(self, image: "str | Path | Image.Image") -> NDArray[np.float32]:
+        """The vector of an image, float32 [dim], read as those of the index were."""
+        from clipkit.data.preprocess import as_batch
+
+        encoder, decode = self._encoder(), cast(Decode, self.index.decode)
+        preprocess: Preprocess = encoder.preprocess
+        if isinstance(image, str | Path):
+            image = _read(image, preprocess.reduction(decode))
+        pixels = preprocess.pixels(image, decode)
+        vector: NDArray[np.float32] = encoder.encode_images(as_batch([pixels]))[0]
+        return vector
 
     def _encoder(self) -> "Encoder | QueryEncoder":
         if self.encoder is None:
@@ -88,8 +100,8 @@ class Searcher:
         return self.encoder
 
 
-def _read(path: str | Path) -> "Image.Image":
+def _read(path: str | Path, reduction: Reduction | None) -> "Image.Image":
     try:
-        return read_image(Path(path))
+        return read_image(Path(path), reduction)
     except ImageError as error:
         raise ImageError(f"{path} cannot be searched with, it {error}") from None

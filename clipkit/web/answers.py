@@ -216,7 +216,7 @@ def _shown(
     collection: Collection, hits: Sequence[tuple[str, float | None]], offset: int
 ) -> list[Hit]:
     records = collection.described([key for key, _ in hits])
-    own = ("key", "size", "mtime_ns", "captions", "label", "id")
+    own = ("key", "size", "mtime_ns", "captions", "label", "content_hash", "id")
     return [
         Hit(
             rank=offset + n,

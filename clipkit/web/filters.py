@@ -21,7 +21,7 @@ FOLDER = "folder"
 MOST_VALUES = 50
 """A text column of more values is nothing to choose from."""
 MOST_LETTERS = 100
-_OWN = ("key", "size", "mtime_ns", "captions", "id")  # not for choosing by
+_OWN = ("key", "size", "mtime_ns", "captions", "content_hash", "id")  # not for choosing by
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "=": pc.equal,
     "!=": pc.not_equal,

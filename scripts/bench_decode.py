@@ -1,0 +1,95 @@
+"""What reading pictures fast costs in retrieval: --decode exact against fast, all else equal.
+
+python scripts/bench_decode.py ../shared/data/flickr8k-224-dev.parquet --model RUN --sizes 224 2MP
+
+Each photo of the dev set is made larger (see bench_photos.py), read both ways and encoded; then all
+captions search all photos and the reverse. Prints recall both ways, their difference in points, the
+cosine between both vectors of a photo, and milliseconds a photo on one thread.
+"""
+
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from bench_photos import SIDES, enlarged
+
+from clipkit.data.images import Decode, read_image
+from clipkit.data.preprocess import as_batch
+from clipkit.metrics import retrieval_recall
+from clipkit.model.encoder import Encoder
+from clipkit.model.load import load
+
+WAYS: tuple[Decode, Decode] = ("exact", "fast")
+
+
+def read(encoder: Encoder, photo: bytes, decode: Decode) -> tuple[np.ndarray, float]:
+    """A photo's pixels, uint8 [height, width, 3], and the seconds it took."""
+    start = time.thread_time()
+    picture = read_image(photo, encoder.preprocess.reduction(decode))
+    return encoder.preprocess.pixels(picture, decode), time.thread_time() - start
+
+
+def encoded(
+    encoder: Encoder, photos: list[bytes], side: int
+) -> tuple[dict[str, np.ndarray], dict[str, float], float]:
+    """Vectors and milliseconds a photo of both ways, and megabytes a photo."""
+    vectors: dict[str, list[np.ndarray]] = {way: [] for way in WAYS}
+    seconds = dict.fromkeys(WAYS, 0.0)
+    size = 0
+
+    def prepare(job: tuple[int, bytes]) -> tuple[int, list[tuple[np.ndarray, float]]]:
+        number, photo = job
+        large = enlarged(photo, side, seed=number)
+        return len(large), [read(encoder, large, way) for way in WAYS]
+
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, len(photos), 64):
+            jobs = enumerate(photos[start : start + 64], start)
+            done = list(pool.map(prepare, jobs))
+            size += sum(length for length, _ in done)
+            for place, way in enumerate(WAYS):
+                pixels = [found[place][0] for _, found in done]
+                vectors[way].append(encoder.encode_images(as_batch(pixels)))
+                seconds[way] += sum(found[place][1] for _, found in done)
+    return (
+        {way: np.concatenate(parts) for way, parts in vectors.items()},
+        {way: 1000 * total / len(photos) for way, total in seconds.items()},
+        size / len(photos) / 1e6,
+    )
+
+
+def main() -> None:
+    """Measure and print, size after size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pairs", type=Path, help="Parquet with images and captions")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--sizes", nargs="*", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--photos", type=int, default=1000)
+    options = parser.parse_args()
+    rows = pq.read_table(options.pairs).slice(0, options.photos).to_pylist()
+    encoder = load(options.model)
+    texts = [(number, text) for number, row in enumerate(rows) for text in row["captions"]]
+    owners = np.array([number for number, _ in texts])
+    captions = encoder.encode_captions([text for _, text in texts])
+    photos = [row["image"]["bytes"] for row in rows]
+    print(f"{len(photos)} photos, {len(texts)} captions, {encoder.model}")
+    for size in options.sizes:
+        vectors, cost, megabytes = encoded(encoder, photos, SIDES[size])
+        cosine = (vectors["exact"] * vectors["fast"]).sum(axis=1)
+        recall = {way: retrieval_recall(vectors[way], captions, owners) for way in WAYS}
+        print(
+            f"\n{size}: {megabytes:.2f} MB a photo; read in {cost['exact']:.1f} ms exactly, "
+            f"{cost['fast']:.1f} ms fast; cosine mean {cosine.mean():.5f}, least {cosine.min():.4f}"
+        )
+        for name, exact in recall["exact"].items():
+            fast = recall["fast"][name]
+            print(
+                f"{name:20} exact {exact:.4f}  fast {fast:.4f}  {100 * (fast - exact):+.2f} points"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ _HOMES = {
     "TrainConfig": "clipkit.config",
     "VectorIndex": "clipkit.store.vector_index",
     "ZeroShotClassifier": "clipkit.model.classifier",
+    "add_images": "clipkit.tasks.sync",
     "build_index": "clipkit.tasks.index",
     "check_data": "clipkit.tasks.check",
     "check_index": "clipkit.tasks.check_index",
@@ -36,6 +37,7 @@ _HOMES = {
     "plot_runs": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
     "remove_items": "clipkit.tasks.upkeep",
+    "sync_index": "clipkit.tasks.sync",
     "tokenize": "clipkit.model.tokenizer",
     "train": "clipkit.tasks.train",
 }
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from clipkit.tasks.index import build_index as build_index
     from clipkit.tasks.plot import plot_runs as plot_runs
     from clipkit.tasks.search import Searcher as Searcher
+    from clipkit.tasks.sync import add_images as add_images
+    from clipkit.tasks.sync import sync_index as sync_index
     from clipkit.tasks.train import train as train
     from clipkit.tasks.upkeep import compact_index as compact_index
     from clipkit.tasks.upkeep import remove_items as remove_items

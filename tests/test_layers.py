@@ -21,6 +21,8 @@ LAYERS = [
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 # A folder is embedded before it is indexed.
 TASK_IMPORTS = {("index", "embed")}
+# To sync an index is to update it from each of its folders.
+TASK_IMPORTS |= {("sync", "update")}
 # To compare two models is to evaluate both.
 TASK_IMPORTS |= {("compare", "evaluate")}
 # The demo is by its nature a walk over all commands.

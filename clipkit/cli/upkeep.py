@@ -1,17 +1,64 @@
-"""clipkit index remove, compact, merge and check: look after an index that stands."""
+"""clipkit index add, remove, sync, compact, merge and check: look after an index that stands."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import print_facts, print_json
+from clipkit.cli.output import DATA_HELP, note, print_facts, print_json
 
 if TYPE_CHECKING:
     from clipkit.store.vector_index import VectorIndex
+    from clipkit.tasks.update import Changes
 
 IndexArgument = Annotated[Path, typer.Argument(help="Directory of the index.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+def add(
+    index: IndexArgument,
+    images: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What the keys of a new folder begin with; its name if left out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add images, or a store, to an index.
+
+    Images it holds already are brought up to date; only new content is encoded.
+    """
+    from clipkit.tasks.sync import add_images
+
+    _print_changes(add_images(index, images, prefix=prefix), as_json)
+
+
+def sync(
+    index: IndexArgument,
+    images: Annotated[
+        str | None,
+        typer.Argument(help="A folder of the index, or one within; all that it was made of."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring an index up to date with its folder.
+
+    New, changed, renamed and deleted images are told apart; only new content is encoded.
+    """
+    from clipkit.tasks.sync import sync_index
+
+    _print_changes(sync_index(index, images), as_json)
+
+
+def _print_changes(changes: "Changes", as_json: bool) -> None:
+    for item in changes.skipped:
+        note(f"skipped {item.key}: {item.reason}")
+    counts = {name: value for name, value in vars(changes).items() if name != "skipped"}
+    counts["skipped"] = len(changes.skipped)
+    if as_json:
+        print_json(counts)
+    else:
+        print_facts((name, value) for name, value in counts.items() if value != "")
 
 
 def remove(

@@ -86,6 +86,21 @@ def row_source(row: Row) -> Path | bytes:
     return Path(path) if data is None else data
 
 
+def row_record(row: Row) -> dict[str, Any]:
+    """What a store keeps of a row beside its vector; its content is not hashed yet."""
+    data, path = row["image"]["bytes"], row["image"]["path"]
+    size, mtime_ns = len(data or b""), 0
+    if data is None and path is not None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            pass  # reading it will fail as well, and say why
+        else:
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+    kept = {name: row[name] for name in ("key", "captions", "label")}
+    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None}
+
+
 def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
     """The picture of a row, RGB, as ``read_image`` reads it; raises ImageError where it cannot."""
     return read_image(row_source(row), reduction)

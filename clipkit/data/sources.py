@@ -9,12 +9,12 @@ from pathlib import Path
 from clipkit.data.folders import open_folder, open_image
 from clipkit.data.hub import HUB, is_saved, open_hub, open_saved
 from clipkit.data.images import SUFFIXES, is_utf8, printable
-from clipkit.data.rows import Row, Source, Wanted, no_captions, row_image, row_source
+from clipkit.data.rows import Row, Source, Wanted, no_captions, row_image, row_record, row_source
 from clipkit.data.tables import TABLES, open_table
 from clipkit.data.tars import expand, open_tars
 from clipkit.errors import DataError
 
-__all__ = ["Row", "Source", "no_captions", "open_source", "row_image", "row_source"]
+__all__ = ["Row", "Source", "no_captions", "open_source", "row_image", "row_record", "row_source"]
 
 
 def open_source(

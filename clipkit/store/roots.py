@@ -63,6 +63,9 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
         return Root(prefix, str(root), True)
     if kind in ("hub", None):
         return Root(prefix, spec, False)
+    if kind == "saved" and root:
+        _, colon, split = os.path.basename(spec).partition(":")
+        return Root(prefix, f"{root}{colon}{split}", False)
     # A relative name was meant from where embed ran; a table lies in its own root.
     known = os.path.isabs(spec) or not root
     return Root(prefix, spec if known else os.path.join(str(root), os.path.basename(spec)), False)
@@ -92,8 +95,13 @@ def owner(roots: list[Root], key: str) -> Root:
     return max(fitting, key=lambda root: len(root.prefix))
 
 
-def find_scope(roots: list[Root], wanted: Root) -> Scope | None:
+def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope | None:
     """Where a source lies within the roots of an index; None where it lies in none of them.
+
+    Args:
+        roots: those of the index.
+        wanted: the source.
+        whole: whether all images of its folder are meant.
 
     Raises:
         ArtifactError: a root lies within the source, whose images would be held twice.
@@ -106,7 +114,7 @@ def find_scope(roots: list[Root], wanted: Root) -> Scope | None:
         outer, inner = Path(root.where), Path(wanted.where)
         if inner.is_relative_to(outer):
             return Scope(root, inner.relative_to(outer).as_posix())
-        if outer.is_relative_to(inner):
+        if whole and outer.is_relative_to(inner):
             raise ArtifactError(
                 f"{inner} contains {outer}, whose images the index holds already; build an index "
                 f"of {inner}, or add its other folders one by one"

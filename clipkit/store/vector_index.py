@@ -194,10 +194,20 @@ class VectorIndex:
         best = [n for n in order if rows[n] >= 0][:k]
         return [self._hit(float(scores[n]), int(rows[n])) for n in best]
 
-    def _hit(self, score: float, row: int) -> Hit:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        segment, row = self.segments[number], row - int(self._starts[number])
+    def _hit(self, score: float, place: int) -> Hit:
+        segment, row = self.locate(place)
         return Hit(segment.keys[row].as_py(), score, int(segment.ids[row]))
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Where each of the records stands, int64 [n], counted over all segments."""
+        live = (s.live if s.live is not None else np.ones(s.rows, bool) for s in self.segments)
+        return np.flatnonzero(np.concatenate([*live]))
+
+    def locate(self, place: int) -> tuple[Segment, int]:
+        """The segment of a place, and the row in it."""
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self.segments[number], place - int(self._starts[number])
 
 
 def write_index(

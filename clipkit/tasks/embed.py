@@ -1,6 +1,5 @@
 """Encode images and store their vectors: ``clipkit embed IMAGES --out STORE``."""
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,14 @@ from tqdm import tqdm
 
 from clipkit.data.content import content_hash
 from clipkit.data.images import Decode
-from clipkit.data.sources import Row, Source, open_source, row_source
+from clipkit.data.sources import Row, Source, open_source, row_record, row_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
 from clipkit.model.encode_pairs import encoded_batches
 from clipkit.store.embeddings import EmbeddingStore, StoreWriter
 from clipkit.store.known import KnownVectors
 from clipkit.store.partial import decode_of
-from clipkit.store.shards import Record, Vectors, digest
+from clipkit.store.shards import Vectors, digest
 
 if TYPE_CHECKING:
     from clipkit.model.batches import BatchSize
@@ -122,7 +121,7 @@ class _Walk:
                 self.writer.skip(key, "its key is taken by an earlier image")
                 continue
             self.seen.add(key)
-            record = _record(row)
+            record = row_record(row)
             held = self.writer.done.get(key)
             if held == digest(record):
                 self._advance_unmeasured()
@@ -195,17 +194,3 @@ class _Walk:
             f"{share} images of {self.source.spec} are bad (first {key}: {reason}), allowed is a "
             f"share of {self.skip_limit:.0%}; mend them, `clipkit data check` lists them"
         )
-
-
-def _record(row: Row) -> Record:
-    data, path = row["image"]["bytes"], row["image"]["path"]
-    size, mtime_ns = len(data or b""), 0
-    if data is None and path is not None:
-        try:
-            status = os.stat(path)
-        except OSError:
-            pass  # reading it will fail as well, and say why
-        else:
-            size, mtime_ns = status.st_size, status.st_mtime_ns
-    kept = {name: row[name] for name in ("key", "captions", "label")}
-    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None}

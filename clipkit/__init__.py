@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Answers": "clipkit.model.answers",
     "ClipkitError": "clipkit.errors",
     "EmbeddingStore": "clipkit.store.embeddings",
     "Encoder": "clipkit.model.encoder",
@@ -25,7 +26,9 @@ _HOMES = {
     "build_index": "clipkit.tasks.index",
     "check_data": "clipkit.tasks.check",
     "check_index": "clipkit.tasks.check_index",
+    "classify": "clipkit.tasks.classify",
     "compact_index": "clipkit.tasks.upkeep",
+    "draw_map": "clipkit.tasks.map",
     "embed": "clipkit.tasks.embed",
     "evaluate_retrieval": "clipkit.tasks.evaluate",
     "evaluate_zeroshot": "clipkit.tasks.evaluate",
@@ -34,7 +37,9 @@ _HOMES = {
     "load": "clipkit.model.load",
     "merge_indexes": "clipkit.store.merge",
     "open_source": "clipkit.data.sources",
+    "plot_confusion": "clipkit.tasks.evaluate",
     "plot_runs": "clipkit.tasks.plot",
+    "plot_similarity": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
     "remove_items": "clipkit.tasks.upkeep",
     "sync_index": "clipkit.tasks.sync",
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from clipkit.errors import ClipkitError as ClipkitError
     from clipkit.manifest import Manifest as Manifest
     from clipkit.manifest import ModelRef as ModelRef
+    from clipkit.model.answers import Answers as Answers
     from clipkit.model.classifier import Prediction as Prediction
     from clipkit.model.classifier import ZeroShotClassifier as ZeroShotClassifier
     from clipkit.model.encoder import Encoder as Encoder
@@ -65,11 +71,15 @@ if TYPE_CHECKING:
     from clipkit.store.writer import IndexWriter as IndexWriter
     from clipkit.tasks.check import check_data as check_data
     from clipkit.tasks.check_index import check_index as check_index
+    from clipkit.tasks.classify import classify as classify
     from clipkit.tasks.embed import embed as embed
     from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
     from clipkit.tasks.evaluate import evaluate_zeroshot as evaluate_zeroshot
+    from clipkit.tasks.evaluate import plot_confusion as plot_confusion
     from clipkit.tasks.index import build_index as build_index
+    from clipkit.tasks.map import draw_map as draw_map
     from clipkit.tasks.plot import plot_runs as plot_runs
+    from clipkit.tasks.plot import plot_similarity as plot_similarity
     from clipkit.tasks.search import Searcher as Searcher
     from clipkit.tasks.sync import add_images as add_images
     from clipkit.tasks.sync import sync_index as sync_index

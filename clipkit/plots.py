@@ -1,25 +1,54 @@
-"""Pictures of a run: pure functions from log lines to PNG files."""
+"""Drawings for people: pure functions from numbers to pictures."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
+    from PIL import Image
 
 LogLine = dict[str, Any]
+MOST_NAMED = 60
+"""Classes of a confusion matrix that get their names written."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing that shows itself in a notebook and can be saved.
+
+    Attributes:
+        figure: matplotlib's.
+    """
+
+    figure: "Figure"
+
+    def save(self, file: Path) -> None:
+        """Write it as a PNG."""
+        self.figure.savefig(file, dpi=110, format="png")
+
+    def _repr_png_(self) -> bytes:
+        stream = BytesIO()
+        self.figure.savefig(stream, dpi=110, format="png")
+        return stream.getvalue()
+
+
 _SMOOTHED = 10
 """Lines over which the loss of several runs is averaged."""
 
 
-def plot_run(lines: Sequence[LogLine], file: Path, title: str) -> None:
+def plot_run(lines: Sequence[LogLine], title: str) -> Drawing:
     """Draw the loss and the held-out recall of a run over its steps.
 
     Args:
         lines: the lines of log.jsonl.
-        file: the PNG to write.
         title: what to write above.
     """
     # Imported here because matplotlib takes a second; the object interface keeps no global state.
@@ -46,17 +75,14 @@ def plot_run(lines: Sequence[LogLine], file: Path, title: str) -> None:
         right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    return Drawing(figure)
 
 
-def plot_runs(
-    logs: Mapping[str, Sequence[LogLine]], file: Path, by: Literal["step", "time"]
-) -> None:
+def plot_runs(logs: Mapping[str, Sequence[LogLine]], by: Literal["step", "time"]) -> Drawing:
     """Draw several runs over each other: loss, held-out recall, learning rate, throughput.
 
     Args:
         logs: the lines of log.jsonl of each run, by its name.
-        file: the PNG to write.
         by: what runs to the right: steps, or minutes of training.
     """
     from matplotlib.figure import Figure
@@ -82,23 +108,21 @@ def plot_runs(
         axes.legend(fontsize=7)
     for axes in panels[1:]:
         axes.set_ylim(bottom=0)
-    figure.savefig(file, dpi=110, format="png")
+    return Drawing(figure)
 
 
 def plot_map(
     places: "NDArray[np.float32]",
     clusters: "NDArray[np.int64]",
     names: Sequence[tuple[str, float, float]],
-    file: Path,
     title: str,
-) -> None:
+) -> Drawing:
     """Draw a collection on a plane, coloured by cluster.
 
     Args:
         places: [n, 2]; y runs down, as on the page.
         clusters: [n].
         names: what to write, and where.
-        file: the PNG to write.
         title: what to write above.
     """
     from matplotlib.figure import Figure
@@ -123,7 +147,70 @@ def plot_map(
     axes.set(title=title, aspect="equal")
     axes.invert_yaxis()
     axes.axis("off")
-    figure.savefig(file, dpi=110, format="png")
+    return Drawing(figure)
+
+
+def plot_similarity(
+    cosines: "NDArray[np.float32]", captions: Sequence[str], pictures: "Sequence[Image.Image]"
+) -> Drawing:
+    """Draw how near images and captions are, the pictures above their columns.
+
+    Args:
+        cosines: [captions, images].
+        captions: written beside the rows.
+        pictures: small ones.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = cosines.shape
+    size = (3.5 + 0.9 * columns, 1.6 + 0.45 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(0.9, 0.45 * rows), sharex=True)
+    for column, picture in enumerate(pictures):
+        side = max(picture.size)
+        half = (0.46 * picture.width / side, 0.46 * picture.height / side)
+        corners = (column - half[0], column + half[0], half[1], -half[1])
+        above.imshow(picture, extent=corners, aspect="equal")
+    above.set(xlim=(-0.5, columns - 0.5), ylim=(0.5, -0.5))
+    above.axis("off")
+    below.imshow(cosines, cmap="viridis", aspect="auto")
+    below.set_yticks(range(rows), [shorten(text, 60, placeholder=" …") for text in captions])
+    below.set_xticks([])
+    middle = (float(cosines.min()) + float(cosines.max())) / 2
+    for row in range(rows):
+        for column in range(columns):
+            value = float(cosines[row, column])
+            colour = "white" if value < middle else "black"
+            below.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    return Drawing(figure)
+
+
+def plot_confusion(counts: "NDArray[np.int64]", labels: Sequence[str]) -> Drawing:
+    """Draw which class was taken for which, as shares of each row.
+
+    Args:
+        counts: [classes, classes]: how many items of a class (row) were called each (column).
+        labels: the classes; written where there are at most 60.
+    """
+    from matplotlib.figure import Figure
+
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    side = min(14.0, 3 + 0.3 * len(labels))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="called", ylabel="is")
+    if len(labels) <= MOST_NAMED:
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        axes.set_yticks(range(len(labels)), labels)
+    if len(labels) <= 15:
+        for (row, column), share in np.ndenumerate(shares):
+            if counts[row, column]:
+                colour = "white" if share > 0.5 else "black"
+                text = str(counts[row, column])
+                axes.text(column, row, text, ha="center", va="center", color=colour)
+    figure.colorbar(drawn, label="share of the class", shrink=0.7)
+    return Drawing(figure)
 
 
 def _recall(line: LogLine, direction: str) -> float | None:

@@ -23,7 +23,7 @@ LINES = [
 
 def test_the_curve_is_a_picture_that_depends_on_the_log(tmp_path):
     for name, lines in (("all", LINES), ("start", LINES[:1]), ("empty", [])):
-        plot_run(lines, tmp_path / f"{name}.png", "a run")
+        plot_run(lines, "a run").save(tmp_path / f"{name}.png")
     sizes = set()
     pixels = set()
     for file in tmp_path.glob("*.png"):
@@ -74,7 +74,8 @@ def test_several_runs_in_one_picture(tmp_path, monkeypatch):
     for number, (runs, by) in enumerate(
         [(["a"], "step"), (["a", "b"], "step"), (["a", "b", "b/a"], "time")]
     ):
-        file = plot_runs(runs, tmp_path / "new" / f"{number}.png", by)
+        file = tmp_path / "new" / f"{number}.png"
+        assert plot_runs(runs, file, by)._repr_png_() == file.read_bytes()
         with Image.open(file) as image:
             assert image.format == "PNG"
             pixels.add(image.tobytes())

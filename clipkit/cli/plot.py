@@ -27,4 +27,5 @@ def plot(
     """
     from clipkit.tasks.plot import plot_runs
 
-    print_facts([("picture", plot_runs(runs, out, by.value))])
+    plot_runs(runs, out, by.value)
+    print_facts([("picture", out)])

@@ -4,11 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipkit.data.sources import Row
+from clipkit.data.sources import Row, row_image
+from clipkit.data.thumbnails import thumbnail
+from clipkit.errors import ImageError
 from clipkit.model.classifier import Prediction, ZeroShotClassifier, rank
 from clipkit.model.encoder import Vectors
+from clipkit.pages.cards import gallery
 
 NONE = "none of these"
+MOST_SHOWN = 60
 EVEN = 0.5
 """Judged by itself, a label is shown that is likelier than the generic captions."""
 
@@ -57,6 +61,30 @@ class Answer:
         if self.shows_any is not None:
             asked |= {"shows_any": self.shows_any, "rejected": self.rejected}
         return asked
+
+
+class Answers(list[Answer]):
+    """A list of answers that shows itself as pictures in a notebook."""
+
+    def _repr_html_(self) -> str:
+        items = [
+            (_thumbnail(one), f"{one.label} {one.score:.0%}", _others(one))
+            for one in self[:MOST_SHOWN]
+        ]
+        rest = len(self) - len(items)
+        return gallery("", items) + (f"and {rest} more" if rest > 0 else "")
+
+
+def _thumbnail(answer: Answer) -> bytes | None:
+    try:
+        return thumbnail(row_image({"image": answer.image}))
+    except ImageError:
+        return None
+
+
+def _others(answer: Answer) -> str:
+    others = [one for one in answer.predictions if one.label != answer.label]
+    return " · ".join([answer.key, *(f"{one.label} {one.score:.0%}" for one in others)])
 
 
 def answer_each(

@@ -12,6 +12,7 @@ from clipkit.data.preprocess import Preprocess, as_batch
 from clipkit.manifest import ModelRef
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.tokenizer import CONTEXT, CutReport, tokenize, warn_of_cuts
+from clipkit.pages.cards import card
 
 Vectors = NDArray[np.float32]
 """float32 [n, dim], rows of unit length."""
@@ -39,6 +40,15 @@ class Encoder:
         self.preprocess = preprocess
         convolutional = is_convolutional(network.clip)
         self._layout = torch.channels_last if convolutional else torch.contiguous_format
+
+    def _repr_html_(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.network.parameters())
+        facts = [
+            ("vectors of", f"{self.dim} dimensions"),
+            ("weights", f"{weights / 1e6:.1f} million, on {self.device}"),
+            ("temperature", f"{1 / self.scale:.4f}"),
+        ]
+        return card(f"encoder {self.model}", facts)
 
     @property
     def scale(self) -> float:

@@ -267,7 +267,7 @@ class TrainingLoop:
         model = self._save()
         if model is None:
             return
-        plot_run(self.run.lines(), self.run.path / "curve.png", self.run.path.name)
+        plot_run(self.run.lines(), self.run.path.name).save(self.run.path / "curve.png")
         self.report("finished" if self.finished else "interrupted", findings)
         if self.finished:
             source = {"data": self.config.data.train, "fingerprint": self.loader.source.fingerprint}

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from clipkit import plots
 from clipkit.data.images import Skipped
 from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.data.sources import Source
 from clipkit.data.targets import empty_classes, targets_of
+from clipkit.errors import DataError
 from clipkit.manifest import ModelRef
 from clipkit.metrics import Classified, Estimate, Retrieved
 from clipkit.metrics.measured import (
@@ -22,6 +24,8 @@ from clipkit.model.cached_pairs import cached_pairs
 from clipkit.model.classifier import Classifier, ZeroShotClassifier
 from clipkit.model.encode_pairs import EncodedPairs
 from clipkit.model.encoder import Encoder
+from clipkit.pages.cards import card, table
+from clipkit.pages.parts import bullets
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,14 @@ class Report:
     def metrics(self) -> dict[str, float]:
         """The figures without their intervals."""
         return {name: estimate.value for name, estimate in self.figures.items()}
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}")
+            for name, one in self.figures.items()
+        ]
+        title = f"{self.task} on {self.data}: {self.counts['images']:,} images, {self.model}"
+        return card(title, []) + table(("", "", "95 % interval"), rows) + bullets(self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON; what is no number is None."""
@@ -229,6 +241,23 @@ def evaluate_classifier(
         [empty] if empty else [],
         without,
     )
+
+
+def plot_confusion(report: Report) -> plots.Drawing:
+    """Draw which class a measured classifier took for which.
+
+    Args:
+        report: of ``evaluate_zeroshot`` or ``evaluate_classifier``.
+
+    Raises:
+        DataError: it is the report of a retrieval.
+    """
+    outcome = report.outcome
+    if not isinstance(outcome, Classification):
+        raise DataError(
+            f"a report on {report.task} has no confusion matrix; expected one of evaluate_zeroshot"
+        )
+    return plots.plot_confusion(outcome.found.confusion, outcome.labels)
 
 
 def _known(value: float) -> float | None:

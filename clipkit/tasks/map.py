@@ -60,6 +60,9 @@ class MapSummary:
     unpictured: int
     clusters: list[tuple[str, int]]
 
+    def _repr_png_(self) -> bytes:
+        return self.picture.read_bytes()
+
 
 def draw_map(
     collection: str | Path,
@@ -114,7 +117,8 @@ def draw_map(
     )
     picture = out.with_suffix(".png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    plots.plot_map(places, found, [(g.name, g.x, g.y) for g in groups], picture, page.title)
+    named = [(group.name, group.x, group.y) for group in groups]
+    plots.plot_map(places, found, named, page.title).save(picture)
     write_text(out, render_map(page))
     sizes = [(g.name, g.size) for g in groups]
     return MapSummary(out, picture, len(vectors), manifest.count, pictures.count(""), sizes)

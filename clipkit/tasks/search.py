@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from clipkit.data.images import Decode, Reduction, read_image
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
+from clipkit.store.hits import Hits
 from clipkit.store.query import combined
-from clipkit.store.vector_index import Hit, VectorIndex
+from clipkit.store.vector_index import VectorIndex
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,15 +41,17 @@ class Searcher:
             )
         self.index, self.encoder = index, encoder
 
-    def by_vector(self, vector: NDArray[np.float32], k: int = 10) -> list[Hit]:
-        """The ``k`` items nearest to a vector, float32 [dim]."""
-        return self.index.search(np.asarray(vector)[None], k)[0]
+    def by_vector(self, vector: NDArray[np.float32], k: int = 10, query: str = "") -> Hits:
+        """The ``k`` items nearest to a vector, float32 [dim]; ``query`` says it in words."""
+        root = self.index.manifest.source.get("root")
+        found = self.index.search(np.asarray(vector)[None], k)[0]
+        return Hits(found, query, Path(root) if root else None)
 
-    def by_caption(self, caption: str, k: int = 10) -> list[Hit]:
+    def by_caption(self, caption: str, k: int = 10) -> Hits:
         """The ``k`` items that fit a caption best; raises CaptionError for a blank one."""
         return self.search(caption=caption, k=k)
 
-    def by_image(self, image: "str | Path | Image.Image", k: int = 10) -> list[Hit]:
+    def by_image(self, image: "str | Path | Image.Image", k: int = 10) -> Hits:
         """The ``k`` items most like an image; raises ImageError where it cannot be read."""
         return self.search(image=image, k=k)
 
@@ -57,7 +60,7 @@ class Searcher:
         caption: str | None = None,
         image: "str | Path | Image.Image | None" = None,
         k: int = 10,
-    ) -> list[Hit]:
+    ) -> Hits:
         """The ``k`` items nearest to a caption, an image, or both together.
 
         Two queries add up as unit vectors, and the sum is normalised again.
@@ -77,7 +80,9 @@ class Searcher:
             vectors.append(self._encode(image))
         if not vectors:
             raise DataError("there is nothing to search for, expected a caption, an image or both")
-        return self.by_vector(combined(vectors), k)
+        like = f"like {image}" if isinstance(image, str | Path) else "like a picture"
+        words = [caption or "", like if image is not None else ""]
+        return self.by_vector(combined(vectors), k, ", ".join(filter(None, words)))
 
     def _encode(self, image: "str | Path | Image.Image") -> NDArray[np.float32]:
         """The vector of an image, float32 [dim], read as those of the index were."""

@@ -25,6 +25,8 @@ from clipkit.model.training_data import (
     pair_loader,
     picture_cache,
 )
+from clipkit.pages.cards import card
+from clipkit.pages.parts import bullets
 from clipkit.progress import catch_interrupts, tell
 
 
@@ -52,6 +54,13 @@ class TrainResult:
     cut: CutReport
     skipped: dict[str, str]
     findings: list[str]
+
+    def _repr_html_(self) -> str:
+        state = "finished" if self.finished else "interrupted; resume=True goes on"
+        facts: list[tuple[str, object]] = [("steps", f"{self.step:,}"), ("state", state)]
+        facts += [(name, f"{value:.3f}") for name, value in self.held_out.items()]
+        facts += [("captions cut", self.cut.cut), ("images skipped", len(self.skipped))]
+        return card(f"run {self.run}", facts) + bullets(self.findings)
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResult:

@@ -1,0 +1,48 @@
+"""Hits: what a search found, best first, with the pictures where they are files."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from clipkit.data.images import read_image
+from clipkit.data.thumbnails import thumbnail
+from clipkit.errors import ImageError
+from clipkit.pages.cards import gallery
+from clipkit.store.vector_index import Hit
+
+MOST_SHOWN = 60
+
+
+class Hits(list[Hit]):
+    """A list of hits that shows itself as pictures in a notebook.
+
+    Attributes:
+        query: what was searched for, in words.
+        root: the directory that keys are relative to; None where pictures are in no files.
+    """
+
+    def __init__(self, hits: Iterable[Hit], query: str = "", root: Path | None = None) -> None:
+        super().__init__(hits)
+        self.query, self.root = query, root
+
+    def picture(self, hit: Hit) -> bytes | None:
+        """A small JPEG of a hit; None where its picture is in no file, gone or unreadable."""
+        if self.root is None:
+            return None
+        file = (self.root / hit.key).resolve()
+        # Keys come with the index: they name files below its root, and no others.
+        if not file.is_relative_to(self.root.resolve()) or not file.is_file():
+            return None
+        try:
+            return thumbnail(read_image(file))
+        except ImageError:
+            return None
+
+    def _repr_html_(self) -> str:
+        items = [(self.picture(hit), _score(hit), hit.key) for hit in self[:MOST_SHOWN]]
+        title = f"“{self.query}”" if self.query else f"{len(self)} hits"
+        rest = len(self) - len(items)
+        return gallery(title, items) + (f"and {rest} more" if rest > 0 else "")
+
+
+def _score(hit: Hit) -> str:
+    return f"{hit.score:.3f}"

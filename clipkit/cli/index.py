@@ -19,8 +19,10 @@ from clipkit.cli.output import (
     print_json,
     print_table,
 )
+from clipkit.cli.sizes import parse_size
 
 if TYPE_CHECKING:
+    from clipkit.manifest import ModelRef
     from clipkit.model.encoder import Encoder
     from clipkit.model.query import QueryEncoder
 
@@ -78,7 +80,17 @@ def build(
     source: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
     out: Annotated[Path, typer.Option(help="Directory of the index.")],
     model: Annotated[str | None, typer.Option(help=f"Only for images. {MODEL_HELP}")] = None,
-    spec: Annotated[str, typer.Option(help="FAISS factory string; inner product always.")] = "Flat",
+    spec: Annotated[
+        str,
+        typer.Option(help="FAISS factory string; auto chooses one by what captions find."),
+    ] = "Flat",
+    recall: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --spec auto: recall@10 that is wanted; 0.95."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With --spec auto: the most it may take, such as 500MB.")
+    ] = None,
     decode: Decode = None,
     precision: Precision = None,
 ) -> None:
@@ -87,6 +99,7 @@ def build(
     Images are embedded first, into a store beside the index, which a later build brings up to date.
     """
     from clipkit.store.embeddings import EmbeddingStore
+    from clipkit.store.tune import AUTO, RECALL, Wish
     from clipkit.tasks.index import build_index
 
     embedded = False
@@ -96,7 +109,18 @@ def build(
         embedded = True
         return load_encoder(model, precision)
 
-    index = build_index(source, out, spec=spec, load=load, decode=decode)
+    def load_text(made_by: "ModelRef") -> "Encoder | QueryEncoder":
+        from clipkit.model.query import load_query_encoder
+
+        return load_query_encoder(made_by) or load_maker(made_by, f"{source}", precision)
+
+    if spec != AUTO and (recall is not None or memory is not None):
+        raise typer.BadParameter("--recall and --memory are for --spec auto")
+    most = None if memory is None else parse_size(memory)
+    wish = Wish(RECALL if recall is None else recall, most)
+    index = build_index(
+        source, out, spec=spec, wish=wish, load=load, decode=decode, load_text=load_text
+    )
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
@@ -109,10 +133,23 @@ def build(
             ("index", out),
             ("store", store.path),
             ("vectors", len(index)),
-            ("spec", spec),
+            ("spec", index.spec),
+            *describe_tuning(index.manifest.detail),
             ("model", index.model),
         ]
     )
+
+
+def describe_tuning(detail: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the manifest of an index says of its tuning, as facts."""
+    tuning = detail.get("tuning")
+    if tuning is None:
+        return []
+    found, wanted, asked = tuning["recall"], tuning["wanted"], tuning["source"]
+    if found < wanted:
+        note(f"no spec within the memory reaches recall {wanted}; this one comes closest")
+    facts = f"{found:.3f} of {tuning['queries']} {asked}, {wanted} wanted"
+    return [("recall@10", facts), ("one query", f"{tuning['milliseconds']:.2f} ms")]
 
 
 def search(

@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from clipkit.errors import ArtifactError
 from clipkit.manifest import Manifest
 from clipkit.store.faiss_files import held_vectors, read_index
+from clipkit.store.refine import rescored
 from clipkit.store.select import Searcher
 from clipkit.store.shards import Vectors, conform, widened
 
@@ -114,7 +115,10 @@ class Segment:
         vectors: float32 [rows, dim], exact, in memory or memory-mapped; None in an index of format
             1 with a spec that keeps them only approximately.
         live: bool [rows], False where a row is removed; None where none is.
+        refine: how many candidates FAISS is asked for, in units of k, where ``vectors`` score them.
     """
+
+    refine = 1
 
     def __init__(
         self,
@@ -242,12 +246,11 @@ class Segment:
             queries: float32 [n, dim].
             k: how many, at least 1.
         """
-        scores, rows = self._searcher.search(queries, min(k, self.rows), self.live)
-        if self.parts.vectors is not None and self.vectors is not None:
-            for query, score, row in zip(queries, scores, rows, strict=True):
-                found = row >= 0
-                score[found] = self.vectors[row[found]] @ query
-        return scores, rows
+        wide = min(k * self.refine, self.rows)
+        scores, rows = self._searcher.search(queries, wide, self.live)
+        if self.parts.vectors is None or self.vectors is None:
+            return scores, rows
+        return rescored(rows, self.vectors, queries, min(k, self.rows))
 
 
 def unfit(path: Path, found: str, expected: object) -> ArtifactError:

@@ -7,7 +7,6 @@ files and holds the FAISS factory string and the search-time knobs. ``IndexWrite
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -20,25 +19,15 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.build import Built, Rows, cannot_write, write_segment
 from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.hit import Hit as Hit
 from clipkit.store.partial import EXACT
+from clipkit.store.refine import split_knobs
 from clipkit.store.segments import ID, Segment, parts_of, unfit
 from clipkit.store.shards import SCHEMA, Vectors
 from clipkit.store.spec import default_knobs, set_knobs
 
 ATTEMPTS = 100
 """How often an index that changes while it is opened is opened anew."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """An item found: its key, and its inner product with the query, higher being better.
-
-    ``id`` is the number that the item keeps in its index, whatever becomes of its key.
-    """
-
-    key: str
-    score: float
-    id: int = field(default=-1, compare=False)
 
 
 class VectorIndex:
@@ -265,7 +254,8 @@ def _open_segments(
     ]
     if not segments or sum(map(len, segments)) != manifest.count:
         raise unfit(path, f"{sum(map(len, segments))} vectors", manifest.count)
-    set_knobs(segments[0].index, manifest.detail.get("search", {}))
+    segments[0].refine, knobs = split_knobs(manifest.detail.get("search", {}))
+    set_knobs(segments[0].index, knobs)
     return segments
 
 

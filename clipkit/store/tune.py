@@ -1,0 +1,203 @@
+"""Tune an index with the queries it is for: its spec and search-time knobs by measured recall.
+
+Image vectors make poor test queries: an image lies among images, where a caption lies far from all
+of them, so that knobs at which images find their neighbours find few for captions. Here recall is
+measured for vectors of captions, against exact search.
+"""
+
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.errors import SpecError
+from clipkit.store.exact import Floats, Integers
+from clipkit.store.flat import search_index
+from clipkit.store.refine import REFINE, rescored, split_knobs
+from clipkit.store.spec import parts, set_knobs
+
+AUTO = "auto"
+RECALL = 0.95
+"""Recall@10 that is wanted of an index: of the ten best for a caption, 9.5 are found on average."""
+K = 10
+SMALL = 2**25
+"""Bytes of vectors that exact search walks in about 5 ms; nothing is gained by less."""
+REFINES = (1, 2, 4, 8, 16, 32, 64)
+"""Candidates tried, in units of k."""
+TIMED = 50
+"""Queries that are timed, one by one."""
+Ask = Callable[[Floats, int], Integers]
+"""Queries and k to row numbers, int64 [m, at most k]."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of an index.
+
+    Attributes:
+        recall: recall@10 of text queries.
+        memory: the most bytes it may take in memory; None: half of the machine's. Vectors that stay
+            on disk, of which a search reads a few, do not count.
+    """
+
+    recall: float = RECALL
+    memory: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The memory in bytes."""
+        if self.memory is not None:
+            return self.memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of an index.
+
+    Attributes:
+        recall: share of the exact ten best that were found, mean over the queries.
+        milliseconds: median time of a query asked alone.
+        queries: how many were asked.
+    """
+
+    recall: float
+    milliseconds: float
+    queries: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, rounded for a manifest."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+def measure(ask: Ask, queries: Floats, truth: Integers) -> Measured:
+    """Measure what queries find.
+
+    Args:
+        ask: what is measured.
+        queries: float32 [m, dim], at least one.
+        truth: int64 [m, k], the exact best rows of each.
+    """
+    seconds = []
+    for query in queries[:TIMED]:
+        start = time.perf_counter()
+        ask(query[None], truth.shape[1])
+        seconds.append(time.perf_counter() - start)
+    return Measured(recall(ask, queries, truth), 1000 * float(np.median(seconds)), len(queries))
+
+
+def recall(ask: Ask, queries: Floats, truth: Integers) -> float:
+    """The share of the true best rows that are found."""
+    if not truth.size:
+        return 1.0  # nothing is to be found
+    found = ask(queries, truth.shape[1])
+    # A row number and its query as one number, so that one look-up serves all.
+    base = 1 + max(int(truth.max(initial=0)), int(found.max(initial=0)))
+    own = np.arange(len(queries))[:, None] * base
+    return float(np.isin(own + truth, (own + found)[found >= 0]).mean())
+
+
+def candidates(count: int, dim: int, memory: int) -> list[str]:
+    """Specs for so many vectors that fit the memory, in the order in which they are to be tried.
+
+    The order is that of speed at a recall of 0.95 with vectors like CLIP's, of which
+    ``scripts/bench_index.py --families`` prints the figures. All but ``Flat`` and ``HNSW32`` are
+    refined from disk. RaBitQ is not among them: at equal memory a product quantiser found more.
+
+    Args:
+        count: how many vectors.
+        dim: their width.
+        memory: bytes that the index may take.
+
+    Raises:
+        SpecError: not even the smallest codes fit.
+    """
+    if 4 * dim * count <= min(SMALL, memory):
+        return ["Flat"]
+    lists = 2 ** round(np.log2(4 * count**0.5))
+    coarse = 4 * dim * (lists + 16)  # and the codebooks
+    specs, least = [], coarse
+    for parts_of_row in (dim // 2, dim // 4, dim // 8):
+        # Fast-scan codes stand in blocks of 32 rows, of which each list leaves half a one empty.
+        least = coarse + (count + 16 * lists) * parts_of_row // 2 + 8 * count
+        if least <= memory and dim % parts_of_row == 0:
+            specs += [f"IVF{lists},PQ{parts_of_row}x4fs", f"PQ{parts_of_row}x4fs"]
+            break
+    specs += [
+        spec
+        for spec, row in (("HNSW32", 4 * dim + 272), ("SQ8", dim), ("Flat", 4 * dim))
+        if row * count <= memory
+    ]
+    if not specs:
+        raise SpecError(
+            f"{count} vectors of dimension {dim} take at least {least / 2**20:.0f} MiB of memory, "
+            f"but {memory / 2**20:.0f} MiB are allowed; raise --memory"
+        )
+    return specs
+
+
+def choose_knobs(
+    index: Any, vectors: NDArray[Any] | None, queries: Floats, truth: Integers, wanted: float
+) -> dict[str, int]:
+    """The knobs at which an index answers fastest with the recall wanted, else with its highest.
+
+    For each number of candidates the least effort that reaches the recall is found by bisection,
+    because more effort never finds less; of those the fastest is taken.
+
+    Args:
+        index: a trained and filled FAISS index, whose ids are row numbers.
+        vectors: its exact vectors, float32 [n, dim], where they are not in the index.
+        queries: float32 [m, dim].
+        truth: int64 [m, k], the exact best rows of each.
+        wanted: recall, from 0 to 1.
+    """
+    name, values = effort(index)
+    best: tuple[float, float, dict[str, int]] = (-1.0, 0.0, {})
+    for refine in REFINES if vectors is not None else (1,):
+
+        def settings(place: int, refine: int = refine) -> dict[str, int]:
+            chosen = {REFINE: refine} if vectors is not None else {}
+            return chosen | ({name: values[place]} if name else {})
+
+        def reached(place: int) -> float:
+            knobs = settings(place)
+            return min(wanted, recall(asker(index, vectors, knobs), queries, truth))
+
+        place = bisect_left(range(len(values) - 1), wanted, key=reached)
+        knobs = settings(place)
+        found = measure(asker(index, vectors, knobs), queries, truth)
+        best = max(
+            best, (min(wanted, found.recall), -found.milliseconds, knobs), key=itemgetter(0, 1)
+        )
+    return best[2]
+
+
+def asker(index: Any, vectors: NDArray[Any] | None, knobs: dict[str, int]) -> Ask:
+    """What asks an index with these knobs; they stay set."""
+    refine, own = split_knobs(knobs)
+    set_knobs(index, own)
+
+    def ask(queries: Floats, k: int) -> Integers:
+        if vectors is None:
+            return search_index(index, queries, k)[1]
+        wide = min(k * refine, index.ntotal)
+        return rescored(index.search(queries, wide)[1], vectors, queries, k)[1]
+
+    return ask
+
+
+def effort(index: Any) -> tuple[str | None, list[int]]:
+    """The knob that trades speed for recall, and values to try, ascending; None where none does."""
+    for part in parts(index):
+        if isinstance(part, faiss.IndexIVF):
+            return "nprobe", [2**n for n in range(part.nlist.bit_length() - 1)] + [part.nlist]
+        if isinstance(part, faiss.IndexHNSW):
+            return "efSearch", [16 * 2**n for n in range(8)]
+    return None, [0]

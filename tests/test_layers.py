@@ -23,8 +23,8 @@ HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 TASK_IMPORTS = {("index", "embed")}
 # To sync an index is to update it from each of its folders.
 TASK_IMPORTS |= {("sync", "update")}
-# To compare two models is to evaluate both.
-TASK_IMPORTS |= {("compare", "evaluate")}
+# To compare two models is to evaluate both, a suite is many evaluations.
+TASK_IMPORTS |= {("compare", "evaluate"), ("suite", "evaluate")}
 # The demo is by its nature a walk over all commands.
 TASK_IMPORTS |= {
     ("demo", step)

@@ -1,5 +1,6 @@
 """clipkit eval."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,15 +18,20 @@ from clipkit.cli.output import (
     note_skipped,
     print_facts,
     print_json,
+    print_table,
 )
 
 if TYPE_CHECKING:
+    from clipkit.data.sources import Source
     from clipkit.metrics import Estimate
-    from clipkit.tasks.evaluate import Report
+    from clipkit.model.evaluation import Report
 
 app = typer.Typer(help="Measure a model on data.", no_args_is_help=True)
 Data = Annotated[str, typer.Argument(help=DATA_HELP)]
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+Page = Annotated[
+    Path | None, typer.Option("--report", help="An HTML page to write: tables, plots, pictures.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 SHOWN = 5
 
@@ -43,6 +49,7 @@ def retrieval(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     precision: Precision = None,
+    page: Page = None,
     as_json: Json = False,
 ) -> None:
     """Recall of captions finding images and the reverse.
@@ -63,7 +70,7 @@ def retrieval(
         equal_captions="apart" if apart else "merge",
         progress=not as_json,
     )
-    _print(report, as_json)
+    _print(report, source, page, as_json)
 
 
 @app.command("zeroshot")
@@ -75,6 +82,7 @@ def zeroshot(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     precision: Precision = None,
+    page: Page = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of classifying images that have labels.
@@ -91,10 +99,48 @@ def zeroshot(
     from clipkit.tasks.evaluate import evaluate_classifier
 
     encoder, classifier = choice.load(model, precision)
-    _print(evaluate_classifier(source, encoder, classifier), as_json)
+    report = evaluate_classifier(source, encoder, classifier, progress=not as_json)
+    _print(report, source, page, as_json)
 
 
-def _print(report: "Report", as_json: bool) -> None:
+@app.command("suite")
+def suite(
+    suite: Annotated[Path, typer.Argument(help="TOML with a [[set]] for each data set.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory that results are added to.")] = Path(
+        "results"
+    ),
+    precision: Precision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a set.")] = False,
+) -> None:
+    """Measure a model on many data sets.
+
+    A set has a name, data (also a directory in CLIP_benchmark's WebDataset layout) and a task
+    (zeroshot or retrieval), and may have labels and templates. Results that are there already are
+    not measured again; results.csv and results.parquet hold them all.
+    """
+    from clipkit.data.suite import read_suite
+
+    sets = read_suite(suite)
+
+    from clipkit.tasks.suite import run_suite
+
+    encoder = load_encoder(model, precision)
+    found = run_suite(sets, suite.parent, encoder, out, tell=note, progress=not as_json)
+    if as_json:
+        for record in found:
+            print_json(record)
+        return
+    rows = []
+    for record in found:
+        name, one = next(iter(record["figures"].items()))
+        shown = (f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}")
+        rows.append((record["set"], record["task"], str(record["counts"]["images"]), name, *shown))
+    print_table(("set", "task", "images", "figure", "value", "95 % interval"), rows)
+    note(f"all figures are in {out / 'results.csv'}")
+
+
+def _print(report: "Report", source: "Source", page: Path | None, as_json: bool) -> None:
     first = "; ".join(f"{item.key}: {item.reason}" for item in report.skipped[:SHOWN])
     more = len(report.skipped) - SHOWN
     note_skipped(len(report.skipped), first + (f"; and {more} more" if more > 0 else ""))
@@ -102,6 +148,11 @@ def _print(report: "Report", as_json: bool) -> None:
         note(report.cut)
     for text in report.notes:
         note(text)
+    if page is not None:
+        from clipkit.model.evaluation_page import write_page
+
+        write_page(report, source, page)
+        note(f"the page is {page}")
     if as_json:
         print_json(report.to_dict())
         return

@@ -90,17 +90,22 @@ def check_paths(labels: Sequence[str], where: str) -> None:
         said[words] = label
 
 
-def imagenet_labels() -> list[Label]:
-    """The 1,000 names of ImageNet's classes as open_clip ships them, in their order.
+def literal_labels(names: Sequence[str]) -> list[Label]:
+    """Names of classes as they are, in their order; one that comes again is printed with a number.
 
-    Two names stand for two classes each; the second is printed with its number.
+    Public lists of classes hold names twice (of ImageNet's, "missile" and "sunglasses").
     """
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
     seen: set[str] = set()
     labels = []
-    for number, name in enumerate(IMAGENET_CLASSNAMES):
+    for number, name in enumerate(names):
         shown = f"{name} ({number})" if name.lower() in seen else name
         seen.add(name.lower())
         labels.append(Label([shown], [name]))
     return labels
+
+
+def imagenet_labels() -> list[Label]:
+    """The 1,000 names of ImageNet's classes as open_clip ships them, in their order."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return literal_labels(IMAGENET_CLASSNAMES)

@@ -22,8 +22,8 @@ def cached_pairs(
 ) -> EncodedPairs:
     """What ``encode_pairs`` gives, from the person's cache where the same was encoded before.
 
-    Kept vectors are taken when the fingerprints of model and source, the keys and the captions are
-    all the same, one after the other.
+    Kept vectors are taken when the fingerprints of model and source, the precision, the keys and
+    the captions are all the same, one after the other.
 
     Args:
         encoder: the model.
@@ -35,7 +35,8 @@ def cached_pairs(
         DataError: not one image can be read, or there is no caption where captions are wanted.
     """
     cache = user_cache()
-    name = key_of("pairs", encoder.model.fingerprint, source.fingerprint, with_captions)
+    model = encoder.model
+    name = key_of("pairs", model.fingerprint, model.precision, source.fingerprint, with_captions)
     kept = cache.get(name) if cache else None
     pairs = _restore(kept, source, with_captions) if kept else None
     if pairs is not None:

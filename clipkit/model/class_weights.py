@@ -34,7 +34,7 @@ def class_weights(
     captions = label_captions(labels, templates)
     count = sum(map(len, captions))
     cache = user_cache() if count >= KEPT_FROM else None
-    name = key_of("classes", encoder.model.fingerprint, captions)
+    name = key_of("classes", encoder.model.fingerprint, encoder.model.precision, captions)
     kept = cache.get(name) if cache else None
     if kept is not None:
         return kept.arrays["weights"]

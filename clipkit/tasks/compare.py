@@ -10,13 +10,8 @@ from clipkit.errors import DataError
 from clipkit.metrics.compared import Difference, compare_classification, compare_retrieval
 from clipkit.metrics.measured import EqualCaptions
 from clipkit.model.encoder import Encoder
-from clipkit.tasks.evaluate import (
-    Classification,
-    Report,
-    Retrieval,
-    evaluate_retrieval,
-    evaluate_zeroshot,
-)
+from clipkit.model.evaluation import Classification, Report, Retrieval
+from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zeroshot
 
 ALPHA = 0.05
 """A difference that chance alone makes more rarely than so is called one."""

@@ -87,10 +87,7 @@ async function search() {
     if (number === asked && error.name !== "AbortError") fail(error);
   } finally {
     clearTimeout(slow);
-    if (number === asked) {
-      $("progress").hidden = true;
-      grid.list.classList.remove("stale");
-    }
+    if (number === asked) $("progress").hidden = true;
   }
 }
 
@@ -114,6 +111,7 @@ function fail(error) {
   $("problem").hidden = false;
   $("status").textContent = "";
   $("status").classList.remove("far");
+  grid.list.classList.add("stale"); // what is still shown is no answer to this
 }
 
 // What was found

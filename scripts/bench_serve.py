@@ -1,0 +1,199 @@
+"""Load on `clipkit serve`: 64 connections that search an index of 100,000 vectors for a minute.
+
+Every request asks other words, so that each has to be encoded. The model has random weights; its
+speed is that of its size. Client and server share the machine.
+
+    python scripts/bench_serve.py                      # towers of the size of ViT-B-32
+    python scripts/bench_serve.py --tiny               # hardly any model: the server by itself
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from clipkit.config import parse_config
+from clipkit.model.checkpoint import save_checkpoint
+from clipkit.model.load import load
+from clipkit.model.towers import build_towers
+from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.vector_index import VectorIndex
+
+BASE = {
+    "embed_dim": 512,
+    "vision": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32},
+    "text": {"width": 512, "heads": 8, "layers": 12},
+}
+TINY = {
+    "embed_dim": 512,
+    "vision": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
+    "text": {"width": 32, "heads": 2, "layers": 1},
+}
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "blue",
+    "old",
+    "small",
+    "dog",
+    "cat",
+    "child",
+    "woman",
+    "man",
+    "boat",
+    "tree",
+    "house",
+    "river",
+    "snow",
+    "grass",
+    "field",
+    "car",
+    "horse",
+    "bird",
+    "runs",
+    "sits",
+    "stands",
+    "sleeps",
+    "plays",
+    "jumps",
+    "under",
+    "over",
+    "beside",
+    "behind",
+    "with",
+    "near",
+    "green",
+    "yellow",
+]
+
+
+def make_index(folder: Path, count: int, tiny: bool) -> Path:
+    towers = build_towers(parse_config({"model": TINY if tiny else BASE}).model, 0.07, seed=0)
+    save_checkpoint(folder / "step-1", towers, {"step": 1}, {"step": 1})
+    encoder = load(folder / "step-1")
+    random_rows = np.random.default_rng(0)
+    with EmbeddingStore.create(folder / "store", encoder.model, shard_size=10_000) as writer:
+        for start in range(0, count, 10_000):
+            size = min(10_000, count - start)
+            rows = random_rows.standard_normal((size, encoder.dim), np.float32)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            records = [
+                {
+                    "key": f"{number % 50:02d}/{number:06d}.jpg",
+                    "size": 1,
+                    "mtime_ns": 1,
+                    "captions": [f"caption number {number}"],
+                    "label": f"label {number % 20}",
+                }
+                for number in range(start, start + size)
+            ]
+            writer.append(rows, records)
+        store = writer.finish({"root": str(folder), "kind": "folder", "spec": str(folder)})
+    VectorIndex.build(store, folder / "index")
+    return folder / "index"
+
+
+def start_server(index: Path) -> tuple[subprocess.Popen[str], int]:
+    command = [sys.executable, "-m", "clipkit", "serve", str(index), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    for line in server.stderr:
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            return server, int(found[1])
+    raise SystemExit("the server did not start")
+
+
+async def connection(
+    port: int, until: float, times: list[float], errors: list[str], words: random.Random
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while time.perf_counter() < until:
+        query = "+".join(words.choices(WORDS, k=8))
+        start = time.perf_counter()
+        writer.write(f"GET /search?q={query} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        body = await reader.readexactly(int(length[1])) if length else b""
+        if not head.startswith(b"HTTP/1.1 200") or body.count(b'"rank"') != 60:
+            errors.append(f"{head[:40]!r} {body[:200]!r}")
+        times.append(time.perf_counter() - start)
+    writer.close()
+
+
+async def load_server(
+    port: int, connections: int, seconds: float, seed: int
+) -> tuple[list[float], list[str]]:
+    until = time.perf_counter() + seconds
+    times: list[float] = []
+    errors: list[str] = []
+    await asyncio.gather(
+        *(
+            connection(port, until, times, errors, random.Random(f"{seed} {number}"))
+            for number in range(connections)
+        )
+    )
+    return times, errors
+
+
+def resident(server: "subprocess.Popen[str]") -> float:
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+def processor_seconds(server: "subprocess.Popen[str]") -> float:
+    fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def batches(port: int) -> tuple[float, float]:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    values = (
+        re.search(rf"clipkit_encoder_batch_size_{name} (\S+)", text) for name in ("sum", "count")
+    )
+    captions, calls = (float(value[1]) for value in values)
+    return captions, calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vectors", type=int, default=100_000)
+    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server, port = start_server(make_index(Path(folder), options.vectors, options.tiny))
+        try:
+            asyncio.run(load_server(port, options.connections, 5, seed=0))  # warm
+            before, (old_captions, old_calls) = resident(server), batches(port)
+            start, used = time.perf_counter(), processor_seconds(server)
+            times, errors = asyncio.run(
+                load_server(port, options.connections, options.seconds, seed=1)
+            )
+            took, used = time.perf_counter() - start, processor_seconds(server) - used
+            after, (captions, calls) = resident(server), batches(port)
+        finally:
+            server.terminate()
+            server.wait()
+    p50, p99 = np.percentile(times, [50, 99])
+    print(f"{len(times)} requests in {took:.1f} s over {options.connections} connections")
+    print(f"requests/s        {len(times) / took:.1f}")
+    print(f"p50, p99          {1000 * p50:.0f} ms, {1000 * p99:.0f} ms")
+    print(f"errors            {len(errors)} {errors[:1] or ''}")
+    print(f"processor time    {1000 * used / len(times):.1f} ms a request")
+    print(f"captions per call {(captions - old_captions) / (calls - old_calls):.1f}")
+    print(f"resident          {before:.0f} MiB before, {after:.0f} MiB after")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import pytest
 from toys import COLOURS, png, square, write_squares
 from web_toys import ServedEncoder, build, client, keys, scores
 
+from clipkit.data.label_set import parse_label
 from clipkit.model.classifier import ZeroShotClassifier
 from clipkit.store.query import MINUS
 from clipkit.store.vector_index import VectorIndex
@@ -246,6 +247,16 @@ def test_classification_is_that_of_the_classifier(ask, index):
         found = [one["probabilities"] for one in answer["pictures"]]
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert answer["labels"] == labels
+
+
+def test_labels_may_have_synonyms(ask):
+    labels = ["warm: red, yellow", "cold:  blue ; cyan"]
+    answer = ask.post("/classify", json={"labels": labels, "keys": ["cyan/cyan-0.png"]}).json()
+    assert answer["labels"] == ["warm", "cold"]
+    parsed = [parse_label(label) for label in labels]
+    classifier = ZeroShotClassifier.from_labels(ServedEncoder(), parsed)
+    expected = classifier.probabilities(vector("cyan").astype(np.float32)[None])
+    np.testing.assert_allclose([answer["pictures"][0]["probabilities"]], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def serve(
         app = create_app(current, _thumbs(cache), hosts=hosts, token=token)
         name = f"[{host}]" if ":" in host else host
         query = f"/?token={token}" if token else "/"
+        # A network's first call sets up what all later ones use: not while somebody waits.
+        current.collection.encoder.encode_captions(["white"])
         if on_ready is not None:
             on_ready(f"http://{name}:{socket.getsockname()[1]}{query}", len(current.collection))
         server(app).run(sockets=[socket])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.data.label_set import Label, parse_label
 from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.model.classifier import ZeroShotClassifier
 from clipkit.model.tokenizer import CutReport, tokenize
@@ -111,24 +112,24 @@ class Answerer:
             RequestError: no picture is named, one is not there, or there are too many captions.
             CaptionError: labels or templates that are empty, repeated, or lack the slot.
         """
-        labels = [" ".join(label.split()) for label in asked.labels]
+        labels = [parse_label(text) for text in asked.labels]
         templates = asked.templates or list(DEFAULT_TEMPLATES)
-        if len(labels) * len(templates) > MOST_CAPTIONS:
+        captions = sum(len(label.phrases) for label in labels) * len(templates)
+        if captions > MOST_CAPTIONS:
             raise RequestError(
                 422,
-                f"{len(labels)} labels with {len(templates)} templates make "
-                f"{len(labels) * len(templates)} captions, at most {MOST_CAPTIONS} are encoded; "
-                "name fewer",
+                f"the labels with {len(templates)} templates make {captions} captions, at most "
+                f"{MOST_CAPTIONS} are encoded; name fewer",
             )
         keys: list[str | None] = [*([None] if asked.image else []), *asked.keys]
         if not keys:
             raise RequestError(422, "there is no picture to classify; name keys or an image")
         vectors = [self._upload(collection, asked.image)] if asked.image else []
         vectors += await asyncio.gather(*(self._of_key(collection, key) for key in asked.keys))
-        classifier = await self._classifier(collection, labels, templates)
+        classifier = await self._classifier(collection, labels, asked.labels, templates)
         shares = classifier.probabilities(np.stack(vectors)).tolist()
         return Classification(
-            labels=labels,
+            labels=[str(label) for label in labels],
             templates=templates,
             pictures=[
                 Classified(key=key, probabilities=row)
@@ -159,10 +160,14 @@ class Answerer:
         return await self.vectors.of_picture(collection.encoder, picture)
 
     async def _classifier(
-        self, collection: Collection, labels: Sequence[str], templates: Sequence[str]
+        self,
+        collection: Collection,
+        labels: Sequence[Label],
+        written: Sequence[str],
+        templates: Sequence[str],
     ) -> ZeroShotClassifier:
         encoder = collection.encoder
-        name = (encoder.model.fingerprint, *labels, "", *templates)
+        name = (encoder.model.fingerprint, *written, "", *templates)
         if name not in self._classifiers:
 
             def build() -> ZeroShotClassifier:

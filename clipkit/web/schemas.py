@@ -80,7 +80,11 @@ class Classify(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    labels: list[Annotated[str, Field(max_length=1000)]] = Field(min_length=2, max_length=200)
+    labels: list[Annotated[str, Field(max_length=1000)]] = Field(
+        min_length=2,
+        max_length=200,
+        description="Each a name, or a name and what captions say for it: fox: red fox, vixen.",
+    )
     templates: list[Annotated[str, Field(max_length=1000)]] = Field(
         [], max_length=20, description="Captions with {} where the label goes; none: the usual."
     )

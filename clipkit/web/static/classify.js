@@ -11,7 +11,7 @@ export class Classify {
   constructor(section, keep) {
     this.section = section;
     this.keep = keep;
-    this.labels = area("Labels, one a line", "dog\nbeach\nsnow", "labels");
+    this.labels = area("Labels, one a line", "dog\nbeach\nfox: red fox, vixen", "labels");
     this.prompt = area("Prompts, with {} for the label", "the usual ones", "prompt");
     this.other = area("Compare with other prompts", "none", "other", true);
     this.go = make("button", { type: "submit", className: "main", text: "Classify" });
@@ -66,7 +66,7 @@ export class Classify {
     this.cards.replaceChildren(...answers[0].pictures.map(({ key }, n) => card(
       key, key === null ? "your picture" : names.get(key),
       key === null ? sent(state.image) : thumb(key),
-      labels, answers.map((answer) => answer.pictures[n].probabilities))));
+      answers[0].labels, answers.map((answer) => answer.pictures[n].probabilities))));
     const differ = answers[0].pictures.filter((_, n) => answers.length > 1
       && best(answers[0].pictures[n].probabilities) !== best(answers[1].pictures[n].probabilities));
     const of = `${answers[0].pictures.length} pictures, ${labels.length} labels`;

@@ -15,11 +15,13 @@ from clipkit.errors import DataError
 from clipkit.model.answers import Answer, Answers
 from clipkit.model.classifier import Prediction
 from clipkit.store.hits import Hits
+from clipkit.store.roots import Root, file_of
 from clipkit.store.vector_index import Hit
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
 
+HUB = [Root("", "org/name", False)]
 NASTY = "<img src=x onerror=alert(1)>"
 
 
@@ -50,13 +52,31 @@ def test_hits_show_no_file_outside_their_root(tmp_path):
     (tmp_path / "root").mkdir()
     square("red").save(tmp_path / "secret.png")
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
-    hits = Hits([], root=tmp_path / "root")
-    for key in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+    square("red").save(tmp_path / "root" / "a.png")
+    hits = Hits([], "", [Root("", str(tmp_path / "root"), True)])
+    assert hits.picture(Hit("a.png", 1.0))
+    for key in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png", ""):
         assert hits.picture(Hit(key, 1.0)) is None
 
 
+def test_a_key_is_looked_for_in_its_own_root(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        square("red").save(tmp_path / name / "a.png")
+    (tmp_path / "two" / "table.csv").touch()
+    roots = [
+        Root("", str(tmp_path / "one"), True),
+        Root("second", str(tmp_path / "two" / "table.csv"), False),
+        Root("hub", "org/name", False),
+    ]
+    assert file_of(roots, "a.png") == tmp_path / "one" / "a.png"
+    assert file_of(roots, "second/a.png") == tmp_path / "two" / "a.png"
+    assert file_of(roots, "second/../one/a.png") is None
+    assert file_of(roots, "hub/a.png") is None
+
+
 def test_what_is_shown_is_escaped():
-    hits = Hits([Hit(NASTY, 1.0)], NASTY)
+    hits = Hits([Hit(NASTY, 1.0)], NASTY, HUB)
     picture = {"bytes": None, "path": None}
     answers = Answers([Answer(NASTY, [Prediction(NASTY, NASTY, 0.9)], [], picture)])
     for page in (hits._repr_html_(), answers._repr_html_()):
@@ -65,7 +85,7 @@ def test_what_is_shown_is_escaped():
 
 
 def test_many_hits_are_cut_and_counted():
-    page = Hits([Hit(f"{number}.png", 0.5) for number in range(100)])._repr_html_()
+    page = Hits([Hit(f"{number}.png", 0.5) for number in range(100)], "", HUB)._repr_html_()
     assert page.count("<figure") == 60
     assert "and 40 more" in page
 

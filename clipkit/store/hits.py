@@ -1,12 +1,12 @@
 """Hits: what a search found, best first, with the pictures where they are files."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from clipkit.data.images import read_image
 from clipkit.data.thumbnails import thumbnail
 from clipkit.errors import ImageError
 from clipkit.pages.cards import gallery
+from clipkit.store.roots import Root, file_of
 from clipkit.store.vector_index import Hit
 
 MOST_SHOWN = 60
@@ -17,23 +17,18 @@ class Hits(list[Hit]):
 
     Attributes:
         query: what was searched for, in words.
-        root: the directory that keys are relative to; None where pictures are in no files.
+        roots: where the images of the index lie.
     """
 
-    def __init__(self, hits: Iterable[Hit], query: str = "", root: Path | None = None) -> None:
+    def __init__(self, hits: Iterable[Hit], query: str, roots: list[Root]) -> None:
         super().__init__(hits)
-        self.query, self.root = query, root
+        self.query, self.roots = query, roots
 
     def picture(self, hit: Hit) -> bytes | None:
         """A small JPEG of a hit; None where its picture is in no file, gone or unreadable."""
-        if self.root is None:
-            return None
-        file = (self.root / hit.key).resolve()
-        # Keys come with the index: they name files below its root, and no others.
-        if not file.is_relative_to(self.root.resolve()) or not file.is_file():
-            return None
+        file = file_of(self.roots, hit.key)
         try:
-            return thumbnail(read_image(file))
+            return thumbnail(read_image(file)) if file else None
         except ImageError:
             return None
 

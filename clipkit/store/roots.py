@@ -95,6 +95,23 @@ def owner(roots: list[Root], key: str) -> Root:
     return max(fitting, key=lambda root: len(root.prefix))
 
 
+def file_of(roots: list[Root], key: str) -> Path | None:
+    """The file of a key of the index, links followed; None where it has none, or none any more.
+
+    Keys come with the index: they name files below their own root, and no others.
+    """
+    root = owner(roots, key)
+    if not os.path.isabs(root.where):  # of the hub
+        return None
+    try:
+        # Paths in a table are relative to where it lies.
+        base = Path(root.where if root.folder else os.path.dirname(root.where)).resolve(strict=True)
+        file = (base / key[len(root.key("")) :]).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: links that go in a circle
+        return None
+    return file if file.is_relative_to(base) and file.is_file() else None
+
+
 def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope | None:
     """Where a source lies within the roots of an index; None where it lies in none of them.
 

@@ -24,6 +24,7 @@ from clipkit.manifest import Manifest, read_manifest, write_text
 from clipkit.pages.map import Cluster, MapPage, render_map
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.landscape import cluster, lay_out, name_clusters
+from clipkit.store.roots import file_of, roots_of
 from clipkit.store.shards import Vectors
 from clipkit.store.vector_index import VectorIndex
 
@@ -180,11 +181,9 @@ def _lead(manifest: Manifest, drawn: int, named: bool) -> str:
 
 def _linked(manifest: Manifest, keys: Sequence[str], out: Path) -> list[str]:
     """Addresses of picture files relative to the page; empty where there is no file."""
-    root = manifest.source.get("root")
-    if not root or not Path(root).is_dir():
-        return [""] * len(keys)
-    folder = quote(Path(os.path.relpath(root, out.resolve().parent)).as_posix())
-    return [f"{folder}/{quote(key)}" if Path(root, key).is_file() else "" for key in keys]
+    roots, folder = roots_of(manifest), out.resolve().parent
+    files = [file_of(roots, key) for key in keys]
+    return [quote(Path(os.path.relpath(file, folder)).as_posix()) if file else "" for file in files]
 
 
 def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from clipkit.data.images import Decode, Reduction, read_image
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
 from clipkit.store.hits import Hits
 from clipkit.store.query import combined
+from clipkit.store.roots import roots_of
 from clipkit.store.vector_index import VectorIndex
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ class Searcher:
 
     def by_vector(self, vector: NDArray[np.float32], k: int = 10, query: str = "") -> Hits:
         """The ``k`` items nearest to a vector, float32 [dim]; ``query`` says it in words."""
-        root = self.index.manifest.source.get("root")
         found = self.index.search(np.asarray(vector)[None], k)[0]
-        return Hits(found, query, Path(root) if root else None)
+        return Hits(found, query, roots_of(self.index.manifest))
 
     def by_caption(self, caption: str, k: int = 10) -> Hits:
         """The ``k`` items that fit a caption best; raises CaptionError for a blank one."""

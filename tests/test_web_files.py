@@ -16,6 +16,7 @@ from toys import COLOURS, square, write_squares
 from web_toys import ServedEncoder, application, build, client, keys, running
 
 from clipkit.tasks.index import build_index
+from clipkit.tasks.sync import add_images
 from clipkit.web import files
 from clipkit.web.pictures import EDGE
 from clipkit.web.thumbs import ThumbCache
@@ -168,8 +169,8 @@ def test_keys_that_point_out_of_the_folder_are_not_read(tmp_path):
                 if key in ("own.png", "inside.png"):
                     assert answer.status_code == 200
                 else:
-                    assert answer.status_code == 403
-                    assert "outside of the index's folder" in answer.json()["detail"]
+                    assert answer.status_code == 404
+                    assert "a link leads out of the index's folder" in answer.json()["detail"]
 
 
 def test_a_file_that_became_something_else_is_not_read(index, photos):
@@ -269,3 +270,14 @@ def test_the_program_itself_is_served_and_nothing_beside_it(index):
             assert ask.get(f"/static/{file.name}").content == file.read_bytes()
         for path in ("../app.py", "..%2fapp.py", "%2e%2e/app.py", "", "//etc/passwd"):
             assert ask.get(f"/static/{path}").status_code == 404
+
+
+def test_pictures_of_a_second_folder_are_shown(index, tmp_path):
+    write_squares(tmp_path / "more", per_colour=1)
+    square("cyan", size=20).save(tmp_path / "more" / "red" / "red-0.png")
+    add_images(index, tmp_path / "more", encoder=ServedEncoder())
+    with client(index) as ask:
+        (key,) = {key for key in ask.current.collection.keys if key.endswith("/red/red-0.png")}
+        assert opened(ask.get(f"/thumb/{key}")).size == (20, 20)
+        assert opened(ask.get("/thumb/red/red-0.png")).size == (8, 8)
+        assert ask.get(f"/thumb/{key.split('/')[0]}/../photos/red/red-0.png").status_code == 404

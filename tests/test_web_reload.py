@@ -11,6 +11,7 @@ from clipkit.errors import ArtifactError, ServeError
 from clipkit.manifest import MANIFEST
 from clipkit.tasks.index import build_index
 from clipkit.tasks.serve import serve
+from clipkit.tasks.sync import sync_index
 from clipkit.web import app as application
 from clipkit.web import server
 
@@ -22,7 +23,7 @@ def index(tmp_path):
 
 def grow(index, name="red/new.png"):
     square("red").save(index.with_name("photos") / name)
-    build_index(index.with_name("photos"), index, load=ServedEncoder)
+    assert sync_index(index, encoder=ServedEncoder()).added == 1
 
 
 def test_a_changed_index_takes_over_while_it_is_asked(index, monkeypatch):

@@ -12,6 +12,7 @@ import pyarrow as pa
 from clipkit.manifest import MANIFEST
 from clipkit.model.encoder import Encoder
 from clipkit.model.load import load_ref
+from clipkit.store.roots import Root, roots_of
 from clipkit.store.shards import Vectors
 from clipkit.store.vector_index import Hit, VectorIndex
 from clipkit.web.files import PictureFiles
@@ -39,8 +40,8 @@ class Collection:
         self.records: pa.Table = with_folder(index.records()).combine_chunks()
         self.columns: list[Column] = find_columns(self.records)
         source = index.manifest.source
-        root = images or (Path(source["root"]) if source.get("root") else None)
-        self.files = PictureFiles(root, str(source.get("kind", "folder")))
+        roots = [Root("", str(images.resolve()), True)] if images else roots_of(index.manifest)
+        self.files = PictureFiles(roots, str(source.get("kind", "folder")))
 
     def __len__(self) -> int:
         return len(self.index)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipkit.data.images import read_image
 from clipkit.errors import ImageError
+from clipkit.store.roots import Root, file_of
 from clipkit.web.pictures import as_jpeg, media_type
 from clipkit.web.problems import RequestError
 
@@ -21,33 +22,25 @@ WITHOUT_FILES = {
 
 
 class PictureFiles:
-    """Reads the file of a key below one directory.
+    """Reads the file of a key below the folder it was indexed from.
 
     Args:
-        root: the directory that keys are relative to; None where there is none.
+        roots: those folders.
         kind: of the source that was indexed, for the sentence about a file that is not there.
     """
 
-    def __init__(self, root: Path | None, kind: str = "folder") -> None:
-        self.root = root.resolve() if root is not None else None
-        self._kind = kind
+    def __init__(self, roots: list[Root], kind: str = "folder") -> None:
+        self._roots, self._kind = roots, kind
 
     def path(self, key: str) -> Path:
         """The file of a key, its links followed.
 
         Raises:
-            RequestError: there is none (404), or it lies outside of the directory (403).
+            RequestError: there is none (404), or it lies outside of the key's folder.
         """
-        try:
-            if self.root is None:
-                raise FileNotFoundError
-            path = Path(self.root, key).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):  # RuntimeError: links that go in a circle
-            raise RequestError(404, self._missing(key)) from None
-        if not path.is_relative_to(self.root):
-            raise RequestError(
-                403, f"the file of {key} lies outside of the index's folder and is not shown"
-            )
+        path = file_of(self._roots, key)
+        if path is None:
+            raise RequestError(404, self._missing(key))
         return path
 
     def stamp(self, key: str) -> str:
@@ -99,4 +92,7 @@ class PictureFiles:
         where = WITHOUT_FILES.get(self._kind)
         if where:
             return f"{key} has no file of its own: the pictures of this index lie {where}"
-        return f"the file of {key} is not there any more; bring the index up to date"
+        return (
+            f"the file of {key} is not there any more, or a link leads out of the index's folder; "
+            "bring the index up to date"
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import faiss
 import pyarrow.parquet as pq
-from test_index_writer import MODEL, POOL, QUERIES, make_store, old_index, table, unit_rows
+from test_index_writer import MODEL, POOL, make_store, old_index, table, unit_rows
 
 from clipkit.errors import ClipkitError
 from clipkit.manifest import MANIFEST
@@ -44,7 +44,17 @@ def rebuild(path):
     VectorIndex.build(store, path, "HNSW8", replace=True)
 
 
+def sync(path):
+    # Here, because a process without torch forks in a tenth of the time.
+    from toys import ColourEncoder
+
+    from clipkit.tasks.sync import sync_index
+
+    sync_index(path, encoder=ColourEncoder(), workers=1)
+
+
 VERBS = {
+    "sync": sync,
     "change": change,
     "compact": lambda path: change(path, compact=True),
     "remove": only_remove,
@@ -57,7 +67,8 @@ def state(path):
     """All that an index says, after checking that it is of one piece."""
     index = VectorIndex.open(path)
     assert len(index) == len(index.keys) == len(index.records())
-    answers = [[(hit.key, hit.id) for hit in hits] for hits in index.search(QUERIES, 8)]
+    hits_of = index.search(unit_rows(20, index.dim), 8)
+    answers = [[(hit.key, hit.id) for hit in hits] for hits in hits_of]
     return index.keys, index.spec, answers
 
 
@@ -72,6 +83,20 @@ def prepare(folder):
         writer.commit()
     make_store(folder / "other", POOL[:30])
     old_index(folder / "old", unit_rows(40, MODEL.dim), "Flat")
+
+
+def prepare_sync(folder):
+    """An index of a folder that has changed since; its copies have that folder as their root."""
+    from toys import ColourEncoder, square, write_squares
+
+    from clipkit.tasks.index import build_index
+
+    write_squares(folder / "photos", per_colour=1)
+    build_index(folder / "photos", folder / "synced", spec="HNSW8", load=ColourEncoder)
+    (folder / "photos" / "red" / "red-0.png").unlink()
+    (folder / "photos" / "blue" / "blue-0.png").rename(folder / "photos" / "blue" / "moved.png")
+    square("green", shade=50).save(folder / "photos" / "green" / "new.png")
+    square("cyan", shade=50).save(folder / "photos" / "cyan" / "cyan-0.png")
 
 
 class Killer:
@@ -93,7 +118,7 @@ class Killer:
 
     def _wrap(self, function):
         def wrapped(one, file, *args, **kwargs):
-            self.step(file)
+            self.step(file if isinstance(file, str | Path) else None)
             return function(one, file, *args, **kwargs)
 
         return wrapped
@@ -129,8 +154,8 @@ def killed(verb, path, at):
 
 def main(name, place):
     verb, place = VERBS[name], Path(place)
-    prepare(place / "template")
-    index_name = "old" if name == "change-old" else "index"
+    (prepare_sync if name == "sync" else prepare)(place / "template")
+    index_name = {"change-old": "old", "sync": "synced"}.get(name, "index")
     shutil.copytree(place / "template", place / "done")
     old = state(place / "done" / index_name)
     verb(place / "done" / index_name)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 CRASH = [sys.executable, str(HERE / "crash.py")]
 
 
-@pytest.mark.parametrize("verb", ["change", "compact", "remove", "change-old", "build"])
+@pytest.mark.parametrize("verb", ["change", "compact", "remove", "change-old", "build", "sync"])
 def test_killed_at_every_step_it_is_the_old_index_or_the_new_one(tmp_path, verb):
     done = subprocess.run(
         [*CRASH, "main", verb, tmp_path], capture_output=True, text=True, cwd=HERE

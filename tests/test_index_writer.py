@@ -13,6 +13,7 @@ from toys import records, unit_rows
 
 from clipkit.errors import ArtifactError, SpecError
 from clipkit.manifest import MANIFEST, Manifest, ModelRef, write_json
+from clipkit.store import vector_index
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.shards import SCHEMA
 from clipkit.store.vector_index import Hit, VectorIndex
@@ -130,7 +131,7 @@ def take_step(path, model, kind, count, seed):
 @pytest.mark.parametrize("spec", LEAST)
 @given(steps=STEPS)
 @settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
@@ -215,6 +216,26 @@ def test_columns_of_the_source_survive_whatever_is_done(tmp_path):
         writer.append(POOL[:1], table(["d"], year=["long ago"]))
         writer.commit(compact=True)
     assert len(VectorIndex.open(path)) == 22
+
+
+def test_columns_of_a_store_come_to_the_index(tmp_path):
+    years = [1999, None, 2024, 2025]
+    with EmbeddingStore.create(tmp_path / "store", MODEL, shard_size=2) as writer:
+        rows = [row | {"year": y} for row, y in zip(records(4), years, strict=True)]
+        del rows[1]["year"]
+        writer.append(POOL[:4], rows)
+        writer.append(POOL[4:5], records(1, start=4))
+        store = writer.finish({})
+    assert store.records()["year"].to_pylist() == [*years, None]
+    index = VectorIndex.build(store, tmp_path / "index", "SQ8")
+    assert index.records()["year"].to_pylist() == [*years, None]
+    mixed = [row | {"year": y} for row, y in zip(records(2), (1, "x"), strict=True)]
+    with (
+        pytest.raises(ArtifactError, match="columns year .*one type"),
+        EmbeddingStore.create(tmp_path / "other", MODEL) as writer,
+    ):
+        writer.append(POOL[:2], mixed)
+        writer.finish({})
 
 
 @pytest.mark.parametrize("spec", ["Flat", "HNSW8", "SQ8"])
@@ -322,6 +343,35 @@ def test_a_reader_keeps_what_it_opened(tmp_path):
     assert reader.search(QUERIES, 5) == answers
     assert reader.keys == store.keys
     assert np.concatenate([rows for rows, _ in reader.shards()]).shape == (60, DIM)
+
+
+@pytest.mark.parametrize("change", ["compact", "build"])
+def test_what_changes_while_it_is_opened_is_opened_as_it_is_then(tmp_path, monkeypatch, change):
+    store, path = make_store(tmp_path / "store", unit_rows(60, DIM)), tmp_path / "index"
+    VectorIndex.build(store, path, "SQ8")
+    other = make_store(tmp_path / "other", POOL[:30])
+    real, times = vector_index._open_segments, []
+
+    def changing(place, manifest, held=None):
+        """Open, but let another writer come after the manifest was read."""
+        times.append(manifest.count)
+        if len(times) == 1:
+            monkeypatch.setattr(vector_index, "_open_segments", real)
+            if change == "build":
+                VectorIndex.build(other, path, "SQ8", replace=True)
+            else:
+                with IndexWriter(path) as writer:
+                    writer.remove(store.keys[30:])
+                    writer.commit(compact=True)
+            monkeypatch.setattr(vector_index, "_open_segments", changing)
+        return real(place, manifest, held)
+
+    monkeypatch.setattr(vector_index, "_open_segments", changing)
+    index = VectorIndex.open(path)
+    assert times == [60, 30]
+    assert len(index) == len(index.keys) == 30
+    wanted = POOL[:30] if change == "build" else unit_rows(60, DIM)[:30]
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in index.shards()]), wanted)
 
 
 @pytest.mark.parametrize("name", ["vectors.npy", "dead-000001-0.npy", "index-000002.faiss"])

@@ -4,9 +4,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from clipkit.store.shards import SCHEMA, Record, Vectors, write_shard
+from clipkit.store.shards import Record, Vectors, as_table, write_shard
 
 
 class ShardWriter:
@@ -74,5 +73,4 @@ class ShardWriter:
         del self._vectors[:rows], self._records[:rows]
 
     def _write(self, number: int, vectors: list[Vectors], records: list[Record]) -> None:
-        table = pa.Table.from_pylist(records, SCHEMA)
-        write_shard(self._folder, number, np.stack(vectors), table)
+        write_shard(self._folder, number, np.stack(vectors), as_table(records))

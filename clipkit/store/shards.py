@@ -124,6 +124,24 @@ def widened(*schemas: pa.Schema) -> pa.Schema:
         ) from None
 
 
+def as_table(records: list[Record]) -> pa.Table:
+    """Records as a table: the columns of ``SCHEMA``, then whatever else they have.
+
+    Raises:
+        ArtifactError: a column holds values of two types.
+    """
+    more = sorted({name for record in records for name in record} - set(SCHEMA.names))
+    try:
+        rest = pa.Table.from_pylist([{name: r.get(name) for name in more} for r in records])
+        return pa.Table.from_pylist(records, widened(rest.schema) if more else SCHEMA)
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ArtifactError(
+            f"the columns {', '.join(more)} of the records cannot be stored ({reason}), expected "
+            "values of one type in each; convert them"
+        ) from None
+
+
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns of ``schema`` from a table, null where it has none."""
     columns = [

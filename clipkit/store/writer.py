@@ -147,6 +147,9 @@ class IndexWriter:
             ArtifactError: a key would be held twice, or the disk is full; nothing has changed.
             SpecError: ``compact``, and too few rows are left to train on.
         """
+        given, changed = self.index.manifest.source, self._added or not self._unchanged()
+        if not (compact or changed or source not in (None, given)):
+            return self.index
         self._refuse_twins()
         detail = dict(self.index.manifest.detail)
         detail["generation"] = detail.get("generation", 0) + 1
@@ -154,7 +157,7 @@ class IndexWriter:
         try:
             parts = self._write(detail, compact)
             count = sum(one.rows - one.removed for one in parts)
-            source = self.index.manifest.source if source is None else source
+            source = given if source is None else source
             detail["segments"] = [one.to_dict() for one in parts]
             manifest = Manifest("index", self.index.model, count, source, detail)
             sync_tree(self.path)
@@ -166,6 +169,10 @@ class IndexWriter:
             self._sweep()
         self._begin(self.index.renewed())
         return self.index
+
+    def _unchanged(self) -> bool:
+        segments = zip(self.index.segments, self._live, strict=True)
+        return all(live is segment.live for segment, live in segments)
 
     def _write(self, detail: dict[str, Any], compact: bool) -> list[Parts]:
         """Write the files of the next state, and into ``detail`` what becomes of the index."""

@@ -73,6 +73,7 @@ class Update:
         self.delta = writer.path.with_name(f".{writer.path.name}.delta")
         self._seen: set[str] = set()
         self._unreadable: set[str] = set()
+        self._fingerprint: dict[str, str] = {}
 
     def encode(
         self, source: Source, encoder: "Encoder | None", workers: int | str
@@ -105,6 +106,8 @@ class Update:
             for key in delta.done.keys() - wanted:
                 delta.forget(key)
             self._note_skipped(source)
+            if self.scope == Scope(self.roots[0]):
+                self._fingerprint = {"fingerprint": source.fingerprint}
             return delta.finish({})
 
     def _rows(
@@ -263,8 +266,8 @@ class Update:
             self.writer.append(np.asarray(vectors), table.append_column(ID, pa.array(ids, ID.type)))
         self.changes.removed = len(gone) - self.changes.renamed
         self.writer.remove_rows(self.held.places(out))
-        source = with_roots(self.writer.index.manifest.source, self.roots)
-        self.writer.commit(source=source)
+        source = {**self.writer.index.manifest.source, **self._fingerprint}
+        self.writer.commit(source=with_roots(source, self.roots))
 
     def _id(self, record: Record, lost: dict[str, list[int]], out: list[int]) -> int | None:
         """The id that an image has had so far, None for a new one; ``out`` takes its old row."""

@@ -23,6 +23,7 @@ from clipkit.model.encoder import Encoder
 from clipkit.model.load import load
 
 WAYS: tuple[Decode, Decode] = ("exact", "fast")
+PART = 50  # photos read and encoded at a time
 
 
 def read(encoder: Encoder, photo: bytes, decode: Decode) -> tuple[np.ndarray, float]:
@@ -32,13 +33,10 @@ def read(encoder: Encoder, photo: bytes, decode: Decode) -> tuple[np.ndarray, fl
     return encoder.preprocess.pixels(picture, decode), time.thread_time() - start
 
 
-def encoded(
-    encoder: Encoder, photos: list[bytes], side: int
-) -> tuple[dict[str, np.ndarray], dict[str, float], float]:
-    """Vectors and milliseconds a photo of both ways, and megabytes a photo."""
-    vectors: dict[str, list[np.ndarray]] = {way: [] for way in WAYS}
-    seconds = dict.fromkeys(WAYS, 0.0)
-    size = 0
+def encode_part(
+    encoder: Encoder, photos: list[bytes], side: int, first: int
+) -> dict[str, np.ndarray]:
+    """Vectors of some photos by both ways, seconds and bytes a photo."""
 
     def prepare(job: tuple[int, bytes]) -> tuple[int, list[tuple[np.ndarray, float]]]:
         number, photo = job
@@ -46,19 +44,29 @@ def encoded(
         return len(large), [read(encoder, large, way) for way in WAYS]
 
     with ThreadPoolExecutor(2) as pool:
-        for start in range(0, len(photos), 64):
-            jobs = enumerate(photos[start : start + 64], start)
-            done = list(pool.map(prepare, jobs))
-            size += sum(length for length, _ in done)
-            for place, way in enumerate(WAYS):
-                pixels = [found[place][0] for _, found in done]
-                vectors[way].append(encoder.encode_images(as_batch(pixels)))
-                seconds[way] += sum(found[place][1] for _, found in done)
-    return (
-        {way: np.concatenate(parts) for way, parts in vectors.items()},
-        {way: 1000 * total / len(photos) for way, total in seconds.items()},
-        size / len(photos) / 1e6,
-    )
+        done = list(pool.map(prepare, enumerate(photos, first)))
+    part: dict[str, np.ndarray] = {"bytes": np.array([size for size, _ in done])}
+    for place, way in enumerate(WAYS):
+        pixels = as_batch([found[place][0] for _, found in done])
+        part[way] = encoder.encode_images(pixels)
+        part[f"{way} seconds"] = np.array([found[place][1] for _, found in done])
+    return part
+
+
+def encoded(
+    encoder: Encoder, photos: list[bytes], size: str, kept: Path | None
+) -> dict[str, np.ndarray]:
+    """What ``encode_part`` gives, of all photos."""
+    parts = []
+    for first in range(0, len(photos), PART):
+        file = kept / f"{size}-{first}.npz" if kept else None
+        if file and file.exists():
+            parts.append(dict(np.load(file)))
+            continue
+        parts.append(encode_part(encoder, photos[first : first + PART], SIDES[size], first))
+        if file:
+            np.savez(file, **parts[-1])
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def main() -> None:
@@ -68,7 +76,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--sizes", nargs="*", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--keep", type=Path, help="where vectors lie, to go on when cut off")
     options = parser.parse_args()
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
     rows = pq.read_table(options.pairs).slice(0, options.photos).to_pylist()
     encoder = load(options.model)
     texts = [(number, text) for number, row in enumerate(rows) for text in row["captions"]]
@@ -77,12 +88,14 @@ def main() -> None:
     photos = [row["image"]["bytes"] for row in rows]
     print(f"{len(photos)} photos, {len(texts)} captions, {encoder.model}")
     for size in options.sizes:
-        vectors, cost, megabytes = encoded(encoder, photos, SIDES[size])
-        cosine = (vectors["exact"] * vectors["fast"]).sum(axis=1)
-        recall = {way: retrieval_recall(vectors[way], captions, owners) for way in WAYS}
+        found = encoded(encoder, photos, size, options.keep)
+        cosine = (found["exact"] * found["fast"]).sum(axis=1)
+        recall = {way: retrieval_recall(found[way], captions, owners) for way in WAYS}
+        cost = {way: 1000 * found[f"{way} seconds"].mean() for way in WAYS}
         print(
-            f"\n{size}: {megabytes:.2f} MB a photo; read in {cost['exact']:.1f} ms exactly, "
-            f"{cost['fast']:.1f} ms fast; cosine mean {cosine.mean():.5f}, least {cosine.min():.4f}"
+            f"\n{size}: {found['bytes'].mean() / 1e6:.2f} MB a photo; read in {cost['exact']:.1f} "
+            f"ms exactly, {cost['fast']:.1f} ms fast; cosine mean {cosine.mean():.5f}, least "
+            f"{cosine.min():.4f}"
         )
         for name, exact in recall["exact"].items():
             fast = recall["fast"][name]

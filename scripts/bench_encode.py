@@ -6,12 +6,14 @@ python scripts/bench_encode.py ../shared/data/flickr8k-224-dev.parquet \
 All three encode the same JPEG files with the same ViT-B-32 of random weights, saved once. Each is a
 process that loads the model and encodes a few photos first; then they take turns, and a turn is
 timed from the folder of photos to vectors in hand (open_clip) or on disk (the others).
-clip-retrieval 2.45 pins other versions, so it lives in an environment of its own; without
---clip-retrieval it is left out. Last, the towers alone are compared, on pictures decoded before,
-with the peak of matrix products measured here.
+clip-retrieval 2.45 pins other versions, so it lives in an environment of its own
+(`pip install clip-retrieval==2.45.0 "setuptools<70"`) and is left out without --clip-retrieval.
+Last, the towers alone are compared, on pictures decoded before, with the peak of matrix products
+measured here.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -146,15 +148,18 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            env=dict(os.environ),
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            if name == "clip-retrieval"
+            else None,
         )
 
     def order(self, what: str, folder: Path) -> tuple[int, float]:
         """Have something done; returns its number and the seconds it took."""
         self.turns += 1
         out = self.scratch / f"{self.name}-{self.turns}"
-        self.process.stdin.write(json.dumps([what, str(folder), str(out)]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([what, str(folder), str(out)]) + "\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith(MARK):
                 number, seconds = json.loads(line.removeprefix(MARK))

@@ -52,7 +52,8 @@ def test_every_format_in_one_folder(tmp_path):
 @pytest.fixture
 def formats(monkeypatch):
     """Sets which formats there are, and forgets afterwards what a plugin registered."""
-    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    readers = {name: reader for name, reader in Image.OPEN.items() if name != "HEIF"}
+    monkeypatch.setattr(Image, "OPEN", readers)
     monkeypatch.setattr(Image, "ID", list(Image.ID))
     images._formats.cache_clear()
     yield monkeypatch

@@ -26,6 +26,7 @@ from clipkit.cli import (
     map,
     plot,
     probe,
+    readable,
     serve,
     tokenize,
     train,
@@ -71,6 +72,7 @@ index.app.command("sync")(upkeep.sync)
 index.app.command("compact")(upkeep.compact)
 index.app.command("merge")(upkeep.merge)
 index.app.command("check")(upkeep.check)
+index.app.command("calibrate")(readable.calibrate)
 app.add_typer(index.app, name="index")
 app.command("search")(index.search)
 app.command("classify")(classify.classify)

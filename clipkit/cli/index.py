@@ -17,12 +17,11 @@ from clipkit.cli.output import (
     note_skipped,
     print_facts,
     print_json,
-    print_table,
 )
+from clipkit.cli.readable import describe_calibration, describe_tuning, load_text, print_hits
 from clipkit.cli.sizes import parse_size
 
 if TYPE_CHECKING:
-    from clipkit.manifest import ModelRef
     from clipkit.model.encoder import Encoder
     from clipkit.model.query import QueryEncoder
 
@@ -109,17 +108,18 @@ def build(
         embedded = True
         return load_encoder(model, precision)
 
-    def load_text(made_by: "ModelRef") -> "Encoder | QueryEncoder":
-        from clipkit.model.query import load_query_encoder
-
-        return load_query_encoder(made_by) or load_maker(made_by, f"{source}", precision)
-
     if spec != AUTO and (recall is not None or memory is not None):
         raise typer.BadParameter("--recall and --memory are for --spec auto")
     most = None if memory is None else parse_size(memory)
     wish = Wish(RECALL if recall is None else recall, most)
     index = build_index(
-        source, out, spec=spec, wish=wish, load=load, decode=decode, load_text=load_text
+        source,
+        out,
+        spec=spec,
+        wish=wish,
+        load=load,
+        decode=decode,
+        load_text=lambda model: load_text(model, source),
     )
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
@@ -135,21 +135,10 @@ def build(
             ("vectors", len(index)),
             ("spec", index.spec),
             *describe_tuning(index.manifest.detail),
+            *describe_calibration(index.calibration),
             ("model", index.model),
         ]
     )
-
-
-def describe_tuning(detail: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the manifest of an index says of its tuning, as facts."""
-    tuning = detail.get("tuning")
-    if tuning is None:
-        return []
-    found, wanted, asked = tuning["recall"], tuning["wanted"], tuning["source"]
-    if found < wanted:
-        note(f"no spec within the memory reaches recall {wanted}; this one comes closest")
-    facts = f"{found:.3f} of {tuning['queries']} {asked}, {wanted} wanted"
-    return [("recall@10", facts), ("one query", f"{tuning['milliseconds']:.2f} ms")]
 
 
 def search(
@@ -164,6 +153,7 @@ def search(
     """Find images by text, by image, or by both together."""
     if query is None and image is None:
         raise typer.BadParameter("name a query, an --image, or both")
+    from clipkit.store.calibration import GOOD
     from clipkit.store.vector_index import VectorIndex
 
     opened = VectorIndex.open(index)
@@ -180,10 +170,11 @@ def search(
     hits = searcher.search(caption=query, image=image, k=k)
     if as_json:
         for rank, hit in enumerate(hits, 1):
-            print_json({"rank": rank, "score": hit.score, "key": hit.key})
+            chance = {} if hit.probability is None else {"probability": hit.probability}
+            print_json({"rank": rank, "score": hit.score, **chance, "key": hit.key})
     else:
-        print_table(
-            ("rank", "score", "key"),
-            [(str(rank), f"{hit.score:.3f}", hit.key) for rank, hit in enumerate(hits, 1)],
-        )
+        print_hits(hits)
+    best = hits[0].probability if hits else None
+    if best is not None and best < GOOD:
+        note(f"no good match: the best hit is what was asked for with a probability of {best:.0%}")
     note(f"answered by {opened.model}")

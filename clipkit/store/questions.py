@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from clipkit.data.queries import choose_queries, nonsense
+from clipkit.manifest import MANIFEST, ArtifactWriter, read_manifest, write_json
+from clipkit.store.calibration import Calibration, calibrate
 from clipkit.store.exact import Floats, Integers
+from clipkit.store.vector_index import VectorIndex
 
 Encode = Callable[[Sequence[str]], Floats]
 """Captions to unit vectors float32 [m, dim], by the model of the index."""
@@ -37,3 +41,29 @@ def make_questions(tables: Iterable[pa.Table], encode: Encode) -> Questions:
     rows = np.array(chosen.rows, np.int64)
     count = len(chosen.captions)
     return Questions(vectors[:count], rows, vectors[count:], chosen.source)
+
+
+def write_calibration(path: str | Path, questions: Questions) -> Calibration:
+    """Make an index's scores readable: its calibration is written into its manifest, in one step.
+
+    Args:
+        path: the index, of at least one image.
+        questions: captions of its own images, or generic ones.
+
+    Raises:
+        ArtifactError: no index, damaged, without vectors, or another process is writing it.
+    """
+    path = Path(path)
+    with ArtifactWriter(path, "index", replace=True):
+        index = VectorIndex.open(path)
+        found = calibrate(
+            questions.captions,
+            questions.rows,
+            questions.nonsense,
+            lambda: (vectors for vectors, _ in index.shards()),
+            questions.source,
+        )
+        manifest = read_manifest(path, "index")
+        manifest.detail["calibration"] = found.to_dict()
+        write_json(path / MANIFEST, manifest.to_dict())
+    return found

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.build import Built, Rows, cannot_write, write_segment
+from clipkit.store.calibration import Calibration
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.hit import Hit as Hit
 from clipkit.store.partial import EXACT
@@ -110,6 +111,12 @@ class VectorIndex:
     def decode(self) -> str:
         """How its pictures were read, "exact" or "fast"; one that is searched for is read so."""
         return str(self.manifest.detail.get("decode", EXACT))
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """How its scores become probabilities; None where that was not found out."""
+        raw = self.manifest.detail.get("calibration")
+        return None if raw is None else Calibration.from_dict(raw, self.dim)
 
     def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
         """Vectors, float32 [m, dim], and records of its rows, a bounded number at a time.

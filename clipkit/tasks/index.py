@@ -9,7 +9,7 @@ from clipkit.errors import ArtifactError, ModelError
 from clipkit.manifest import ArtifactWriter, is_complete, partial_path, read_manifest
 from clipkit.store.auto import build_tuned
 from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.questions import make_questions
+from clipkit.store.questions import make_questions, write_calibration
 from clipkit.store.shards import shard_numbers
 from clipkit.store.spec import new_index
 from clipkit.store.tune import AUTO, Wish
@@ -71,7 +71,9 @@ def build_index(
         )
     tables = (table for _, table in store.shards())
     questions = make_questions(tables, load_text(store.model).encode_captions)
-    return build_tuned(store, out, questions, wish, replace=True)
+    build_tuned(store, out, questions, wish, replace=True)
+    write_calibration(out, questions)
+    return VectorIndex.open(out)
 
 
 def _is_ours(path: Path) -> bool:

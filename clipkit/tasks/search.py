@@ -1,5 +1,6 @@
 """Search images by caption, by image, or by both: ``clipkit search INDEX "a red bicycle"``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -63,7 +64,8 @@ class Searcher:
     ) -> Hits:
         """The ``k`` items nearest to a caption, an image, or both together.
 
-        Two queries add up as unit vectors, and the sum is normalised again.
+        Two queries add up as unit vectors, and the sum is normalised again. Hits of a caption
+        alone have a probability where the index is calibrated.
 
         Raises:
             CaptionError: a blank caption.
@@ -82,7 +84,20 @@ class Searcher:
             raise DataError("there is nothing to search for, expected a caption, an image or both")
         like = f"like {image}" if isinstance(image, str | Path) else "like a picture"
         words = [caption or "", like if image is not None else ""]
-        return self.by_vector(combined(vectors), k, ", ".join(filter(None, words)))
+        vector = combined(vectors)
+        hits = self.by_vector(vector, k, ", ".join(filter(None, words)))
+        # An image scores far above any caption: its scores would all be certainties.
+        return hits if image is not None else self._with_probabilities(hits, vector)
+
+    def _with_probabilities(self, hits: Hits, vector: NDArray[np.float32]) -> Hits:
+        """The hits of a caption with their probabilities, where the index can tell them."""
+        calibration = self.index.calibration
+        scores = np.array([hit.score for hit in hits], np.float32)
+        chances = calibration.probabilities(vector, scores) if calibration else None
+        if chances is not None:
+            told = zip(hits, chances.tolist(), strict=True)
+            hits[:] = [replace(hit, probability=chance) for hit, chance in told]
+        return hits
 
     def _encode(self, image: "str | Path | Image.Image") -> NDArray[np.float32]:
         """The vector of an image, float32 [dim], read as those of the index were."""

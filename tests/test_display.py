@@ -90,6 +90,13 @@ def test_many_hits_are_cut_and_counted():
     assert "and 40 more" in page
 
 
+def test_probabilities_are_shown_where_they_are_known():
+    hits = Hits([Hit("a", 0.3, probability=0.91), Hit("b", 0.2, probability=0.2)], "fox", HUB)
+    assert "91%" in hits._repr_html_()
+    assert "no good match" not in hits._repr_html_()
+    assert "“fox”: no good match" in Hits(hits[1:], "fox", HUB)._repr_html_()
+
+
 def test_an_encoder_answers_and_a_report_show_themselves(tiny_checkpoint, tmp_path):
     for colour in ("red", "green"):
         for number in range(3):

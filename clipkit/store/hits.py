@@ -6,6 +6,7 @@ from clipkit.data.images import read_image
 from clipkit.data.thumbnails import thumbnail
 from clipkit.errors import ImageError
 from clipkit.pages.cards import gallery
+from clipkit.store.calibration import GOOD
 from clipkit.store.roots import Root, file_of
 from clipkit.store.vector_index import Hit
 
@@ -35,9 +36,12 @@ class Hits(list[Hit]):
     def _repr_html_(self) -> str:
         items = [(self.picture(hit), _score(hit), hit.key) for hit in self[:MOST_SHOWN]]
         title = f"“{self.query}”" if self.query else f"{len(self)} hits"
+        best = max((hit.probability for hit in self if hit.probability is not None), default=None)
+        if best is not None and best < GOOD:
+            title += ": no good match"
         rest = len(self) - len(items)
         return gallery(title, items) + (f"and {rest} more" if rest > 0 else "")
 
 
 def _score(hit: Hit) -> str:
-    return f"{hit.score:.3f}"
+    return f"{hit.score:.3f}" if hit.probability is None else f"{hit.probability:.0%}"

@@ -12,6 +12,13 @@ from torch import Tensor
 from clipkit.data.images import Decode, Reduction, largest_reduction
 from clipkit.data.resample import Pixels, resize
 
+SPARE = 2
+"""How many times as large as needed a picture is read at least.
+
+Read as small as needed, photos of 2 megapixels came to vectors of cosine 0.996 with the exact ones,
+and of 12 to 0.998; read twice as large, to 0.9995, in 7.9 ms where they took 6.5, and in 32 where
+they took 27. Exactly they take 23 ms and 115.
+"""
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -52,14 +59,14 @@ class Preprocess:
         """How much smaller a picture may be read; None: not at all.
 
         Args:
-            decode: "fast" reads JPEGs at the smallest size that need not be enlarged.
+            decode: "fast" reads pictures at the smallest size that leaves ``SPARE`` for resizing.
         """
         if decode == "exact":
             return None
 
         def factor(width: int, height: int) -> int:
             new_height, new_width = self._resized(width, height)
-            return largest_reduction(min(width / new_width, height / new_height))
+            return largest_reduction(min(width / new_width, height / new_height) / SPARE)
 
         return factor
 

@@ -244,6 +244,33 @@ def test_scrolling_shows_the_rest(page, address):
     assert page.text_content("#end") == "All 160 pictures are shown."
 
 
+def test_a_list_without_end_ends_with_advice(page, address):
+    def shorter(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "most_hits": 120})
+
+    page.route("**/info", shorter)
+    page.goto(f"{address}/?q=red")
+    wait_for(page, "red", 3)
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    page.wait_for_function("() => document.querySelectorAll('.tile').length === 120")
+    text = page.text_content("#end")
+    assert text.startswith("These are the first 120 of 160 pictures. More words or a filter")
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    time.sleep(0.3)
+    assert page.locator(".tile").count() == 120
+
+
+def test_nothing_found_is_said(page, address):
+    page.goto(f"{address}/?q=red&where=label%3Dviolet")
+    page.wait_for_selector("#status:not(:empty)")
+    assert page.text_content("#status") == "No picture with this filter."
+    assert page.locator(".tile").count() == 0
+    page.goto(f"{address}/?q=red&where=colour%3Dviolet")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "there is no column 'colour'" in page.text_content("#problem-text")
+
+
 def test_columns_choose_pictures(page, address):
     page.goto(f"{address}/?q=red")
     page.click("#filter-button")

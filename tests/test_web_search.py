@@ -1,19 +1,24 @@
 """The HTTP API against what the same searches give in Python."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from toys import COLOURS, png, square, write_squares
+from PIL import Image
+from toys import COLOURS, png, soft, square, write_squares
 from web_toys import ServedEncoder, build, client, keys, scores
 
 from clipkit.data.label_set import parse_label
+from clipkit.manifest import MANIFEST
 from clipkit.model.classifier import ZeroShotClassifier
+from clipkit.store.calibration import Calibration
 from clipkit.store.query import MINUS
 from clipkit.store.vector_index import VectorIndex
 from clipkit.store.writer import IndexWriter
 from clipkit.tasks.embed import embed
+from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
 from clipkit.web.collection import Collection
 from clipkit.web.problems import RequestError
@@ -76,6 +81,36 @@ def test_words_are_taken_away(ask):
     by_key = dict(zip(keys(answer), scores(answer), strict=True))
     for key, of_it in squares.items():
         assert by_key[key] == pytest.approx(query @ of_it / np.linalg.norm(query), abs=1e-6)
+
+
+@pytest.fixture
+def calibrated(tmp_path):
+    """An index whose scores are probabilities: above 0.5 from a margin of 0.6 on."""
+    path = build(tmp_path)
+    index = VectorIndex.open(path)
+    background = np.mean([index_vector for index_vector, _ in index.shards()], axis=(0, 1))
+    calibration = Calibration(background, (10.0, -6.0), 0.9, 0.05, 100, "captions")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["detail"]["calibration"] = calibration.to_dict()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def test_hits_of_words_have_a_probability_and_no_good_match_is_said(calibrated, monkeypatch):
+    searcher = Searcher(VectorIndex.open(calibrated), ServedEncoder())
+    with client(calibrated) as ask:
+        assert ask.get("/info").json()["calibrated"] is True
+        for offset in (0, 5):
+            body = ask.get("/search", params={"q": "red", "offset": offset, "limit": 5}).json()
+            expected = [hit.probability for hit in searcher.by_caption("red", k=24)]
+            found = [hit["probability"] for hit in body["hits"]]
+            np.testing.assert_allclose(found, expected[offset : offset + 5], atol=1e-6)
+            assert body["matched"] is True
+        monkeypatch.setattr("clipkit.web.answers.GOOD", 0.999)
+        assert ask.get("/search", params={"q": "red"}).json()["matched"] is False
+        for other in ({"like": "red/red-0.png"}, {"q": "red", "minus": "blue"}, {}):
+            body = ask.get("/search", params=other).json()
+            assert (body["matched"], body["hits"][0]["probability"]) == (None, None)
 
 
 def test_opposites_are_refused(ask):
@@ -301,3 +336,21 @@ def test_a_query_of_a_thousand_words_says_what_is_not_read(ask):
     (note,) = answer.json()["notes"]
     assert note.startswith("The words after the first 75 tokens are not read: word word")
     assert ask.get("/search", params={"q": "a" * 10_001}).status_code == 422
+
+
+def test_a_picture_is_read_as_those_of_the_index_were(tmp_path):
+    write_squares(tmp_path / "photos")
+    photo = Image.fromarray(soft(160, 120))
+    photo.save(tmp_path / "photos" / "photo.jpg")
+    photo.rotate(90, expand=True).save(tmp_path / "other.jpg")
+    for decode in ("exact", "fast"):
+        index = build_index(
+            tmp_path / "photos", tmp_path / decode, load=ServedEncoder, decode=decode
+        )
+        searcher = Searcher(VectorIndex.open(index.path), ServedEncoder())
+        with client(index.path) as ask:
+            data = (tmp_path / "other.jpg").read_bytes()
+            answer = ask.post("/search", content=data, params={"limit": 17})
+            expected = searcher.by_image(tmp_path / "other.jpg", k=17)
+            assert keys(answer) == [hit.key for hit in expected]
+            np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-6)

@@ -15,6 +15,7 @@ from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.model.classifier import ZeroShotClassifier
 from clipkit.model.tokenizer import CutReport, tokenize
 from clipkit.store import vector_index
+from clipkit.store.calibration import GOOD
 from clipkit.store.query import combined
 from clipkit.web.batching import Batcher
 from clipkit.web.collection import Collection
@@ -70,8 +71,8 @@ class Answerer:
 
     async def take(self, collection: Collection, data: bytes) -> str:
         """Read and encode a picture that was handed in; returns the name to search for it by."""
-        picture, jpeg = await self.work.read_upload(data)
-        vector = await self.vectors.of_picture(collection.encoder, picture)
+        pixels, jpeg = await self.work.run(lambda: collection.read_upload(data))
+        vector = await self.vectors.of_picture(collection.encoder, pixels)
         return self.uploads.keep(data, Upload(vector, collection.encoder.model.fingerprint, jpeg))
 
     async def search(self, collection: Collection, search: Search) -> Answer:
@@ -86,6 +87,7 @@ class Answerer:
         total = len(collection) if rows is None else int(np.count_nonzero(rows))
         query = await self._query(collection, search)
         stop = min(search.offset + search.limit, MOST_HITS)
+        chances = None
         if query is None:
             hits = _listed(collection, rows, search.offset, stop)
         elif search.offset >= stop or not total:
@@ -93,13 +95,15 @@ class Answerer:
         else:
             # The pictures that were named are no news.
             k = _rounded(stop + len(search.like))
-            found = await self._searches(_Wanted(collection, query, k, tuple(search.where), rows))
-            hits = [(h.key, h.score) for h in found if h.key not in search.like]
-            hits = hits[search.offset : stop]
+            wanted = _Wanted(collection, query, k, tuple(search.where), rows)
+            found = [hit for hit in await self._searches(wanted) if hit.key not in search.like]
+            if _is_caption(search):
+                chances = collection.probabilities(query, found)
+            hits = [(hit.key, hit.score) for hit in found[search.offset : stop]]
         return Answer(
-            hits=_shown(collection, hits, search.offset),
+            hits=_shown(collection, hits, chances, search.offset),
             total=total,
-            matched=None,
+            matched=max(chances) >= GOOD if chances else None,
             image=search.image,
             notes=_unread(search),
             milliseconds=1000 * (time.perf_counter() - start),
@@ -156,8 +160,8 @@ class Answerer:
         vector = collection.vector(key)
         if vector is not None:
             return vector
-        picture = await self.work.read_picture(collection.files, key)
-        return await self.vectors.of_picture(collection.encoder, picture)
+        pixels = await self.work.run(lambda: collection.read(key))
+        return await self.vectors.of_picture(collection.encoder, pixels)
 
     async def _classifier(
         self,
@@ -218,7 +222,10 @@ def _listed(
 
 
 def _shown(
-    collection: Collection, hits: Sequence[tuple[str, float | None]], offset: int
+    collection: Collection,
+    hits: Sequence[tuple[str, float | None]],
+    chances: Sequence[float] | None,
+    offset: int,
 ) -> list[Hit]:
     records = collection.described([key for key, _ in hits])
     own = ("key", "size", "mtime_ns", "captions", "label", "content_hash", "id")
@@ -227,13 +234,19 @@ def _shown(
             rank=offset + n,
             key=key,
             score=score,
-            probability=None,
+            probability=chances[offset + n - 1] if chances else None,
             captions=[text[:MOST_LETTERS] for text in record["captions"] or []],
             label=record["label"],
             more={name: _plain(value) for name, value in record.items() if name not in own},
         )
         for n, ((key, score), record) in enumerate(zip(hits, records, strict=True), 1)
     ]
+
+
+def _is_caption(search: Search) -> bool:
+    """Whether words alone are searched for: the scores of nothing else are calibrated."""
+    more = search.image or search.like or search.unlike or any(map(str.strip, search.minus))
+    return bool(search.q.strip()) and not more
 
 
 def _plain(value: Any) -> str | int | float | bool | None:

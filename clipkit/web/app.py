@@ -183,7 +183,7 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
         """A picture as it is in its file; one that browsers do not show, as a JPEG."""
         collection = service.collection
         collection.row(key)
-        data, kind = await service.work.shown(collection.files, key)
+        data, kind = await service.work.run(lambda: collection.files.shown(key))
         # A picture needs nothing, and opened by itself it gets nothing.
         return _picture(data, kind, {"content-security-policy": "default-src 'none'; sandbox"})
 
@@ -213,7 +213,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def info() -> Info:
         """What is served."""
         collection = service.collection
-        manifest = collection.index.manifest
+        manifest, calibration = collection.index.manifest, collection.index.calibration
         return Info(
             name=service.current.path.name,
             count=len(collection),
@@ -222,7 +222,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             created=manifest.created,
             clipkit=__version__,
             pictures=collection.has_pictures,
-            calibrated=False,
+            calibrated=calibration is not None and calibration.informative,
             columns=[ColumnInfo(**asdict(column)) for column in collection.columns],
             most_hits=MOST_HITS,
             largest_upload=MAX_UPLOAD,

@@ -4,20 +4,23 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
+from clipkit.data.images import Decode, read_image
+from clipkit.data.resample import Pixels
 from clipkit.manifest import MANIFEST
 from clipkit.model.encoder import Encoder
 from clipkit.model.load import load_ref
 from clipkit.store.roots import Root, roots_of
 from clipkit.store.shards import Vectors
 from clipkit.store.vector_index import Hit, VectorIndex
-from clipkit.web.files import PictureFiles
+from clipkit.web.files import PictureFiles, readable
 from clipkit.web.filters import Column, Rows, find_columns, with_folder
 from clipkit.web.problems import RequestError
+from clipkit.web.uploads import read_upload
 from clipkit.web.vectors import Vector
 
 _LOOKED_AT = 20
@@ -79,6 +82,39 @@ class Collection:
                 return np.asarray(segment.vectors[row], np.float32)
             row -= len(segment)
         raise AssertionError("a row beyond the last segment")
+
+    def probabilities(self, query: Vector, hits: Sequence[Hit]) -> list[float] | None:
+        """The probability that each hit is what a caption tells of; None where that is not known.
+
+        Args:
+            query: float32 [dim], the caption's vector.
+            hits: of it.
+        """
+        calibration = self.index.calibration
+        scores = np.array([hit.score for hit in hits], np.float32)
+        found = calibration.probabilities(query, scores) if calibration else None
+        return None if found is None else found.tolist()
+
+    def read(self, key: str) -> Pixels:
+        """The picture of a key, ready for the model, read as those of the index were.
+
+        Raises:
+            RequestError: its file is not there (404) or no picture (415).
+        """
+        preprocess, decode = self.encoder.preprocess, cast(Decode, self.index.decode)
+        data = self.files.read(key)
+        picture = readable(key, lambda: read_image(data, preprocess.reduction(decode)))
+        return preprocess.pixels(picture, decode)
+
+    def read_upload(self, data: bytes) -> tuple[Pixels, bytes]:
+        """The same of a picture that was handed in, and a thumbnail of it, a JPEG.
+
+        Raises:
+            RequestError: it is no picture (415), or has too many pixels (413).
+        """
+        preprocess, decode = self.encoder.preprocess, cast(Decode, self.index.decode)
+        picture, jpeg = read_upload(data, preprocess.reduction(decode))
+        return preprocess.pixels(picture, decode), jpeg
 
     def described(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """The records of some keys, as plain data."""

@@ -2,14 +2,17 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from clipkit.data.images import read_image
 from clipkit.errors import ImageError
 from clipkit.store.roots import Root, file_of
-from clipkit.web.pictures import as_jpeg, media_type
+from clipkit.web.pictures import as_jpeg, media_type, thumbnail
 from clipkit.web.problems import RequestError
 
+Result = TypeVar("Result")
 MAX_FILE = 256 << 20
 """Bytes of the largest file that is read: decoding runs two at a time, so this bounds memory."""
 WITHOUT_FILES = {
@@ -19,6 +22,14 @@ WITHOUT_FILES = {
     "saved": "inside a saved data set",
     "hub": "in a data set of the hub",
 }
+
+
+def readable(key: str, read: Callable[[], Result]) -> Result:
+    """What ``read`` returns; raises RequestError (415) where it meets no picture."""
+    try:
+        return read()
+    except ImageError as error:
+        raise RequestError(415, f"{key} cannot be read, it {error}") from None
 
 
 class PictureFiles:
@@ -83,10 +94,12 @@ class PictureFiles:
         kind = media_type(data)
         if kind is not None:
             return data, kind
-        try:
-            return as_jpeg(read_image(data)), "image/jpeg"
-        except ImageError as error:
-            raise RequestError(415, f"{key} cannot be shown, it {error}") from None
+        return as_jpeg(readable(key, lambda: read_image(data))), "image/jpeg"
+
+    def thumbnail(self, key: str) -> bytes:
+        """A small JPEG of a key; raises as ``shown``."""
+        data = self.read(key)
+        return readable(key, lambda: thumbnail(data))
 
     def _missing(self, key: str) -> str:
         where = WITHOUT_FILES.get(self._kind)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clipkit.data.images import read_image
+from clipkit.data.images import Reduction, read_image
 from clipkit.errors import ImageError
 from clipkit.web.pictures import as_jpeg, shrink
 from clipkit.web.problems import RequestError
@@ -37,28 +37,32 @@ class _TooManyError(ImageError):
     """More pixels than are read."""
 
 
-def read_upload(data: bytes) -> tuple[Image.Image, bytes]:
+def read_upload(data: bytes, reduction: Reduction | None = None) -> tuple[Image.Image, bytes]:
     """The picture that was handed in, and a thumbnail of it, a JPEG.
+
+    Args:
+        data: a picture file's content.
+        reduction: how much smaller it may be read; None: not at all.
 
     Raises:
         RequestError: it is no picture that can be read (415), or has too many pixels (413).
     """
+
+    def checked(width: int, height: int) -> int:
+        """Told the size before any pixel is decoded, which is when to refuse."""
+        if width * height > MAX_PIXELS:
+            raise _TooManyError(
+                f"has {width} x {height} pixels, at most {MAX_PIXELS // 10**6} million are read; "
+                "make it smaller"
+            )
+        return reduction(width, height) if reduction else 1
+
     try:
-        picture = read_image(data, _checked)
+        picture = read_image(data, checked)
     except ImageError as error:
         status = 413 if isinstance(error, _TooManyError) else 415
         raise RequestError(status, f"the picture cannot be searched with, it {error}") from None
     return picture, as_jpeg(shrink(picture))
-
-
-def _checked(width: int, height: int) -> int:
-    """Told the size before any pixel is decoded, which is when to refuse."""
-    if width * height > MAX_PIXELS:
-        raise _TooManyError(
-            f"has {width} x {height} pixels, at most {MAX_PIXELS // 10**6} million are read; "
-            "make it smaller"
-        )
-    return 1
 
 
 class Uploads:

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from clipkit.data.preprocess import as_batch
+from clipkit.data.resample import Pixels
 from clipkit.model.encoder import Encoder
 from clipkit.model.tokenizer import CutReport
 from clipkit.web.batching import Batcher
@@ -37,9 +38,9 @@ class Vectors:
         """The vector of each caption; what exceeds 77 tokens is not read."""
         return list(await asyncio.gather(*(self._caption(encoder, text) for text in captions)))
 
-    async def of_picture(self, encoder: Encoder, picture: Image.Image) -> Vector:
-        """The vector of an RGB picture."""
-        vector: Vector = await self._batcher((encoder, picture))
+    async def of_picture(self, encoder: Encoder, pixels: Pixels) -> Vector:
+        """The vector of a picture, uint8 [height, width, 3] as the model's preprocessing gives."""
+        vector: Vector = await self._batcher((encoder, pixels))
         return vector
 
     async def run(self, encoder: Encoder, work: Callable[[], Result]) -> Result:
@@ -68,7 +69,7 @@ class Vectors:
         for encoder in {id(encoder): encoder for encoder, _ in items}.values():
             mine = [n for n, item in enumerate(items) if item[0] is encoder]
             captions = [n for n in mine if isinstance(items[n][1], str)]
-            pictures = [n for n in mine if isinstance(items[n][1], Image.Image)]
+            pictures = [n for n in mine if isinstance(items[n][1], np.ndarray)]
             if captions:
                 texts = list(dict.fromkeys(items[n][1] for n in captions))
                 found = encoder.encode_captions(texts, report=CutReport())
@@ -76,7 +77,7 @@ class Vectors:
                 for n in captions:
                     results[n] = found[texts.index(items[n][1])]
             if pictures:
-                found = encoder.encode_images([items[n][1] for n in pictures])
+                found = encoder.encode_images(as_batch([items[n][1] for n in pictures]))
                 self._on_batch(len(pictures))
                 for n, vector in zip(pictures, found, strict=True):
                     results[n] = vector

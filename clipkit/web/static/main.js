@@ -331,8 +331,10 @@ async function start() {
   }
   $("collection").textContent = `${info.name} · ${pictures(info.count)}`;
   showFilters();
-  if (answer && !info.pictures) showAnswer();
-  else if (answer) showEnd();
+  if (!answer) return;
+  if (info.pictures) showEnd();
+  else showAnswer();
+  if (nearEnd()) more();
 }
 
 start();

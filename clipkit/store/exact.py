@@ -1,9 +1,10 @@
 """Exact search that is fast: blocks of rows through one matrix product, and a running top-k.
 
-FAISS's ``Flat`` walks the rows once for each query. Here a block of rows meets all queries in one
-product of NumPy's BLAS, and only scores that reach a query's k-th best so far are looked at again,
-which after the first block are few. No more than a block of rows and its scores is held at a time,
-so that memory-mapped vectors of any number are searched in the same memory.
+FAISS's ``Flat`` walks the rows once for each query until there are about 250 of them (of 512
+dimensions). Here a block of rows meets all queries in one product of NumPy's BLAS, and only scores
+that reach a query's k-th best so far are looked at again, which after the first block are few. No
+more than a block of rows and its scores is held at a time, so that memory-mapped vectors of any
+number are searched in the same memory.
 
 A BLAS rounds the scores of equal rows differently, depending on where in a block they stand and on
 how many queries are asked at once. The scores that are looked at again are therefore computed anew
@@ -53,6 +54,8 @@ def search_exact(
         raise ArtifactError(f"k is {k}, expected at least 1; ask for one hit or more")
     queries = np.ascontiguousarray(queries, np.float32)
     best = _Best(len(queries), k)
+    # Held on to: fresh memory for each product costs a tenth of it.
+    room = np.empty(SCORES, np.float32)
     start = 0
     for array in blocks:
         if array.ndim != 2 or array.shape[1] != queries.shape[1]:
@@ -64,7 +67,7 @@ def search_exact(
         if array.dtype != np.float32:
             at_once = ROWS  # they are converted, block by block
         for block in _split(array, max(at_once, 2 * CROWD * k)):
-            _search_block(queries, block, start, best)
+            _search_block(queries, block, start, best, room)
             start += len(block)
     kept = min(k, start)
     return best.scores[:, :kept], best.rows[:, :kept]
@@ -140,20 +143,30 @@ class _Best:
         self.scores[touched], self.rows[touched] = scores[order[first]], rows[order[first]]
 
 
-def _search_block(queries: Floats, block: NDArray[Any], start: int, best: _Best) -> None:
-    """Let a block's rows, numbered from ``start``, compete for the best of every query."""
+def _search_block(
+    queries: Floats, block: NDArray[Any], start: int, best: _Best, room: Floats
+) -> None:
+    """Let a block's rows, numbered from ``start``, compete for the best of every query.
+
+    ``room`` is where their scores go, float32 [SCORES].
+    """
     block = np.asarray(block, np.float32)
     step = max(1, min(QUERIES, SCORES // len(block)))
     for first in range(0, len(queries), step):
         part = queries[first : first + step]
-        scores = block @ part.T  # [rows, queries]: half the time of the product the other way round
+        size = len(block) * len(part)
+        place = (room[:size] if size <= len(room) else np.empty(size, np.float32)).reshape(
+            len(block), len(part)
+        )
+        # [rows, queries]: of few queries half the time of the product the other way round.
+        scores = np.matmul(block, part.T, out=place)
         # The most that float32 sums are off (Higham 2002, §3.1), for rows of unit length.
         slack = block.shape[1] * np.float32(2**-24) * np.linalg.norm(part, axis=1)
         floor = best.scores[first : first + step, -1] - slack
-        survivors = np.flatnonzero(scores >= floor)
-        if len(survivors) > CROWD * best.k * len(part):
-            floor = np.maximum(floor, _bound(scores, best.k) - 2 * slack)
-            survivors = np.flatnonzero(scores >= floor)
+        alive = scores >= floor
+        if np.count_nonzero(alive) > CROWD * best.k * len(part):
+            alive = scores >= np.maximum(floor, _bound(scores, best.k) - 2 * slack)
+        survivors = np.flatnonzero(alive)
         if len(survivors):
             row, query = np.divmod(survivors, len(part))
             again = [

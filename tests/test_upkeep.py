@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 from test_index_writer import DIM, QUERIES, make_store, unit_rows
 
 from clipkit.cli import main
@@ -63,3 +64,44 @@ def test_the_commands_print_what_they_did(index, monkeypatch, capsys):
     assert "no item 'item-00004.png'" in err
     assert run(monkeypatch, capsys, "index", "remove", index)[0] == 2
     assert run(monkeypatch, capsys, "index", "compact", index / "none")[0] == 1
+
+
+def test_add_and_sync_from_the_command_line(
+    colour_folder, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    index = tmp_path / "index"
+    words = ("index", "build", colour_folder, "--out", index, "--model", tiny_checkpoint)
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    (colour_folder / "red-0.png").rename(colour_folder / "rouge.png")
+    (colour_folder / "red-0.txt").rename(colour_folder / "rouge.txt")
+    (colour_folder / "red-1.png").unlink()
+    Image.new("RGB", (40, 30), (9, 99, 9)).save(colour_folder / "new.png")
+    (colour_folder / "bad.png").write_bytes(b"none")
+    code, out, err = run(monkeypatch, capsys, "index", "sync", index, "--json")
+    assert (code, json.loads(out)) == (
+        0,
+        {
+            "added": 1,
+            "changed": 0,
+            "renamed": 1,
+            "removed": 1,
+            "unchanged": 10,
+            "encoded": 1,
+            "prefix": "",
+            "skipped": 1,
+        },
+    )
+    assert "skipped bad.png" in err
+    more = tmp_path / "more"
+    more.mkdir()
+    Image.new("RGB", (40, 30), (200, 9, 199)).save(more / "red-0.png")
+    code, out, _ = run(monkeypatch, capsys, "index", "add", index, more)
+    assert code == 0
+    assert ["added", "1"] in [line.split() for line in out.splitlines()]
+    assert ["prefix", "more"] in [line.split() for line in out.splitlines()]
+    keys = VectorIndex.open(index).keys
+    assert {"rouge.png", "new.png", "more/red-0.png"} <= set(keys)
+    assert run(monkeypatch, capsys, "index", "check", index)[0] == 0
+    code, _, err = run(monkeypatch, capsys, "index", "sync", index, tmp_path / "nowhere")
+    assert code == 1
+    assert "does not exist" in err

@@ -9,6 +9,7 @@ import numpy as np
 
 from clipkit.errors import ArtifactError
 from clipkit.store.build import sealed
+from clipkit.store.exact import search_exact
 from clipkit.store.shards import UNIT_TOLERANCE, Vectors
 from clipkit.store.vector_index import VectorIndex
 
@@ -131,7 +132,7 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
         start += len(vectors)
     sample = np.concatenate(parts)
     k = min(K, len(index))
-    exact = _best_scores(index, sample, k)
+    exact, _ = search_exact(sample, (vectors for vectors, _ in index.shards()), k)
     first = found = 0
     for hits, key, best in zip(index.search(sample, k), keys, exact, strict=True):
         reached = [hit for hit in hits if hit.score >= best[-1] - EQUAL]
@@ -139,15 +140,6 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
         # A copy of an image may stand before it.
         first += any(hit.key == key or hit.score >= best[0] - EQUAL for hit in hits[:1])
     report.found, report.recall = first / len(sample), found / (k * len(sample))
-
-
-def _best_scores(index: VectorIndex, queries: Vectors, k: int) -> Vectors:
-    """The scores of the ``k`` best of all vectors, float32 [n, k], best first."""
-    best = np.full((len(queries), k), -np.inf, np.float32)
-    for vectors, _ in index.shards():
-        scores = np.concatenate([best, queries @ vectors.T], axis=1)
-        best = np.partition(scores, -k, axis=1)[:, -k:]
-    return np.asarray(-np.sort(-best, axis=1))
 
 
 def _advice(index: VectorIndex, report: IndexReport, behind: int) -> Iterator[str]:

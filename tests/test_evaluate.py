@@ -1,6 +1,7 @@
 """Measuring a model: captions shared by images, copies, labels without images, comparisons."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from toys import unit_rows
 
 import clipkit
+from clipkit.cli import main
 from clipkit.config import parse_config
 from clipkit.data.sources import open_source
 from clipkit.errors import CaptionError, DataError, ModelMismatchError
@@ -97,10 +99,27 @@ def test_copies_in_the_gallery_are_told_and_tie(encoder, colour_folder):
         (colour_folder / f"copy-{number}.txt").write_text(f"copy number {number}")
     report = evaluate_retrieval(open_source(colour_folder), encoder, progress=False)
     assert report.counts["equal_images"] == 3
-    assert "3 images have the vector of an earlier one" in report.notes[1]
+    assert "images with the vector of an earlier one: 3" in report.notes[1]
     asked = [report.outcome.texts.index(f"copy number {number}") for number in range(3)]
     found = report.outcome.found["text_to_image"]
     assert (found.ranks[np.isin(found.queries, asked)] >= 3).all()
+
+
+def test_captions_without_an_image_are_told(encoder, colour_folder):
+    (colour_folder / "red-0.png").unlink()
+    (colour_folder / "deep").mkdir()
+    (colour_folder / "deep" / "notes.txt").write_text("no image lies here")
+    report = evaluate_retrieval(open_source(colour_folder), encoder, progress=False)
+    assert report.notes[0] == (
+        "texts without an image beside them, which are not asked: 1 (red-0.txt)"
+    )
+    assert report.counts["images"] == 11
+    table = colour_folder / "t.csv"
+    table.write_text("filepath,caption\nred-1.png,one\nblue-1.png,two\nred-0.png,three\n")
+    report = evaluate_retrieval(open_source(table), encoder, progress=False)
+    assert [item.key for item in report.skipped] == ["red-0.png"]
+    assert "cannot be opened" in report.skipped[0].reason
+    assert report.outcome.texts == ["one", "two"]
 
 
 def test_labels_without_images_and_images_without_a_label_are_told(encoder, albums):
@@ -112,7 +131,7 @@ def test_labels_without_images_and_images_without_a_label_are_told(encoder, albu
     labels = [*LABELS, "yellow", "grey"]
     report = evaluate_zeroshot(open_source(table), encoder, labels, progress=False)
     assert [item.reason for item in report.skipped] == ["has no label"]
-    assert report.notes[0].startswith("2 of 5 labels have no image (yellow, grey)")
+    assert report.notes[0].startswith("labels without an image: 2 of 5 (yellow, grey)")
     assert (report.counts["images"], report.counts["classes"]) == (29, 5)
     with pytest.raises(DataError, match=r"not among --labels: blue \(1 in all\)"):
         evaluate_zeroshot(open_source(albums), encoder, ["red", "green"], progress=False)
@@ -219,6 +238,31 @@ def test_a_verdict_says_what_the_numbers_say(encoder, stranger, albums, colour_f
     assert found.headline.difference.value == pytest.approx(-again.headline.difference.value)
     assert found.headline.p == again.headline.p
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_compare_on_the_command_line(
+    tiny_checkpoint, stranger, albums, colour_folder, monkeypatch, capsys
+):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        assert not end.value.code, printed.err
+        return printed.out
+
+    models = ["compare", tiny_checkpoint, stranger.model.name]
+    names = (str(tiny_checkpoint), stranger.model.name)
+    encoders = (clipkit.load(tiny_checkpoint), stranger)
+    wanted = compare_retrievals(open_source(colour_folder), encoders, names, progress=False)
+    found = json.loads(run(*models, "--data", colour_folder, "--json"))
+    assert found["verdict"] == wanted.verdict
+    assert found["headline"]["p"] == wanted.headline.p
+    assert [row["name"] for row in found["figures"]] == [row.name for row in wanted.rows]
+    lines = run(*models, "--data", albums, "--labels", ",".join(LABELS)).splitlines()
+    assert lines[0].split()[0] == "figure"
+    assert lines[1].split()[0] == "top1"
+    assert "top1 is" in lines[-1]
 
 
 def test_a_label_that_does_not_fit_is_refused(encoder):

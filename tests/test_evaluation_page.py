@@ -81,7 +81,7 @@ def test_the_page_of_a_retrieval(run, colour_folder, tiny_checkpoint, tmp_path):
     assert "&lt;b&gt;not bold" in html
     assert "red-2.png: has no caption" in text
     assert page.images  # of captions whose image is far down
-    assert "captions equal an earlier one" in text
+    assert "captions equal to an earlier one" in text
 
 
 def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):
@@ -99,7 +99,7 @@ def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):
     text = " ".join(page.text)
     top1 = float(told["top1"].split()[0])
     assert f"{top1:.1%} are right; guessing would reach 25.0%" in text
-    assert "1 of 4 labels have no image (grey)" in text
+    assert "labels without an image: 1 of 4 (grey)" in text
     wrong = round(24 * (1 - top1))
     counts = [int(n) for n in re.findall(r": (\d+) images", text)]
     assert sum(counts) == wrong  # all pairs fit on the page

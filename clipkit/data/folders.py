@@ -1,7 +1,7 @@
 """Folders of images: with sidecar captions, by class, or plain."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from clipkit.data.images import Skipped, find_images
 from clipkit.data.rows import Row, Source, fingerprint_of, in_memory, is_damaged, to_batches
@@ -53,6 +53,18 @@ def open_folder(root: Path) -> Source:
     if not len(table):
         raise DataError(_nothing_in(root, skipped))
     return Source(str(root), kind, table, root, prints, skipped)
+
+
+def texts_without_image(root: Path) -> list[str]:
+    """Text files that lie among images like captions, with no image of their name beside them."""
+    keys = [PurePosixPath(key) for key in find_images(root)[0]]
+    stems = {key.with_suffix("") for key in keys}
+    return sorted(
+        text.as_posix()
+        for folder in {key.parent for key in keys}
+        for file in (root / folder).glob("*.txt")
+        if (text := folder / file.name).with_suffix("") not in stems
+    )
 
 
 def _row(root: Path, key: str) -> Row:

@@ -71,8 +71,8 @@ def empty_classes(targets: NDArray[np.int64], labels: Sequence[str]) -> str:
         return ""
     more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
     return (
-        f"{len(empty)} of {len(labels)} labels have no image ({', '.join(empty[:_SHOWN])}{more}); "
-        "they can be chosen, and count in no mean over classes"
+        f"labels without an image: {len(empty)} of {len(labels)} ({', '.join(empty[:_SHOWN])}"
+        f"{more}); they can be chosen, and count in no mean over classes"
     )
 
 

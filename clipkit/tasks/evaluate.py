@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipkit import plots
+from clipkit.data.folders import texts_without_image
 from clipkit.data.images import Skipped
 from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.data.sources import Source
@@ -22,6 +23,8 @@ from clipkit.model.classifier import Classifier, ZeroShotClassifier
 from clipkit.model.encode_pairs import EncodedPairs
 from clipkit.model.encoder import Encoder
 from clipkit.model.evaluation import Classification, Report, Retrieval
+
+_SHOWN = 5  # texts
 
 
 def evaluate_retrieval(
@@ -53,25 +56,34 @@ def evaluate_retrieval(
     counts = {"equal_captions": len(pairs.texts) - related.distinct, "equal_images": copies}
     outcome = Retrieval(found, pairs.keys, texts)
     settings = {"equal_captions": equal_captions}
-    notes = _retrieval_notes(counts, equal_captions)
+    notes = _retrieval_notes(source, counts, equal_captions)
     return _report(
         "retrieval", source, encoder.model, pairs, counts, figures, outcome, settings, notes
     )
 
 
-def _retrieval_notes(counts: dict[str, int], equal_captions: EqualCaptions) -> list[str]:
+def _retrieval_notes(
+    source: Source, counts: dict[str, int], equal_captions: EqualCaptions
+) -> list[str]:
     notes = []
+    stray = texts_without_image(source.root) if source.kind == "sidecars" and source.root else []
+    if stray:
+        more = ", …" if len(stray) > _SHOWN else ""
+        notes.append(
+            f"texts without an image beside them, which are not asked: {len(stray)} "
+            f"({', '.join(stray[:_SHOWN])}{more})"
+        )
     if counts["equal_captions"]:
         how = (
             "such captions are one, to which all of their images are right"
             if equal_captions == "merge"
             else "each is right for its own image alone, and the others count as wrong"
         )
-        notes.append(f"{counts['equal_captions']} captions equal an earlier one: {how}")
+        notes.append(f"captions equal to an earlier one: {counts['equal_captions']}; {how}")
     if counts["equal_images"]:
         notes.append(
-            f"{counts['equal_images']} images have the vector of an earlier one: they tie, and "
-            "ties count against the model; clipkit data check lists duplicates"
+            f"images with the vector of an earlier one: {counts['equal_images']}; they tie, and "
+            "ties count against the model (clipkit data check lists duplicates)"
         )
     return notes
 

@@ -215,6 +215,13 @@ def test_reject_and_each_on_the_command_line(run, colour_folder, tiny_checkpoint
     assert sum(kept) >= 0.95 * len(kept)
 
 
+def test_a_list_of_labels_may_be_longer_than_a_file_name(run, colour_folder, tiny_checkpoint):
+    labels = ",".join(f"label number {number}" for number in range(400))
+    words = [colour_folder, "--labels", labels, "--model", tiny_checkpoint]
+    out, _ = run("classify", *words, "-k", 1, "--json")
+    assert len(out.splitlines()) == 12
+
+
 def test_groups_add_up(run, colour_folder, tiny_checkpoint):
     words = [colour_folder, "--labels", "warm/red,cold/green,cold/blue", "--model", tiny_checkpoint]
     out, _ = run("classify", *words, "--json")

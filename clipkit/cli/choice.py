@@ -1,5 +1,6 @@
 """What an image may be: labels and templates given in words, or a classifier that was saved."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,9 +58,10 @@ def read_choice(labels: str, templates: str | None) -> Choice:
     """Read what was chosen, before anything that takes time; see ``read_labels``."""
     from clipkit.data.prompts import read_labels, read_templates
     from clipkit.errors import CaptionError
-    from clipkit.manifest import is_complete
+    from clipkit.manifest import MANIFEST
 
-    if not is_complete(Path(labels)):
+    # Not Path.is_file, for which a list of labels that is longer than a file name is an error.
+    if not os.path.isfile(os.path.join(labels, MANIFEST)):
         return Choice(list(read_labels(labels)), read_templates(templates), None)
     from clipkit.model.classifier_file import open_classifier
 

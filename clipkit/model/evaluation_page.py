@@ -119,7 +119,7 @@ def _retrieval(
     sections = [("Found among the first k", recall_chart(curves))]
     if down:
         sections.append(("Captions whose image is farthest down", misses(down)))
-    return f"Retrieval on {report.data}", lead, sections
+    return f"Retrieval on {Path(report.data).name}", lead, sections
 
 
 def _classification(
@@ -152,7 +152,7 @@ def _classification(
         ("Most often confused", confused_pairs(_confused(outcome, labels, source))),
         ("Whether probabilities can be believed", _reliability(outcome)),
     ]
-    return f"Classification of {report.data}", lead, sections
+    return f"Classification of {Path(report.data).name}", lead, sections
 
 
 def _reliability(outcome: Classification) -> str:
@@ -207,9 +207,11 @@ def _pictures(source: Source, keys: Iterable[str]) -> dict[str, bytes]:
 def _measured(name: str, report: Report) -> Measured:
     direction = next((key for key in _DIRECTIONS if name.startswith(key)), "")
     figure = name.removeprefix(f"{direction}_") if direction else name
-    meaning = _MEANINGS.get(figure, f"within the first {figure[1:]}")
+    meaning = _MEANINGS.get(figure, f"the share that is among the first {figure[1:]}")
     one = report.figures[name]
-    shown = f"{_DIRECTIONS[direction]}: {figure}" if direction else figure
+    known = {"map": "mAP", "top1": "top-1 accuracy", "top5": "top-5 accuracy", "ece": "ECE"}
+    what = known.get(figure) or (f"recall@{figure[1:]}" if figure[1:].isdigit() else figure)
+    shown = f"{_DIRECTIONS[direction]}: {what}" if direction else what
     return Measured(
         shown.replace("_", " "), meaning, one.value, one.low, one.high, figure not in _NUMBERS
     )

@@ -147,7 +147,7 @@ def open_set(one: SuiteSet, root: Path, encoder: Encoder, progress: bool = True)
 
 def _near(name: str, root: Path) -> str:
     """A file beside the suite, if there is one, else the words themselves."""
-    return str(root / name) if (root / name).is_file() else name
+    return str(root / name) if os.path.isfile(root / name) else name
 
 
 def _templates(name: str, root: Path) -> list[str]:

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import unit_rows
+from toys import records, unit_rows
 
 from clipkit.errors import ArtifactError
-from clipkit.store import exact
+from clipkit.manifest import ModelRef
+from clipkit.store import exact, flat
+from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.exact import search_exact, search_halves
 from clipkit.store.flat import plain_rows, search_index
+from clipkit.store.vector_index import VectorIndex
 
 DIM = 16
 
@@ -78,10 +81,10 @@ def test_rows_that_get_ever_better_or_worse(direction, monkeypatch):
 @pytest.mark.parametrize("queries", [1, 64])
 def test_it_equals_faiss_flat(queries):
     rows, asked = unit_rows(20000, DIM), unit_rows(queries, DIM, seed=1)
-    flat = faiss.IndexFlatIP(DIM)
-    flat.add(rows)
-    wanted, ids = flat.search(asked, 10)
-    for scores, found in (search_exact(asked, [rows], 10), search_index(flat, asked, 10)):
+    theirs = faiss.IndexFlatIP(DIM)
+    theirs.add(rows)
+    wanted, ids = theirs.search(asked, 10)
+    for scores, found in (search_exact(asked, [rows], 10), search_index(theirs, asked, 10)):
         np.testing.assert_array_equal(found, ids)
         np.testing.assert_allclose(scores, wanted, atol=1e-6)
 
@@ -97,6 +100,22 @@ def test_scores_of_halves_are_exact_where_the_best_lie_apart_and_where_they_do_n
     wanted, order = slow_search(asked, rows, 10)
     np.testing.assert_array_equal(scores, wanted)
     np.testing.assert_array_equal(found, order)
+
+
+def test_a_batch_is_exact_in_an_index_of_halves(tmp_path):
+    rows = unit_rows(3000, DIM)
+    rows[100:400] = rows[7] + 1e-5 * unit_rows(300, DIM, seed=2)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    with EmbeddingStore.create(tmp_path / "store", ModelRef("a", "b", "c", DIM)) as writer:
+        writer.append(rows, records(len(rows)))
+        index = VectorIndex.build(writer.finish({}), tmp_path / "index", "SQfp16")
+    asked = np.concatenate([unit_rows(flat.CONVERTED, DIM, seed=1), rows[7:8]])
+    wanted, order = slow_search(asked, rows, 10)
+    for hits, scores, numbers in zip(index.search(asked, 10), wanted, order, strict=True):
+        assert [hit.id for hit in hits] == numbers.tolist()
+        assert [hit.score for hit in hits] == scores.tolist()
+    (one,) = index.search(asked[:1], 10)
+    assert [hit.score for hit in one] == pytest.approx(wanted[0].tolist(), abs=1e-3)
 
 
 def test_halves_fewer_than_k():

@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from clipkit.errors import ArtifactError
 from clipkit.manifest import Manifest
 from clipkit.store.faiss_files import held_vectors, read_index
+from clipkit.store.flat import search_halved
 from clipkit.store.refine import rescored
 from clipkit.store.select import Searcher
 from clipkit.store.shards import Vectors, conform, widened
@@ -246,6 +247,9 @@ class Segment:
             queries: float32 [n, dim].
             k: how many, at least 1.
         """
+        exact = search_halved(self.index, self.vectors, queries, k) if self.live is None else None
+        if exact is not None:
+            return exact
         wide = min(k * self.refine, self.rows)
         scores, rows = self._searcher.search(queries, wide, self.live)
         if self.parts.vectors is None or self.vectors is None:

@@ -12,6 +12,7 @@ import argparse
 import io
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -138,7 +139,7 @@ def _label(asked: str, encoder: Encoder, tower: str) -> str:
 
 def bench_images(name: str, clip: Any, images: Tensor, peak: float, rounds: int) -> None:
     """Images already preprocessed, in batches of 64."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:  # without gradients it would miss attention's
         clip.encode_image(images[:1])
     work = counter.get_total_flops()
     print(f"images, {name}, {len(images)} photos, {work / 1e9:.2f} GFLOP each")
@@ -197,6 +198,7 @@ def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:
 def build_convolutional(weights: Path) -> Any:
     """open_clip's model on an EfficientNet-Lite2."""
     settings = {"model": {**CONVOLUTIONAL, "image_weights": str(weights)}}
+    warnings.simplefilter("ignore")  # that the file's classifier is left out
     return build_towers(parse_config(settings).model, 0.07, seed=0).clip.eval()
 
 

@@ -49,7 +49,8 @@ def _gains(network: DualEncoder, tower: str, device: torch.device) -> bool:
     """Whether a tower is encoded faster in bf16, and its vectors stay what they are.
 
     With the sums between layers rounded too, as in a convolutional network, they do not: vectors
-    of an EfficientNet-Lite2 with ImageNet's weights came to a cosine of 0.992 with those of fp32.
+    of an EfficientNet-Lite2 with ImageNet's weights came to a cosine of 0.991 with those of fp32.
+    Rounding nothing but its pointwise convolutions kept 0.9996 and gained no time.
     """
     if tower == "text":
         exact_sums, module = network.runs_texts, getattr(network.clip, "text", network.clip)

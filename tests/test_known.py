@@ -133,7 +133,9 @@ def test_a_store_of_old_opens_and_gets_its_hashes_without_encoding(photos, tmp_p
 
 def test_the_way_pictures_are_read_is_recorded_followed_and_not_mixed(photos, tmp_path):
     encoder = ColourEncoder()
-    assert embed(photos, tmp_path / "new", encoder).decode == "fast"
+    assert embed(photos, tmp_path / "new", encoder).decode == "exact"
+    assert embed(photos, tmp_path / "fast", encoder, decode="fast").decode == "fast"
+    assert embed(photos, tmp_path / "fast", encoder).decode == "fast"
     store = embed(photos, tmp_path / "store", encoder, decode="exact")
     assert store.manifest.detail["decode"] == "exact"
     said = r"store was made with --decode exact, asked for is fast; .*another place with --out"

@@ -3,7 +3,7 @@
 python scripts/bench_encode.py ../shared/data/flickr8k-224-dev.parquet \
     --clip-retrieval /path/to/its/environment/bin/python
 
-All three encode the same JPEG files with the same ViT-B-32 of random weights, saved once. Each is a
+All encode the same JPEG files with the same ViT-B-32 of random weights, saved once. Each is a
 process that loads the model and encodes a few photos first; then they take turns, and a turn is
 timed from the folder of photos to vectors in hand (open_clip) or on disk (the others).
 clip-retrieval 2.45 pins other versions, so it lives in an environment of its own
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,15 @@ MARK = "##"  # before what a contender answers, for libraries print too
 # --- the contenders: each turns a folder into vectors, and returns how many ----------------------
 
 
-def clipkit(weights: str) -> dict[str, Callable[[Path, Path], int]]:
-    """`clipkit embed`, in this process."""
+def clipkit(weights: str, decode: str = "exact") -> dict[str, Callable[[Path, Path], int]]:
+    """`clipkit embed --decode …`, in this process."""
     import clipkit.cli  # noqa: F401  # sets what the command line sets, before torch starts
 
     encoder = __import__("clipkit").load(f"ViT-B-32/{weights}")
     from clipkit.tasks.embed import embed
 
     def run(folder: Path, out: Path) -> int:
-        return len(embed(folder, out, encoder))
+        return len(embed(folder, out, encoder, decode=decode))
 
     def towers(folder: Path, _: Path) -> int:
         from clipkit.data.images import read_image
@@ -129,7 +130,14 @@ def serve(name: str, weights: str) -> None:
         print(f"{MARK}{json.dumps([number, time.perf_counter() - start])}", flush=True)
 
 
-CONTENDERS = {"clipkit": clipkit, "open_clip": open_clip, "clip-retrieval": clip_retrieval}
+CONTENDERS = {
+    "clipkit": clipkit,
+    "clipkit fast": partial(clipkit, decode="fast"),
+    "open_clip": open_clip,
+    "clip-retrieval": clip_retrieval,
+}
+OURS = ("clipkit", "clipkit fast")
+TOWERS = ("clipkit", "open_clip")  # whose image towers are compared alone
 
 
 # --- the referee ---------------------------------------------------------------------------------
@@ -156,7 +164,7 @@ class Contender:
     def order(self, what: str, folder: Path) -> tuple[int, float]:
         """Have something done; returns its number and the seconds it took."""
         self.turns += 1
-        out = self.scratch / f"{self.name}-{self.turns}"
+        out = self.scratch / f"{self.name.replace(' ', '-')}-{self.turns}"
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([what, str(folder), str(out)]) + "\n")
             self.process.stdin.flush()
@@ -220,14 +228,15 @@ def compare(contenders: list[Contender], size: str, folder: Path, rounds: int) -
     bytes_each = statistics.mean(file.stat().st_size for file in folder.glob("*.jpg"))
     print(f"\n{size}: {len(list(folder.glob('*.jpg')))} photos of {bytes_each / 1e6:.2f} MB")
     for name, found in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds["clipkit"], found, strict=True)]
-        over = "" if name == "clipkit" else f"   clipkit over it: {spread(ratios, 2)}"
-        print(f"{name:15} {spread(found):>22} images/s{over}")
+        print(f"{name:15} {spread(found):>22} images/s")
+        for own in OURS if name not in OURS else ():
+            ratios = [ours / theirs for ours, theirs in zip(speeds[own], found, strict=True)]
+            print(f"{'':15}   {own} over it: {spread(ratios, 2)}")
 
 
 def compare_towers(contenders: list[Contender], folder: Path, rounds: int) -> None:
     """Encode alone, in turn, and what share of the peak of matrix products that is."""
-    found: dict[str, list[float]] = {c.name: [] for c in contenders if c.name != "clip-retrieval"}
+    found: dict[str, list[float]] = {c.name: [] for c in contenders if c.name in TOWERS}
     for _ in range(rounds):
         for contender in contenders:
             if contender.name in found:
@@ -274,7 +283,7 @@ def main() -> None:
             for size in options.sizes
         }
         few = write_photos(options.photos, kept / "few", "224", 8)
-        pythons = {"clipkit": sys.executable, "open_clip": sys.executable}
+        pythons = dict.fromkeys((*OURS, "open_clip"), sys.executable)
         if options.clip_retrieval:
             pythons["clip-retrieval"] = options.clip_retrieval
         else:

@@ -38,6 +38,7 @@ TINY = {
     "vision": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
     "text": {"width": 32, "heads": 2, "layers": 1},
 }
+PARTS = 6  # of the time, after each of which memory is looked at
 WORDS = [
     "a",
     "the",
@@ -131,18 +132,20 @@ async def connection(
 
 
 async def load_server(
-    port: int, connections: int, seconds: float, seed: int
-) -> tuple[list[float], list[str]]:
+    port: int,
+    connections: int,
+    seconds: float,
+    seed: int,
+    times: list[float],
+    errors: list[str],
+) -> None:
     until = time.perf_counter() + seconds
-    times: list[float] = []
-    errors: list[str] = []
     await asyncio.gather(
         *(
             connection(port, until, times, errors, random.Random(f"{seed} {number}"))
             for number in range(connections)
         )
     )
-    return times, errors
 
 
 def resident(server: "subprocess.Popen[str]") -> float:
@@ -174,14 +177,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server, port = start_server(make_index(Path(folder), options.vectors, options.tiny))
         try:
-            asyncio.run(load_server(port, options.connections, 5, seed=0))  # warm
-            before, (old_captions, old_calls) = resident(server), batches(port)
+            asyncio.run(load_server(port, options.connections, 5, 0, [], []))  # warm
+            memory, (old_captions, old_calls) = [resident(server)], batches(port)
             start, used = time.perf_counter(), processor_seconds(server)
-            times, errors = asyncio.run(
-                load_server(port, options.connections, options.seconds, seed=1)
-            )
+            times: list[float] = []
+            errors: list[str] = []
+            for part in range(1, PARTS + 1):
+                asyncio.run(
+                    load_server(
+                        port, options.connections, options.seconds / PARTS, part, times, errors
+                    )
+                )
+                memory.append(resident(server))
             took, used = time.perf_counter() - start, processor_seconds(server) - used
-            after, (captions, calls) = resident(server), batches(port)
+            captions, calls = batches(port)
         finally:
             server.terminate()
             server.wait()
@@ -192,7 +201,8 @@ def main() -> None:
     print(f"errors            {len(errors)} {errors[:1] or ''}")
     print(f"processor time    {1000 * used / len(times):.1f} ms a request")
     print(f"captions per call {(captions - old_captions) / (calls - old_calls):.1f}")
-    print(f"resident          {before:.0f} MiB before, {after:.0f} MiB after")
+    shown = ", ".join(f"{size:.0f}" for size in memory)
+    print(f"resident          {shown} MiB, before and after each {options.seconds / PARTS:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The README tells the truth: every command block in it is run, in order, in one workspace."""
 
+import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from conftest import COLOURS
@@ -21,7 +24,14 @@ COMMANDS = [
     for language, block in BLOCKS
     if language == "bash"
     for line in block.splitlines()
-    if line.startswith("clipkit ")
+    if line.startswith("clipkit ") and not line.startswith("clipkit serve ")
+]
+SERVED = [
+    line
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.startswith("clipkit serve ")
 ]
 SCRIPTS = [
     block.strip()
@@ -81,6 +91,25 @@ def test_the_python_block_works_as_shown(workspace, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + 12  # three hits, then a label for each photo
+
+
+def test_the_server_answers_as_shown(workspace):
+    """The same words, on a port that is free."""
+    assert (workspace / "index").is_dir(), "the commands run first"
+    (line,) = SERVED
+    command = [sys.executable, "-m", *shlex.split(line), "--port", "0"]
+    with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(
+                found[0] for text in server.stderr if (found := re.search(r"http://[\w.:]+", text))
+            )
+            with urlopen(f"{address}/search?q=a+dog&limit=2", timeout=30) as answer:
+                assert len(json.load(answer)["hits"]) == 2
+            with urlopen(address, timeout=30) as page:
+                assert b"<html" in page.read()
+        finally:
+            server.send_signal(signal.SIGINT)
+    assert server.returncode in (0, 130)
 
 
 def test_the_two_setup_commands_are_what_is_here():

@@ -91,7 +91,9 @@ def theirs(python: Path, folder: Path, memory: int) -> tuple[Built, str]:
     out = folder / "autofaiss.index"
     start = time.perf_counter()
     command = [python, "-c", THEIRS, folder / "vectors", out, f"{memory}B"]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"autofaiss failed: {done.stderr.strip().splitlines()[-1]}")
     index = faiss.read_index(str(out))
     infos = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
     knobs = str(infos.get("index_param", ""))

@@ -270,6 +270,7 @@ def main() -> None:
         return
     from bench_photos import write_photos
 
+    sys.stdout.reconfigure(line_buffering=True)  # what is measured is seen, even if cut off
     with tempfile.TemporaryDirectory() as temporary:
         kept = options.scratch or Path(temporary)
         kept.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ Figures = Callable[[Weights], dict[str, NDArray[np.float64]]]
 """From weights, float64 [b, items], to named figures, float64 [b] each."""
 
 RESAMPLES = 1000
-"""Enough for 95 % intervals: another seed moves their ends by about 4 % of their width."""
+"""Enough for 95 % intervals: 25 of them lie beyond each end."""
 LEVEL = 0.95
 _NUMBERS = 1 << 22  # weights held at a time, 32 MiB
 

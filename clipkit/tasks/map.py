@@ -172,9 +172,11 @@ def _middle(places: NDArray[np.float32]) -> tuple[float, float]:
 
 def _lead(manifest: Manifest, drawn: int, named: bool) -> str:
     whole = f"{drawn:,} images" if drawn == manifest.count else f"{drawn:,} of {manifest.count:,}"
+    # A page may be shown to others, whom the place of a model on this machine is nothing to.
+    model = "/".join(str(manifest.require_model()).split("/")[-2:])
     how = "named zero-shot by the same model" if named else "numbered by size"
     return (
-        f"{whole}, as {manifest.require_model()} sees them: what is alike lies together (t-SNE of "
+        f"{whole}, as {model} sees them: what is alike lies together (t-SNE of "
         f"the first principal components), and colours are clusters (k-means), {how}."
     )
 

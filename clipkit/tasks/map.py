@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -14,11 +13,11 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from clipkit import plots
 from clipkit.data.everyday import EVERYDAY
 from clipkit.data.sources import open_source, row_image
+from clipkit.data.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
 from clipkit.manifest import Manifest, read_manifest, write_text
 from clipkit.pages.map import Cluster, MapPage, render_map
@@ -37,8 +36,6 @@ MOST = 50_000
 MOST_CLUSTERS = 24
 EMBEDDED = 5_000
 """Pictures inside a page, at most: about 4 kB each."""
-THUMBNAIL = 128
-"""Longer side of those, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +194,9 @@ def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:
         for row in open_source(manifest.source.get("spec", ""), caption="", label="").rows:
             if row["key"] in found:
                 with suppress(ImageError):
-                    found[row["key"]] = _thumbnail(row_image(row))
+                    found[row["key"]] = _inside(thumbnail(row_image(row)))
     return [found.get(key, "") for key in keys]
 
 
-def _thumbnail(image: Image.Image) -> str:
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    stream = BytesIO()
-    image.save(stream, "JPEG", quality=75)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+def _inside(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from clipkit.config import parse_config
 from clipkit.errors import ModelError
+from clipkit.model.network import DualEncoder
 from clipkit.model.towers import build_towers
 
 TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
@@ -118,7 +119,9 @@ def test_pretrained_brings_its_own_preprocessing(donor, monkeypatch):
     found = built.clip.visual.trunk.state_dict()["conv1.0.weight"]
     assert torch.equal(found, donor.state_dict()["conv1.0.weight"])
     assert built.model_config["vision_cfg"] == TIMM  # a checkpoint fetches nothing
-    grey = built.encoder(None).preprocess(Image.new("RGB", (40, 40), (128, 128, 128)))
+    grey = built.encoder(DualEncoder(built.clip)).preprocess(
+        Image.new("RGB", (40, 40), (128, 128, 128))
+    )
     expected = (128 / 255 - torch.tensor(own["mean"])) / torch.tensor(own["std"])
     torch.testing.assert_close(grey[:, 5, 5], expected)
     assert towers("pretrained", mean=[0.5, 0.5, 0.5]).preprocess["mean"] == (0.5, 0.5, 0.5)

@@ -181,10 +181,13 @@ def _train(config: TrainConfig, run: Path, shown: Path, tell: Callable[[str], No
 
 def _measure(encoder: Encoder, unseen: Source) -> tuple[dict[str, float], dict[str, float]]:
     """Recall and zero-shot accuracy, and what guessing reaches under the same names."""
-    recall = evaluate_retrieval(unseen, encoder).metrics
+    measured = evaluate_retrieval(unseen, encoder).metrics
+    ranks = {f"{way}_r{k}": k for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
+    # Where there are no more than k to find, the report leaves out what is certain.
+    recall = {name: measured.get(name, 1.0) for name in ranks}
     named = _rows(unseen, [i for i, label in enumerate(unseen.rows["label"]) if label])
     accuracy = evaluate_zeroshot(named, encoder, LABELS, TEMPLATES).metrics
-    chance = {name: min(1.0, int(name.rpartition("_r")[2]) / len(unseen.rows)) for name in recall}
+    chance = {name: min(1.0, k / len(unseen.rows)) for name, k in ranks.items()}
     # Without looking one can still name the largest class every time.
     largest = Counter(named.rows["label"]).most_common(1)[0][1]
     metrics = {

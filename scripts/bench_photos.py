@@ -43,8 +43,8 @@ def enlarged(photo: bytes, side: int, seed: int = 0) -> bytes:
 
 
 def write_photos(source: Path, folder: Path, size: str, count: int) -> Path:
-    """JPEG files of one of ``SIDES`` in ``folder/size``, made where they are not there yet."""
-    target = folder / size
+    """JPEG files of one of ``SIDES`` in a folder of their number, made where they are missing."""
+    target = folder / f"{size}-{count}"
     target.mkdir(parents=True, exist_ok=True)
     for number, (_, photo) in enumerate(originals(source, count)):
         file = target / f"{number:05}.jpg"

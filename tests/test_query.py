@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from test_encode import CAPTIONS
 
 import clipkit
+from clipkit.data.user_cache import cache_folder
 from clipkit.errors import ModelError
+from clipkit.manifest import ModelRef
 from clipkit.model.checkpoint import CONFIG, WEIGHTS, Towers, save_checkpoint
-from clipkit.model.known import cache_folder, recall
+from clipkit.model.known import KnownTower, note, recall
 from clipkit.model.load import load
 from clipkit.model.query import load_query_encoder
 from clipkit.tasks.embed import embed
@@ -147,6 +149,15 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "clipkit"
+
+
+def test_a_cache_that_is_off_keeps_no_notes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIPKIT_CACHE", "off")
+    model = ModelRef("m", "", "a" * 64, 3)
+    note(model, KnownTower("file", [], "", 1, 1, "gelu"))
+    assert recall(model) is None
+    assert not list(tmp_path.iterdir())
 
 
 SEARCH = """

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-PLACE = "CLIPKIT_CACHE"
-"""Environment variable: another directory for the cache, or ``off``."""
+from clipkit.data.user_cache import PLACE, cache_folder
+
 LIMIT = 2 << 30  # bytes; what was not used for the longest time goes first
 _SHARE = 4  # one entry takes at most one part in so many of the limit
 
@@ -94,13 +94,7 @@ def key_of(*parts: object) -> str:
 
 def user_cache() -> VectorCache | None:
     """The person's own cache, ``~/.cache/clipkit/vectors`` if not told otherwise; None if off."""
-    place = os.environ.get(PLACE)
-    if place == "off":
+    folder = cache_folder()
+    if folder is None:
         return None
-    if place:
-        return VectorCache(Path(place))
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return VectorCache(Path(base).expanduser() / "clipkit" / "vectors")
-    except RuntimeError:  # nobody's home is known
-        return None
+    return VectorCache(folder if os.environ.get(PLACE) else folder / "vectors")

@@ -12,7 +12,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clipkit.data.user_cache import cache_folder
 from clipkit.manifest import ModelRef, write_json
+
+EPSILON = 1e-5
+"""Of the layer norms of a tower that is noted, and that is run from a note."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,23 @@ def stamp(file: str | Path) -> list[int]:
     ]
 
 
-def cache_folder() -> Path:
-    """Where notes are kept: ``$CLIPKIT_CACHE``, else ``clipkit`` in the user's cache directory."""
-    if own := os.environ.get("CLIPKIT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit"
-
-
 def note(model: ModelRef, tower: KnownTower) -> None:
     """Keep a note of where a model's text tower lies; without a place for it, none is kept."""
+    file = _file(model)
+    if file is None:
+        return
     with suppress(OSError):
-        file = _file(model)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"model": [model.name, model.weights], "tower": asdict(tower)})
 
 
 def recall(model: ModelRef) -> KnownTower | None:
     """Where a model's text tower lies unchanged; None where that is not known."""
-    if not re.fullmatch("[0-9a-f]{64}", model.fingerprint):
+    file = _file(model)
+    if file is None or not re.fullmatch("[0-9a-f]{64}", model.fingerprint):
         return None
     try:
-        kept = json.loads(_file(model).read_text(encoding="utf-8"))
+        kept = json.loads(file.read_text(encoding="utf-8"))
         tower = KnownTower(**kept["tower"])
         same = kept["model"] == [model.name, model.weights] and stamp(tower.file) == tower.stamp
     except (OSError, ValueError, KeyError, TypeError):
@@ -76,5 +76,6 @@ def recall(model: ModelRef) -> KnownTower | None:
     return tower if same else None
 
 
-def _file(model: ModelRef) -> Path:
-    return cache_folder() / "models" / f"{model.fingerprint}.json"
+def _file(model: ModelRef) -> Path | None:
+    folder = cache_folder()
+    return folder / "models" / f"{model.fingerprint}.json" if folder else None

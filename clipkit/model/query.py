@@ -13,12 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from clipkit.errors import ModelError
 from clipkit.manifest import ModelRef
-from clipkit.model.known import KnownTower, recall
+from clipkit.model.known import EPSILON, KnownTower, recall
 from clipkit.model.tokenizer import tokenize
 
 Array = NDArray[np.float32]
 
-_EPSILON = 1e-5  # of layer norms
 # Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", equation 7.1.26: the error
 # function to 1.5e-7, which numpy lacks.
 _SCALE = 0.3275911
@@ -108,7 +107,7 @@ class QueryEncoder:
     def _norm(self, x: Array, name: str) -> Array:
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = np.square(centred).mean(axis=-1, keepdims=True)
-        scaled: Array = centred / np.sqrt(variance + np.float32(_EPSILON))
+        scaled: Array = centred / np.sqrt(variance + np.float32(EPSILON))
         return scaled * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
 
     def _linear(self, x: Array, name: str) -> Array:

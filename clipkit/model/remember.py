@@ -9,11 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from clipkit.manifest import ModelRef
-from clipkit.model.known import KnownTower, note, recall, stamp
+from clipkit.model.known import EPSILON, KnownTower, note, recall, stamp
 from clipkit.model.transformer import runs_text_tower
 
-EPSILON = 1e-5
-"""Of layer norms."""
 _PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
 

@@ -11,7 +11,7 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import ModelRef
 from clipkit.store import exact, flat
 from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.exact import search_exact, search_halves
+from clipkit.store.exact import search_exact, search_halves, take_rows
 from clipkit.store.flat import plain_rows, search_index
 from clipkit.store.vector_index import VectorIndex
 
@@ -179,3 +179,10 @@ def test_rows_of_another_width_and_no_hits_are_refused():
         search_exact(unit_rows(2, DIM), [unit_rows(5, DIM), unit_rows(5, 8)], 3)
     with pytest.raises(ArtifactError, match="k is 0"):
         search_exact(unit_rows(2, DIM), [unit_rows(5, DIM)], 0)
+
+
+def test_rows_are_taken_by_number_from_whichever_block():
+    vectors = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    rows = np.array([49, 0, 7, 7, 20, 19, 33])
+    for cuts in ([], [20], [1, 20, 20, 49]):
+        np.testing.assert_array_equal(take_rows(np.split(vectors, cuts), rows), vectors[rows])

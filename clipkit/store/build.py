@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import ArtifactError, SpecError
 from clipkit.store.device import clustering_on_card
+from clipkit.store.exact import take_rows
 from clipkit.store.faiss_files import held_vectors, short
 from clipkit.store.segments import ID, Parts
 from clipkit.store.shards import Vectors, conform, widened
@@ -117,11 +118,7 @@ def _train(index: Any, rows: Rows) -> int:
     wanted = max(TRAINING_ROWS, ROWS_PER_CENTROID * training_rows_needed(index))
     count = min(wanted, len(rows))
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
-    sample, start, filled = np.empty((count, rows.dim), np.float32), 0, 0
-    for vectors, _ in rows.shards():
-        picked = chosen[(chosen >= start) & (chosen < start + len(vectors))] - start
-        sample[filled : filled + len(picked)] = vectors[picked]
-        start, filled = start + len(vectors), filled + len(picked)
+    sample = take_rows((vectors for vectors, _ in rows.shards()), chosen)
     with clustering_on_card(index):
         train(index, sample)
     return count

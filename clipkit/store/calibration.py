@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import ArtifactError
-from clipkit.store.exact import Floats, Integers, search_exact
+from clipkit.store.exact import Floats, Integers, search_exact, take_rows
 
 FOLDS = 5
 """The errors are measured on captions that the regression has not seen, a fifth at a time."""
@@ -154,7 +154,7 @@ def _best_near_and_far(
 
     The others are more: a model without any ability scores higher there.
     """
-    own = _take(blocks(), rows)
+    own = take_rows(blocks(), rows)
     limit = np.quantile(sample @ own.T, 1 - LIKE, axis=0).astype(np.float32)
     best = np.full((2, len(captions)), -np.inf, np.float32)
     for block in blocks():
@@ -203,23 +203,9 @@ def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-np.clip(values, -50, 50)))
 
 
-def _take(blocks: Iterable[Floats], rows: Integers) -> Floats:
-    """Rows by their numbers, float32 [m, dim]."""
-    parts, start = [], 0
-    order = np.argsort(rows, kind="stable")
-    ascending = rows[order]
-    for block in blocks:
-        inside = ascending[(ascending >= start) & (ascending < start + len(block))]
-        parts.append(np.asarray(block[inside - start], np.float32))
-        start += len(block)
-    taken = np.empty((len(rows), parts[0].shape[1]), np.float32)
-    taken[order] = np.concatenate(parts)
-    return taken
-
-
 def _survey(blocks: Blocks) -> tuple[Floats, Floats]:
     """The mean of all rows, and some of them spread over all: float32 [dim], [n, dim]."""
     count = sum(len(block) for block in blocks())
-    sample = _take(blocks(), np.arange(0, count, -(-count // SAMPLE)))
+    sample = take_rows(blocks(), np.arange(0, count, -(-count // SAMPLE)))
     total = sum(block.sum(axis=0, dtype=np.float64) for block in blocks())
     return np.asarray(total / count, np.float32), sample

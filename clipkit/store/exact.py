@@ -119,6 +119,20 @@ def products(rows: NDArray[Any], queries: Floats) -> Floats:
     return sums
 
 
+def take_rows(blocks: Iterable[NDArray[Any]], rows: Integers) -> Floats:
+    """Rows by their numbers, float32 [len(rows), dim], in one pass over the blocks they lie in."""
+    order = np.argsort(rows, kind="stable")
+    ascending, start = rows[order], 0
+    taken = np.empty((0, 0), np.float32)
+    for block in blocks:
+        if not start:
+            taken = np.empty((len(rows), block.shape[1]), np.float32)
+        first, last = np.searchsorted(ascending, (start, start + len(block)))
+        taken[order[first:last]] = block[ascending[first:last] - start]
+        start += len(block)
+    return taken
+
+
 def _split(array: NDArray[Any], rows: int) -> Iterable[NDArray[Any]]:
     return (array[start : start + rows] for start in range(0, len(array), rows))
 

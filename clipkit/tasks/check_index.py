@@ -9,7 +9,7 @@ import numpy as np
 
 from clipkit.errors import ArtifactError
 from clipkit.store.build import sealed
-from clipkit.store.exact import search_exact
+from clipkit.store.exact import search_exact, take_rows
 from clipkit.store.shards import UNIT_TOLERANCE, Vectors
 from clipkit.store.vector_index import VectorIndex
 
@@ -125,12 +125,8 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
     chosen = np.sort(
         np.random.default_rng(0).choice(len(index), min(SAMPLE, len(index)), replace=False)
     )
-    keys, start = np.array(index.keys, object)[chosen], 0
-    parts = []
-    for vectors, _ in index.shards():
-        parts.append(vectors[chosen[(chosen >= start) & (chosen < start + len(vectors))] - start])
-        start += len(vectors)
-    sample = np.concatenate(parts)
+    keys = np.array(index.keys, object)[chosen]
+    sample = take_rows((vectors for vectors, _ in index.shards()), chosen)
     k = min(K, len(index))
     exact, _ = search_exact(sample, (vectors for vectors, _ in index.shards()), k)
     first = found = 0

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from clipkit.data.images import read_image
 from clipkit.data.sorting import SortedFolder
+from clipkit.data.sources import row_image
 from clipkit.data.thumbnails import contact_sheet, thumbnail
 from clipkit.errors import ArtifactError, ImageError
 from clipkit.manifest import write_text
@@ -125,7 +125,7 @@ class AnswerFiles:
 
 def _picture(image: dict[str, Any]) -> Any:
     try:
-        return read_image(image["bytes"] if image["bytes"] is not None else Path(image["path"]))
+        return row_image({"image": image})
     except ImageError as error:  # it was read a moment ago
         raise ArtifactError(f"a picture changed while it was classified: it {error}") from None
 

@@ -12,7 +12,6 @@ from clipkit.model.encoder import Vectors
 from clipkit.pages.cards import gallery
 
 NONE = "none of these"
-MOST_SHOWN = 60
 EVEN = 0.5
 """Judged by itself, a label is shown that is likelier than the generic captions."""
 
@@ -67,12 +66,8 @@ class Answers(list[Answer]):
     """A list of answers that shows itself as pictures in a notebook."""
 
     def _repr_html_(self) -> str:
-        items = [
-            (_thumbnail(one), f"{one.label} {one.score:.0%}", _others(one))
-            for one in self[:MOST_SHOWN]
-        ]
-        rest = len(self) - len(items)
-        return gallery("", items) + (f"and {rest} more" if rest > 0 else "")
+        items = ((_thumbnail(a), f"{a.label} {a.score:.0%}", _others(a)) for a in self)
+        return gallery("", items, len(self))
 
 
 def _thumbnail(answer: Answer) -> bytes | None:

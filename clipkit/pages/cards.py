@@ -1,9 +1,12 @@
 """What objects show of themselves in a notebook: small pieces of HTML, light and dark."""
 
-import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import islice
 
+from clipkit.pages.parts import data_uri
+
+MOST_SHOWN = 60
 _QUIET = "color:inherit;background:none;border:0"
 _CELL = f"{_QUIET};text-align:left;padding:.15em 1.2em .15em 0;vertical-align:top"
 
@@ -26,21 +29,23 @@ def _cells(row: Sequence[str]) -> str:
     return "".join(f'<td style="{_CELL}">{escape(cell)}</td>' for cell in row)
 
 
-def gallery(title: str, items: Iterable[tuple[bytes | None, str, str]]) -> str:
-    """Pictures beside each other, each above two lines of text.
+def gallery(title: str, items: Iterable[tuple[bytes | None, str, str]], total: int) -> str:
+    """Pictures beside each other, each above two lines of text, the first 60 of them.
 
     Args:
         title: above them; may be empty.
         items: a JPEG (None where the picture cannot be shown), the first line and the second.
+        total: how many items there are; of those beyond ``MOST_SHOWN`` none is asked for.
     """
     shown = "".join(
         f'<figure style="margin:0;width:128px;overflow-wrap:anywhere">{picture(data)}'
         f'<figcaption style="font-size:.85em;line-height:1.3"><b>{escape(first)}</b><br>'
         f'<span style="opacity:.7">{escape(second)}</span></figcaption></figure>'
-        for data, first, second in items
+        for data, first, second in islice(items, MOST_SHOWN)
     )
     grid = "display:flex;flex-wrap:wrap;gap:12px;align-items:end;margin:.4em 0"
-    return f'<b>{escape(title)}</b><div style="{grid}">{shown}</div>'
+    rest = f"and {total - MOST_SHOWN} more" if total > MOST_SHOWN else ""
+    return f'<b>{escape(title)}</b><div style="{grid}">{shown}</div>{rest}'
 
 
 def picture(jpeg: bytes | None) -> str:
@@ -48,5 +53,4 @@ def picture(jpeg: bytes | None) -> str:
     if jpeg is None:
         frame = "width:128px;height:96px;border:1px dashed currentColor;opacity:.4"
         return f'<div style="{frame}"></div>'
-    data = base64.b64encode(jpeg).decode("ascii")
-    return f'<img alt="" src="data:image/jpeg;base64,{data}" style="max-width:128px;margin:0">'
+    return f'<img alt="" src="{data_uri(jpeg)}" style="max-width:128px;margin:0">'

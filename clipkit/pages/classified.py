@@ -1,11 +1,10 @@
 """The page of classified images: pure functions from facts to HTML."""
 
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from clipkit.pages.parts import bar, document
+from clipkit.pages.parts import bar, data_uri, document
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def render_classified(page: Classes) -> str:
 
 def picture(jpeg: bytes, name: str) -> str:
     """An inline image."""
-    data = b64encode(jpeg).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(name)}" loading="lazy">'
+    return f'<img src="{data_uri(jpeg)}" alt="{escape(name)}" loading="lazy">'
 
 
 def _card(card: Card) -> str:

@@ -1,12 +1,11 @@
 """The page of the demo: pure functions from facts to HTML."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from clipkit.pages.chart import Scale, Series, chart
-from clipkit.pages.parts import Figure, bar, bullets, commands, document, figure_table
+from clipkit.pages.parts import Figure, bar, bullets, commands, data_uri, document, figure_table
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,7 @@ right label is green.</p>
 
 
 def _image(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(picture.name)}">'
+    return f'<img src="{data_uri(picture.png, "png")}" alt="{escape(picture.name)}">'
 
 
 def _search(found: Found) -> str:

@@ -1,5 +1,6 @@
 """What pages of results are made of: one HTML file, light and dark, no script, nothing fetched."""
 
+import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -73,6 +74,11 @@ def figure_table(figures: Iterable[Figure]) -> str:
     )
     head = '<th></th><th class="n">model</th><th class="bar"></th><th class="n">chance</th>'
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def data_uri(picture: bytes, kind: str = "jpeg") -> str:
+    """The address of a picture inside the page itself; ``kind`` is "jpeg" or "png"."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
 
 
 def commands(pairs: Iterable[tuple[str, str]]) -> str:

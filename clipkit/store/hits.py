@@ -10,8 +10,6 @@ from clipkit.store.calibration import GOOD
 from clipkit.store.roots import Root, file_of
 from clipkit.store.vector_index import Hit
 
-MOST_SHOWN = 60
-
 
 class Hits(list[Hit]):
     """A list of hits that shows itself as pictures in a notebook.
@@ -34,13 +32,12 @@ class Hits(list[Hit]):
             return None
 
     def _repr_html_(self) -> str:
-        items = [(self.picture(hit), _score(hit), hit.key) for hit in self[:MOST_SHOWN]]
+        items = ((self.picture(hit), _score(hit), hit.key) for hit in self)
         title = f"“{self.query}”" if self.query else f"{len(self)} hits"
         best = max((hit.probability for hit in self if hit.probability is not None), default=None)
         if best is not None and best < GOOD:
             title += ": no good match"
-        rest = len(self) - len(items)
-        return gallery(title, items) + (f"and {rest} more" if rest > 0 else "")
+        return gallery(title, items, len(self))
 
 
 def _score(hit: Hit) -> str:

@@ -1,6 +1,5 @@
 """Draw a map of a collection: ``clipkit map INDEX|STORE --out map.html``."""
 
-import base64
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from clipkit.data.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
 from clipkit.manifest import Manifest, read_manifest, write_text
 from clipkit.pages.map import Cluster, MapPage, render_map
+from clipkit.pages.parts import data_uri
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.landscape import cluster, lay_out, name_clusters
 from clipkit.store.roots import file_of, roots_of
@@ -194,9 +194,5 @@ def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:
         for row in open_source(manifest.source.get("spec", ""), caption="", label="").rows:
             if row["key"] in found:
                 with suppress(ImageError):
-                    found[row["key"]] = _inside(thumbnail(row_image(row)))
+                    found[row["key"]] = data_uri(thumbnail(row_image(row)))
     return [found.get(key, "") for key in keys]
-
-
-def _inside(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

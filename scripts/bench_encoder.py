@@ -10,6 +10,7 @@ vectors of real photos then differ as much as those of a trained model.
 
 import argparse
 import io
+import multiprocessing
 import statistics
 import time
 import warnings
@@ -76,8 +77,19 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
+halves: list[list[str]] = []
+
+
+def tokenize_half(number: int) -> int:
+    """What a worker does; it was forked with the captions and the words in its memory."""
+    return len(tokenizer.tokenize(halves[number]))
+
+
 def bench_tokenizer(captions: list[str], rounds: int) -> None:
-    """One thread each, with nothing remembered and with the words of the first pass, and two."""
+    """One thread each, with nothing remembered and with the words of the first pass, and two.
+
+    Two processes each read half of the captions, as the workers of a loader do.
+    """
     print(f"tokenizer, {len(captions)} captions")
     known = open_clip.SimpleTokenizer()
     known(captions)
@@ -91,6 +103,9 @@ def bench_tokenizer(captions: list[str], rounds: int) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(tokenize, (captions[:half], captions[half:])))
 
+    tokenizer.tokenize(captions)
+    halves[:] = captions[::2], captions[1::2]
+    workers = multiprocessing.get_context("fork").Pool(2)
     runs: dict[str, Callable[[], Any]] = {
         "open_clip": lambda: known(captions),
         "open_clip, new words": lambda: open_clip.SimpleTokenizer()(captions),
@@ -98,8 +113,10 @@ def bench_tokenizer(captions: list[str], rounds: int) -> None:
         "clipkit": lambda: tokenizer.tokenize(captions),
         "clipkit, two threads": lambda: on_two(tokenizer.tokenize),
         "open_clip, two threads": lambda: on_two(known),
+        "clipkit, two processes": lambda: workers.map(tokenize_half, (0, 1), 1),
     }
-    show(in_turn(runs, rounds), len(captions), "captions")
+    with workers:
+        show(in_turn(runs, rounds), len(captions), "captions")
 
 
 def encoder(clip: Any, precision: Any) -> Encoder:

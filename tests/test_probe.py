@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import COLOURS
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression as SkLogistic
 from sklearn.neighbors import KNeighborsClassifier
 from toys import unit_rows
 
@@ -26,9 +26,9 @@ from clipkit.model.few_shot import (
     METHODS,
     Labelled,
     accuracy,
-    logistic_regression,
 )
 from clipkit.model.heads import NeighbourHead, TipAdapterHead, one_hot
+from clipkit.model.logistic import LogisticRegression
 from clipkit.tasks.probe import draw, probe
 
 DIM, CLASSES = 16, 5
@@ -53,19 +53,31 @@ def text():
     return ZeroShotClassifier([f"class {n}" for n in range(CLASSES)], rows, 20.0, MODEL)
 
 
+@pytest.mark.parametrize("count", [9, 60], ids=["fewer than dimensions", "more"])
 @pytest.mark.parametrize("strength", [0.1, 10.0, 1e3])
-def test_logistic_regression_equals_scikit_learns(strength):
-    data, others = sample(60, 0), sample(50, 2)
-    weights, bias = logistic_regression(data, CLASSES, strength)
-    theirs = LogisticRegression(C=strength, tol=1e-10, max_iter=5000).fit(
+def test_logistic_regression_equals_scikit_learns(strength, count):
+    data, others = sample(count, 0), sample(50, 2)
+    regression = LogisticRegression(data.vectors, data.targets, CLASSES)
+    weights, bias = regression.fit(strength)
+    theirs = SkLogistic(C=strength, tol=1e-10, max_iter=5000).fit(
         data.vectors.astype(float), data.targets
     )
+    assert len(theirs.classes_) == CLASSES
     odds = torch.softmax(torch.from_numpy(others.vectors).double() @ weights.T + bias, dim=1)
     np.testing.assert_allclose(odds, theirs.predict_proba(others.vectors.astype(float)), atol=1e-4)
-    np.testing.assert_allclose(weights, theirs.coef_, atol=1e-3 * max(1, strength))
-    start = (torch.randn(CLASSES, DIM).double(), torch.randn(CLASSES).double())
-    again, _ = logistic_regression(data, CLASSES, strength, start)
-    np.testing.assert_allclose(again, weights, atol=1e-3 * max(1, strength))
+    np.testing.assert_allclose(weights, theirs.coef_, atol=1e-3 * max(1, strength**0.5))
+    # From whatever else was fitted before.
+    regression.fit(1e5)
+    again, _ = regression.fit(strength)
+    np.testing.assert_allclose(again, weights, atol=1e-3 * max(1, strength**0.5))
+
+
+def test_equal_examples_are_fitted_too():
+    vectors = np.tile(unit_rows(1, DIM), (6, 1))
+    weights, bias = LogisticRegression(vectors, np.array([0, 0, 0, 0, 1, 1]), 2).fit(10.0)
+    odds = torch.softmax(torch.from_numpy(vectors[0]).double() @ weights.T + bias, dim=0)
+    np.testing.assert_allclose(odds, [2 / 3, 1 / 3], atol=1e-5)
+    np.testing.assert_allclose(weights, 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3, 60])
@@ -203,6 +215,24 @@ def test_probing_a_model(albums, tiny_checkpoint):
         probe(open_source(albums), encoder, shots=(16,), progress=False)
     with pytest.raises(DataError, match="expected two or more; name a label column"):
         probe(open_source(albums / "red"), encoder, progress=False)
+
+
+def test_shots_are_fitted_on_one_thread(albums, tiny_checkpoint, monkeypatch):
+    """Of a few examples, threads wait for each other longer than they work."""
+    seen = []
+    fit = METHODS["neighbours"]
+    monkeypatch.setitem(
+        METHODS, "neighbours", lambda *data: (seen.append(torch.get_num_threads()), fit(*data))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encoder, source = clipkit.load(tiny_checkpoint), open_source(albums)
+        probe(source, encoder, shots=(2,), methods=["neighbours"], seeds=3, progress=False)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert (seen, after) == ([1, 1, 1], 2)
 
 
 def test_probe_on_the_command_line(albums, tiny_checkpoint, tmp_path, capsys, monkeypatch):

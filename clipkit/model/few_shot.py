@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from clipkit.errors import ConfigError
 from clipkit.metrics.calibration import softmax
 from clipkit.model.classifier import Classifier, Vectors, ZeroShotClassifier
 from clipkit.model.heads import LinearHead, NeighbourHead, TipAdapterHead, one_hot
+from clipkit.model.logistic import LogisticRegression
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Weights of the data against that of small coefficients, weakest first (scikit-learn's ``C``)."""
@@ -23,7 +23,6 @@ BETAS = (1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0)
 EPOCHS, RATE, BATCH = 20, 1e-3, 256
 """Of fine-tuning (Zhang et al. 2022, section 4.1)."""
 _ALPHA, _BETA = 1.0, 5.5  # while fine-tuning, as in the paper's equation 6
-_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -46,58 +45,12 @@ def accuracy(classifier: Classifier, data: Labelled) -> float:
 
 def fit_linear(shots: Labelled, held_out: Labelled, text: ZeroShotClassifier) -> LinearHead:
     """Logistic regression, as strong as serves the held-out examples best."""
-    classes, start = len(text.labels), None
+    regression = LogisticRegression(shots.vectors, shots.targets, len(text.labels))
     heads = []
     for strength in STRENGTHS:
-        start = logistic_regression(shots, classes, strength, start)
-        weights, bias = (part.numpy().astype(np.float32) for part in start)
+        weights, bias = (part.numpy().astype(np.float32) for part in regression.fit(strength))
         heads.append(LinearHead(text.labels, weights, bias, text.model))
     return _best(heads, held_out)
-
-
-def logistic_regression(
-    data: Labelled,
-    classes: int,
-    strength: float,
-    start: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, float64 [classes, dim], and bias that minimise the regularised surprise.
-
-    That is the sum of the examples' cross-entropies times ``strength``, plus half the sum of the
-    squared weights: convex, so that any start gives the same.
-
-    Args:
-        data: examples.
-        classes: how many there are.
-        strength: of the data.
-        start: weights and bias to begin from.
-    """
-    vectors = torch.from_numpy(data.vectors).double()
-    targets = torch.from_numpy(data.targets)
-    if start is None:
-        start = (
-            torch.zeros(classes, vectors.shape[1], dtype=torch.float64),
-            torch.zeros(classes, dtype=torch.float64),
-        )
-    weights, bias = (part.clone().requires_grad_() for part in start)
-    optimiser = torch.optim.LBFGS(
-        [weights, bias],
-        max_iter=_STEPS,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        surprise = cross_entropy(vectors @ weights.T + bias, targets)
-        loss = surprise + weights.square().sum() / (2 * strength * len(targets))
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return weights.detach(), bias.detach()
 
 
 def fit_neighbours(shots: Labelled, held_out: Labelled, text: ZeroShotClassifier) -> NeighbourHead:
@@ -116,7 +69,7 @@ def fit_tip_adapter(
 ) -> TipAdapterHead:
     """Tip-Adapter without training: only its two strengths are chosen, on the held-out examples."""
     values = one_hot(shots.targets, len(text.labels))
-    return _best(_strengths(text, shots.vectors, values), held_out)
+    return _strongest(text, shots.vectors, values, held_out)
 
 
 def fit_tip_adapter_f(
@@ -140,7 +93,7 @@ def fit_tip_adapter_f(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-    return _best(_strengths(text, keys.detach().numpy(), values), held_out)
+    return _strongest(text, keys.detach().numpy(), values, held_out)
 
 
 METHODS: dict[str, Fit] = {
@@ -167,21 +120,32 @@ def require_methods(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _strengths(
-    text: ZeroShotClassifier, keys: Vectors, values: Vectors
-) -> Iterable[TipAdapterHead]:
-    for alpha, beta in product(ALPHAS, BETAS):
-        yield TipAdapterHead(
-            text.labels, text.weights, (keys, values), (alpha, beta), text.scale, text.model
-        )
+def _strongest(
+    text: ZeroShotClassifier, keys: Vectors, values: Vectors, held_out: Labelled
+) -> TipAdapterHead:
+    """The Tip-Adapter of these labelled vectors whose strengths serve the held-out examples best.
+
+    Nearness is computed once for each ``beta`` and captions once for all, as the head would.
+    """
+    captions, similar = text.logits(held_out.vectors), held_out.vectors @ keys.T
+    merits = {}
+    for beta in BETAS:
+        votes = np.exp(-beta * (1 - similar)) @ values
+        for alpha in ALPHAS:
+            merits[alpha, beta] = _merit(captions + alpha * votes, held_out.targets)
+    strengths = max(merits, key=merits.__getitem__)
+    return TipAdapterHead(
+        text.labels, text.weights, (keys, values), strengths, text.scale, text.model
+    )
+
+
+def _merit(logits: Vectors, targets: NDArray[np.int64]) -> tuple[float, float]:
+    """How often logits are right, and how little they are surprised by what is."""
+    right = softmax(logits)[np.arange(len(targets)), targets]
+    surprise = np.log(np.maximum(right, 1e-30)).mean()
+    return float((logits.argmax(axis=1) == targets).mean()), float(surprise)
 
 
 def _best(heads: Iterable[Head], held_out: Labelled) -> Head:
     """The head that is right most often; of equal ones that which is surprised least."""
-
-    def merit(head: Head) -> tuple[float, float]:
-        odds = softmax(head.logits(held_out.vectors))
-        right = odds[np.arange(len(held_out.targets)), held_out.targets]
-        return accuracy(head, held_out), float(np.log(np.maximum(right, 1e-30)).mean())
-
-    return max(heads, key=merit)
+    return max(heads, key=lambda head: _merit(head.logits(held_out.vectors), held_out.targets))

@@ -19,6 +19,7 @@ from clipkit.model.cached_pairs import cached_pairs
 from clipkit.model.classifier import Classifier, ZeroShotClassifier
 from clipkit.model.encoder import Encoder
 from clipkit.model.few_shot import METHODS, Labelled, accuracy
+from clipkit.model.logistic import one_thread
 
 ZERO_SHOT = "zero-shot"
 MOST_HELD_OUT = 4
@@ -124,7 +125,8 @@ def probe(
     rows = [_row(ZERO_SHOT, 0, [_hits(text, tested)], tested)]
     best: tuple[float, Classifier] = (-1.0, text)
     work = [(method, count) for method in methods for count in possible]
-    with tqdm(total=len(work) * seeds, desc="probing", disable=None if progress else True) as bar:
+    show = None if progress else True
+    with one_thread(), tqdm(total=len(work) * seeds, desc="probing", disable=show) as bar:
         for method, count in work:
             hits = []
             for seed in range(seeds):

@@ -6,6 +6,7 @@ from sklearn.metrics import average_precision_score
 from toys import unit_rows
 
 from clipkit.errors import DataError
+from clipkit.metrics import ranks as module
 from clipkit.metrics import retrieval_figures, retrieval_recall, retrieved
 from clipkit.metrics.ranks import wrong_ahead
 
@@ -86,8 +87,10 @@ def test_a_copy_of_the_right_image_is_ahead_of_it_wherever_it_stands():
 
 @pytest.mark.parametrize("block", [(510, 8192), (1, 1), (7, 5), (64, 1000), (300, 31)])
 @pytest.mark.parametrize("near", [1.0, 1e-4], ids=["apart", "nearly equal"])
-def test_ranks_equal_the_definition_whatever_the_block(block, near):
+@pytest.mark.parametrize("sparse", [1, 10**9], ids=["one by one", "all"])
+def test_ranks_equal_the_definition_whatever_the_block(block, near, sparse, monkeypatch):
     # Nearly equal vectors give scores that float32 products cannot tell apart.
+    monkeypatch.setattr(module, "_SPARSE", sparse)
     images = unit(unit_rows(1, 16) + near * unit_rows(37, 16, seed=1))
     captions = unit(unit_rows(1, 16) + near * unit_rows(53, 16, seed=2))
     captions[9] = captions[4]
@@ -103,6 +106,21 @@ def test_ranks_equal_the_definition_whatever_the_block(block, near):
         np.testing.assert_array_equal(found[name].ranks, ranks)
         np.testing.assert_allclose(found[name].precision, precision, atol=1e-12)
         np.testing.assert_array_equal(found[name].queries, np.flatnonzero(truth.any(axis=1)))
+
+
+def test_images_with_good_captions_and_bad_ones_equal_the_definition():
+    """Of the worst many scores are ahead, of the next ones few: both ways of counting meet."""
+    images, owners = unit_rows(400, 24), np.repeat(np.arange(400), 3)
+    captions = unit(images[owners] + 0.8 * unit_rows(1200, 24, seed=1))
+    captions[::3] = unit_rows(400, 24, seed=2)
+    ahead, of_images = wrong_ahead(images, captions, owners, np.arange(1200), block=(150, 700))
+    scores = images.astype(float) @ captions.astype(float).T
+    own = scores[owners, np.arange(1200)]
+    wrong = np.arange(400)[:, None] != owners
+    wanted = [((scores[i] >= own[j]) & wrong[i]).sum() for j, i in enumerate(owners)]
+    assert np.median(wanted[::3]) > 1200 / 32 > np.median(wanted)
+    assert ahead.tolist() == wanted
+    assert of_images.tolist() == ((scores >= own) & wrong).sum(axis=0).tolist()
 
 
 def test_more_rows_than_a_byte_can_count():

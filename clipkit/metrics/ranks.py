@@ -10,16 +10,19 @@ from clipkit.errors import DataError
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
+Scores = NDArray[np.float64]
 
 BLOCK = (510, 8192)
-"""Images and captions of a block: 16 MiB of scores, and rows in two parts of 255."""
+"""Images and captions of a block: 16 MiB of scores, and images in two parts of 255."""
 _NEAR = 2e-6
 """Scores of float32 products nearer than this are computed again in float64. Their largest error
 among 9 million products of unit vectors was 7.2e-7 at 256 dimensions, 5.5e-7 at 512 to 1,024."""
 _TIE = 1e-9
 _PART = 255  # rows whose ones a byte can count
-_GATHERED = 4096  # pairs computed in float64 at a time
-_SPARSE = 8  # a row with fewer candidates than a part in so many is looked at by these alone
+_GATHERED = 1024  # pairs computed in float64 at a time
+_SPARSE = 32
+"""If one score in so many may be ahead or fewer, these are looked at one by one. A good model has
+next to none, and a pass over a block of scores takes a tenth of the time of making them."""
 
 
 def wrong_ahead(
@@ -52,14 +55,31 @@ def wrong_ahead(
     Raises:
         DataError: vectors that are not finite.
     """
-    count = _Count(images, captions, image_of, caption_of)
+    scores = scores_of(images, captions, image_of, caption_of)
+    if not np.isfinite(scores).all():
+        raise DataError(
+            "the vectors hold numbers that are not finite, expected unit vectors; the model is "
+            "broken, measure an earlier checkpoint"
+        )
+    of_images = _Side(images, captions, image_of, caption_of, scores)
+    of_captions = _Side(captions, images, caption_of, image_of, scores)
+    # Held on to: fresh memory for each product costs a tenth of it.
+    room = np.empty(min(block[0], len(images)) * min(block[1], len(captions)), np.float32)
     for top in range(0, len(images), block[0]):
+        rows = slice(top, min(top + block[0], len(images)))
         for left in range(0, len(captions), block[1]):
-            count.add(slice(top, top + block[0]), slice(left, left + block[1]))
-    return count.captions_ahead, count.images_ahead
+            columns = slice(left, min(left + block[1], len(captions)))
+            shape = (rows.stop - top, columns.stop - left)
+            table = room[: shape[0] * shape[1]].reshape(shape)
+            np.matmul(images[rows], captions[columns].T, out=table)
+            # What is right stands aside of what is wrong, in both directions alike.
+            table[of_images.places(rows, columns)] = -np.inf
+            of_images.add(table, rows, columns)
+            of_captions.add(table.T, columns, rows)
+    return of_images.ahead, of_captions.ahead
 
 
-def scores_of(images: Floats, captions: Floats, i: Integers, j: Integers) -> NDArray[np.float64]:
+def scores_of(images: Floats, captions: Floats, i: Integers, j: Integers) -> Scores:
     """The inner products of images ``i`` with captions ``j`` in float64, [pairs]."""
     scores = np.empty(len(i))
     for start in range(0, len(i), _GATHERED):
@@ -69,126 +89,126 @@ def scores_of(images: Floats, captions: Floats, i: Integers, j: Integers) -> NDA
     return scores
 
 
-class _Count:
-    """Counts, block by block; pairs are held sorted by image, and once more by caption."""
+class _Side:
+    """One direction: the wrong items of the other side that are ahead, counted block by block.
+
+    Attributes:
+        ahead: int64 [pairs], how many there are so far.
+    """
 
     def __init__(
-        self, images: Floats, captions: Floats, image_of: Integers, caption_of: Integers
+        self, own: Floats, others: Floats, own_of: Integers, other_of: Integers, scores: Scores
     ) -> None:
-        self.images, self.captions = images, captions
-        self.image_of, self.caption_of = image_of, caption_of
-        self.scores = scores_of(images, captions, image_of, caption_of)
-        if not np.isfinite(self.scores).all():
-            raise DataError(
-                "the vectors hold numbers that are not finite, expected unit vectors; the model is "
-                "broken, measure an earlier checkpoint"
-            )
-        self.captions_ahead = np.zeros(len(image_of), np.int64)
-        self.images_ahead = np.zeros(len(image_of), np.int64)
-        self._by_image = _Grouped.of(image_of)
-        self._by_caption = _Grouped.of(caption_of)
+        self.own, self.others = own, others
+        self.own_of, self.other_of, self.scores = own_of, other_of, scores
+        self.ahead = np.zeros(len(own_of), np.int64)
+        self._order = np.lexsort((scores, own_of))
+        self._items, starts = np.unique(own_of[self._order], return_index=True)
+        self._starts = np.append(starts, len(own_of))
 
-    def add(self, rows: slice, columns: slice) -> None:
-        """Count the items of one block."""
-        table = self.images[rows] @ self.captions[columns].T
-        pairs = self._by_image.within(rows)
-        right = self.caption_of[pairs]
-        pairs = pairs[(right >= columns.start) & (right < columns.stop)]
-        # What is right stands aside of what is wrong, in both directions alike.
-        table[self.image_of[pairs] - rows.start, self.caption_of[pairs] - columns.start] = -np.inf
-        for image, mine in self._by_image.groups(rows):
-            self._add_row(table[image - rows.start], image, mine, columns.start)
-        for level in self._by_caption.levels(columns):
-            self._add_columns(table, level, rows.start, columns)
+    def places(self, mine: slice, theirs: slice) -> tuple[Integers, Integers]:
+        """Where in a block's table the right pairs stand."""
+        first, last = np.searchsorted(self._items, [mine.start, mine.stop])
+        pairs = self._order[self._starts[first] : self._starts[last]]
+        other = self.other_of[pairs]
+        inside = (other >= theirs.start) & (other < theirs.stop)
+        return self.own_of[pairs[inside]] - mine.start, other[inside] - theirs.start
 
-    def _add_row(self, row: Floats, image: int, pairs: Integers, left: int) -> None:
-        """Captions ahead of the pairs of one image, among those of a block."""
-        limits = self.scores[pairs]
-        lowest = np.float32(limits.min() - _NEAR)
-        found = row >= lowest
-        number = np.count_nonzero(found)
-        if not number:
-            return
-        # A good model has few wrong ones ahead, and these are quickly compared again and again.
-        places = np.flatnonzero(found) if number < len(row) // _SPARSE else None
-        values = row if places is None else row[places]
-        for pair, limit in zip(pairs, limits, strict=True):
-            low, high = np.float32(limit - _NEAR), np.float32(limit + _NEAR)
-            above = np.count_nonzero(values > high)
-            self.captions_ahead[pair] += above
-            if np.count_nonzero(values >= low) > above:
-                at = np.flatnonzero((values >= low) & (values <= high))
-                there = left + (at if places is None else places[at])
-                again = scores_of(self.images, self.captions, np.full(len(there), image), there)
-                self.captions_ahead[pair] += np.count_nonzero(again >= limit - _TIE)
+    def add(self, table: Floats, mine: slice, theirs: slice) -> None:
+        """Count the items of one block.
 
-    def _add_columns(self, table: Floats, pairs: Integers, top: int, columns: slice) -> None:
-        """Images ahead of one pair of each caption, among those of a block."""
-        numbers = self.caption_of[pairs] - columns.start
-        part = table if len(numbers) == table.shape[1] else table[:, numbers]
-        limits = self.scores[pairs]
-        high, low = np.float32(limits + _NEAR), np.float32(limits - _NEAR)
-        for start in range(0, len(part), _PART):
-            rows = part[start : start + _PART]
-            above, most = rows > high, rows >= low
-            counted, possible = _ones(above), _ones(most)
-            self.images_ahead[pairs] += counted
-            doubtful = np.flatnonzero(counted != possible)
-            if not len(doubtful):
-                continue
-            image, at = np.nonzero(above[:, doubtful] ^ most[:, doubtful])
-            at = doubtful[at]
-            again = scores_of(
-                self.images, self.captions, top + start + image, self.caption_of[pairs[at]]
-            )
-            ahead = again >= limits[at] - _TIE
-            self.images_ahead[pairs] += np.bincount(at[ahead], minlength=len(pairs))
+        Args:
+            table: float32 [own items, items of the other side], in either order of memory, with
+                minus infinity where a pair is right.
+            mine: the block's own items.
+            theirs: those of the other side.
+        """
+        few: _Few | None = None
+        for pairs in self._levels(mine):
+            rows = self.own_of[pairs] - mine.start
+            limits = np.full(len(table), np.inf)
+            limits[rows] = self.scores[pairs]
+            low, high = ((limits + e).astype(np.float32) for e in (-_NEAR, _NEAR))
+            if few is None:
+                most = table >= low[:, None]
+                if np.count_nonzero(most.ravel("K")) <= most.size // _SPARSE:
+                    few = _Few.of(table, most)
+            if few is None:
+                counts, own, other = _count_all(table, most, high)
+            else:
+                # What is not ahead of the lowest right item is not ahead of a higher one.
+                few = few.at_least(low)
+                counts, own, other = few.count(high)
+            if len(own):
+                again = scores_of(self.own, self.others, mine.start + own, theirs.start + other)
+                ahead = again >= limits[own] - _TIE
+                counts += np.bincount(own[ahead], minlength=len(table))
+            self.ahead[pairs] += counts[rows]
 
-
-def _ones(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The ones of each column of at most 255 rows: bytes add up ten times as fast as numbers."""
-    counts: NDArray[np.uint8] = np.add.reduce(mask.view(np.uint8), axis=0, dtype=np.uint8)
-    return counts
+    def _levels(self, part: slice) -> Iterator[Integers]:
+        """The lowest pair of each item of a block, then the second of those that have one, …"""
+        first, last = np.searchsorted(self._items, [part.start, part.stop])
+        starts, ends = self._starts[first:last], self._starts[first + 1 : last + 1]
+        while len(starts):
+            yield self._order[starts]
+            starts, ends = starts[starts + 1 < ends] + 1, ends[starts + 1 < ends]
 
 
 @dataclass(frozen=True)
-class _Grouped:
-    """Pairs in order of the item that they are grouped by.
+class _Few:
+    """Scores of a table of which there are few.
 
     Attributes:
-        order: int64 [pairs], the pairs by their item.
-        items: int64 [groups], the items that have pairs, ascending.
-        starts: int64 [groups + 1], where the pairs of each begin in ``order``.
+        rows: how many the table has.
+        own: int64 [n], their rows.
+        other: int64 [n], their columns.
+        values: float32 [n].
     """
 
-    order: Integers
-    items: Integers
-    starts: Integers
+    rows: int
+    own: Integers
+    other: Integers
+    values: Floats
 
     @classmethod
-    def of(cls, item_of: Integers) -> "_Grouped":
-        order = np.argsort(item_of, kind="stable")
-        items, starts = np.unique(item_of[order], return_index=True)
-        return cls(order, items, np.append(starts, len(order)))
+    def of(cls, table: Floats, mask: NDArray[np.bool_]) -> "_Few":
+        flat = np.flatnonzero(mask.ravel("K"))
+        values = table.ravel("K")[flat]
+        by_rows = table.flags.c_contiguous
+        across = table.shape[1] if by_rows else len(table)
+        line = flat // across
+        place = flat - line * across
+        own, other = (line, place) if by_rows else (place, line)
+        return cls(len(table), own, other, values)
 
-    def _range(self, part: slice) -> tuple[int, int]:
-        first, last = np.searchsorted(self.items, [part.start, part.stop])
-        return int(first), int(last)
+    def at_least(self, low: Floats) -> "_Few":
+        kept = self.values >= low[self.own]
+        return _Few(self.rows, self.own[kept], self.other[kept], self.values[kept])
 
-    def within(self, part: slice) -> Integers:
-        """The pairs of the items of a block."""
-        first, last = self._range(part)
-        return self.order[self.starts[first] : self.starts[last]]
+    def count(self, high: Floats) -> tuple[Integers, Integers, Integers]:
+        """As ``_count_all``."""
+        above = self.values > high[self.own]
+        counts = np.bincount(self.own[above], minlength=self.rows)
+        return counts, self.own[~above], self.other[~above]
 
-    def groups(self, part: slice) -> Iterator[tuple[int, Integers]]:
-        """Each item of a block that has pairs, and these."""
-        for g in range(*self._range(part)):
-            yield int(self.items[g]), self.order[self.starts[g] : self.starts[g + 1]]
 
-    def levels(self, part: slice) -> Iterator[Integers]:
-        """The first pair of each item of a block, then the second of those that have one, …"""
-        first, last = self._range(part)
-        starts, ends = self.starts[first:last], self.starts[first + 1 : last + 1]
-        while len(starts):
-            yield self.order[starts]
-            starts, ends = starts[starts + 1 < ends] + 1, ends[starts + 1 < ends]
+def _count_all(
+    table: Floats, most: NDArray[np.bool_], high: Floats
+) -> tuple[Integers, Integers, Integers]:
+    """How many scores of each row are above a limit, and which ``most`` has beside these."""
+    above = table > high[:, None]
+    counts = _ones(above)
+    doubtful = np.flatnonzero(counts != _ones(most))
+    own, other = np.nonzero(above[doubtful] ^ most[doubtful])
+    return counts, doubtful[own], other
+
+
+def _ones(mask: NDArray[np.bool_]) -> Integers:
+    """The ones of each row; across memory, bytes add up ten times as fast as numbers."""
+    if mask.flags.c_contiguous:
+        return np.array([np.count_nonzero(row) for row in mask], np.int64)
+    counts = np.zeros(len(mask), np.int64)
+    for start in range(0, mask.shape[1], _PART):
+        part = mask[:, start : start + _PART].view(np.uint8)
+        counts += np.add.reduce(part, axis=1, dtype=np.uint8)
+    return counts

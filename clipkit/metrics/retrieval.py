@@ -127,12 +127,13 @@ def image_sums(
 
 def _medians(found: Retrieved, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """The median rank, counted from 1, where each image counts as often as its weight says."""
-    order = np.argsort(found.ranks, kind="stable")
-    ranks, shares = found.ranks[order] + 1, found.shares
+    ranks = found.ranks[found.asks] + 1
+    order = np.argsort(ranks, kind="stable")
+    ranks, images, shares = ranks[order], found.images[order], found.shares[order]
     medians = np.empty(len(weights))
     for row, weight in enumerate(weights):
-        often = np.bincount(found.asks, weights=weight[found.images] * shares)[order]
-        reached = np.cumsum(often)
+        # The pairs of a query add up to it, and stand together or beside others of its rank.
+        reached = np.cumsum(weight[images] * shares)
         half, rounding = reached[-1] / 2, 1e-9 * reached[-1]
         # Of an even number the mean of the two in the middle.
         middle = np.searchsorted(reached, [half - rounding, half + rounding])

@@ -3,7 +3,11 @@
 CLIP_benchmark wants an environment of its own:
     python -m venv PEER && PEER/bin/pip install clip-benchmark==1.6.2
     python scripts/bench_eval.py --peer-python PEER/bin/python --images 5000 --rounds 3
-    python scripts/bench_eval.py --images 25000 --rounds 1        # clipkit alone
+    python scripts/bench_eval.py --images 100000 --rounds 1 --only clipkit
+
+Each runs in a process of its own. Memory is the most that it held beyond what it held before, the
+vectors that it read or mapped included. Beside both stand the matrix products alone, by blocks as
+clipkit makes them, which nothing that computes all scores can go below.
 """
 
 import argparse
@@ -19,23 +23,31 @@ from typing import Any
 import numpy as np
 
 KS = (1, 5, 10)
+BATCH = 64  # images that CLIP_benchmark is handed at a time
+ROWS = 1000  # images made at a time
 
 
 def write_vectors(folder: Path, images: int, captions: int, dim: int) -> None:
     """Unit vectors of images and of captions about as near to them as those of a good model."""
     generator = np.random.default_rng(0)
-    rows = generator.normal(size=(images, dim)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    np.save(folder / "images.npy", rows)
-    texts = np.lib.format.open_memmap(
-        folder / "captions.npy", "w+", np.float32, (images * captions, dim)
-    )
-    for start in range(0, images, 1000):
-        part = np.repeat(rows[start : start + 1000], captions, axis=0)
-        noise = generator.normal(size=part.shape).astype(np.float32)
-        noisy = part + 5 * noise / np.linalg.norm(noise, axis=1, keepdims=True)
-        noisy /= np.linalg.norm(noisy, axis=1, keepdims=True)
-        texts[start * captions : start * captions + len(part)] = noisy
+
+    def unit(rows: Any) -> Any:
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def create(name: str, count: int) -> Any:
+        file = folder / f"{name}.npy"
+        return np.lib.format.open_memmap(file, "w+", np.float32, (count, dim))
+
+    pictures, texts = create("images", images), create("captions", images * captions)
+    for start in range(0, images, ROWS):
+        size = (min(ROWS, images - start), dim)
+        rows = unit(generator.standard_normal(size, np.float32))
+        pictures[start : start + ROWS] = rows
+        rows = np.repeat(rows, captions, axis=0)
+        noise = unit(generator.standard_normal(rows.shape, np.float32))
+        texts[start * captions : (start + ROWS) * captions] = unit(rows + 5 * noise)
+    pictures.flush()
+    texts.flush()
 
 
 def peak_memory() -> float:
@@ -45,11 +57,27 @@ def peak_memory() -> float:
     return int(line.split()[1]) / 1024
 
 
+def mapped(folder: Path) -> list[Any]:
+    """Images and captions, read where they are needed."""
+    return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "captions")]
+
+
+def run_product(folder: Path, _: int) -> dict[str, float]:
+    """Only the scores, made and thrown away."""
+    from clipkit.metrics.ranks import BLOCK
+
+    images, texts = mapped(folder)
+    for top in range(0, len(images), BLOCK[0]):
+        for left in range(0, len(texts), BLOCK[1]):
+            images[top : top + BLOCK[0]] @ texts[left : left + BLOCK[1]].T
+    return {}
+
+
 def run_clipkit(folder: Path, captions: int) -> dict[str, float]:
     """Recall, and beside it median ranks and average precision."""
     from clipkit.metrics import retrieval_figures, retrieved
 
-    images, texts = (np.load(folder / f"{name}.npy") for name in ("images", "captions"))
+    images, texts = mapped(folder)
     owners = np.repeat(np.arange(len(images)), captions)
     found = retrieved(images, texts, owners, np.arange(len(texts)))
     figures = retrieval_figures(found, np.ones((1, len(images))), KS)
@@ -73,10 +101,10 @@ def run_clip_benchmark(folder: Path, captions: int) -> dict[str, float]:
             return texts[batch]
 
     def batches() -> Any:
-        for start in range(0, len(images), 64):
-            numbers = range(start, min(start + 64, len(images)))
+        for start in range(0, len(images), BATCH):
+            numbers = range(start, min(start + BATCH, len(images)))
             yield (
-                images[start : start + 64],
+                images[start : start + BATCH],
                 [[n * captions + c for c in range(captions)] for n in numbers],
             )
 
@@ -88,14 +116,15 @@ def run_clip_benchmark(folder: Path, captions: int) -> dict[str, float]:
     }
 
 
+RUNS = {"clipkit": run_clipkit, "product": run_product, "peer": run_clip_benchmark}
+
+
 def child(name: str, folder: Path, captions: int) -> None:
     """Run one of them in this process and print what it took."""
-    run = {"clipkit": run_clipkit, "clip_benchmark": run_clip_benchmark}[name]
-    tiny = folder / "tiny"
-    run(tiny, captions)  # imports and first calls are not counted
+    RUNS[name](folder / "tiny", captions)  # imports and first calls are not counted
     before = peak_memory()
     start = time.perf_counter()
-    figures = run(folder, captions)
+    figures = RUNS[name](folder, captions)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "memory": peak_memory() - before, "figures": figures}))
 
@@ -103,13 +132,74 @@ def child(name: str, folder: Path, captions: int) -> None:
 def measure(python: str, name: str, folder: Path, captions: int) -> dict[str, Any]:
     """What one run took, in a process of its own."""
     words = [python, __file__, "--child", name, "--folder", folder, "--captions", captions]
-    done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name} ended with exit code {done.returncode} (-9: memory did not suffice)")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+def peer_needs(images: int, captions: int, dim: int) -> float:
+    """About what CLIP_benchmark holds at most, MiB: what its evaluate() makes, one by one."""
+    texts = images * captions
+    scores = 4 * images * texts  # float32
+    positive = images * texts  # bool
+    vectors = 3 * 4 * dim * (images + texts)  # as read, normalised, joined
+    one_hot = 2 * 8 * BATCH * max(KS) * texts  # int64, and its product with ``positive``
+    return (scores + positive + vectors + one_hot) / 2**20
+
+
+def available() -> float:
+    """MiB that a new process can have."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return int(next(one for one in lines if one.startswith("MemAvailable:")).split()[1]) / 1024
+
+
+def contestants(args: argparse.Namespace) -> dict[str, str]:
+    """Who runs, with which Python."""
+    pythons = {"clipkit": sys.executable, "product": sys.executable}
+    needed = peer_needs(args.images, args.captions, args.dim)
+    if not args.peer_python:
+        if args.only == "peer":
+            sys.exit("--only peer takes --peer-python, the Python of an environment with it")
+    elif needed > available():
+        print(
+            f"CLIP_benchmark is left out: it would take about {needed:,.0f} MiB, and "
+            f"{available():,.0f} MiB are available"
+        )
+    else:
+        pythons["peer"] = args.peer_python
+    return {name: python for name, python in pythons.items() if args.only in (None, name)}
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """A line each, the ratios, and the largest difference of recall."""
+    for name, found in runs.items():
+        times = [run["seconds"] for run in found]
+        print(
+            f"{name:15} {statistics.median(times):9.2f} s ({min(times):.2f} to {max(times):.2f})  "
+            f"{statistics.median(run['memory'] for run in found):9.0f} MiB"
+        )
+    for one, other, what in (
+        ("clipkit", "product", "seconds"),
+        ("peer", "clipkit", "seconds"),
+        ("peer", "clipkit", "memory"),
+    ):
+        if one in runs and other in runs:
+            pairs = zip(runs[one], runs[other], strict=True)
+            ratios = sorted(a[what] / max(b[what], 1e-9) for a, b in pairs)
+            print(
+                f"{what}: {one} / {other} {statistics.median(ratios):.2f} "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            )
+    if "peer" in runs and "clipkit" in runs:
+        theirs, ours = runs["peer"][0]["figures"], runs["clipkit"][0]["figures"]
+        worst = max(abs(value - ours[name]) for name, value in theirs.items())
+        print(f"largest difference of recall: {worst:.1e}")
+
+
 def main() -> None:
-    """Run in turn; print a line each, the ratios and the largest difference of recall."""
+    """Run in turn; print what each took, and the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,15 +208,17 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=5, help="Of each image.")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=RUNS, help="Run this alone.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child, args.folder, args.captions)
         return
-    pythons = {"clipkit": sys.executable}
-    if args.peer_python:
-        pythons["clip_benchmark"] = args.peer_python
+    texts = args.images * args.captions
+    size = 4 * args.dim * (args.images + texts) / 2**20
+    print(f"{args.images} images x {texts} captions, {args.dim} dimensions, {size:,.0f} MiB")
+    pythons = contestants(args)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,24 +228,8 @@ def main() -> None:
         for _ in range(args.rounds):
             for peer, python in pythons.items():
                 runs[peer].append(measure(python, peer, folder, args.captions))
-    print(f"{args.images} images x {args.images * args.captions} captions, {args.dim} dimensions")
-    for peer, found in runs.items():
-        times = [run["seconds"] for run in found]
-        print(
-            f"{peer:15} {statistics.median(times):9.2f} s ({min(times):.2f} to {max(times):.2f})  "
-            f"{statistics.median(run['memory'] for run in found):9.0f} MiB"
-        )
-    if len(runs) == 2:
-        own, peer = runs["clipkit"], runs["clip_benchmark"]
-        for what in ("seconds", "memory"):
-            ratios = sorted(b[what] / max(a[what], 1e-9) for a, b in zip(own, peer, strict=True))
-            print(
-                f"{what}: clip_benchmark / clipkit {statistics.median(ratios):.1f} "
-                f"({ratios[0]:.1f} to {ratios[-1]:.1f})"
-            )
-        theirs, ours = peer[0]["figures"], own[0]["figures"]
-        worst = max(abs(value - ours[name]) for name, value in theirs.items())
-        print(f"largest difference of recall: {worst:.1e}")
+    if runs:
+        summarise(runs)
 
 
 if __name__ == "__main__":

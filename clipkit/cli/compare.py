@@ -11,6 +11,8 @@ from clipkit.cli.output import (
     CaptionColumn,
     ImageColumn,
     LabelColumn,
+    Precision,
+    load_encoder,
     note,
     print_json,
     print_table,
@@ -32,6 +34,7 @@ def compare(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     label_column: LabelColumn = None,
+    precision: Precision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say which of two models is better on data.
@@ -48,10 +51,9 @@ def compare(
     captions = caption_column if classes is None else ""
     source = open_source(data, image=image_column, caption=captions, label=label_column)
 
-    from clipkit.model.load import load
     from clipkit.tasks.compare import compare_retrievals, compare_zeroshot
 
-    encoders = (load(one), load(other))
+    encoders = (load_encoder(one, precision), load_encoder(other, precision))
     if classes is None:
         found = compare_retrievals(source, encoders, names, progress=not as_json)
     else:

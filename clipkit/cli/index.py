@@ -51,7 +51,12 @@ def embed(
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     decode: Decode = None,
     batch_size: Annotated[
-        Any, typer.Option(help="Images encoded at once; auto suits the device.", parser=_batch_size)
+        Any,
+        typer.Option(
+            help="Images encoded at once; auto suits the device.",
+            parser=_batch_size,
+            metavar="INTEGER|auto",
+        ),
     ] = "auto",
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,

@@ -11,6 +11,8 @@ from clipkit.cli.output import (
     MODEL_HELP,
     ImageColumn,
     LabelColumn,
+    Precision,
+    load_encoder,
     note,
     print_facts,
     print_json,
@@ -43,6 +45,7 @@ def probe(
     ] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    precision: Precision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Learn from a few labelled images of each class.
@@ -63,13 +66,12 @@ def probe(
 
     from clipkit.model.classifier_file import save_classifier
     from clipkit.model.few_shot import require_methods
-    from clipkit.model.load import load
     from clipkit.tasks.probe import probe as run
 
     chosen = require_methods(methods.split(","))
     found = run(
         source,
-        load(model),
+        load_encoder(model, precision),
         test=tested,
         labels=classes or None,
         templates=captions,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import note
+from clipkit.cli.output import Precision, note
 
 
 def serve(
@@ -24,6 +24,7 @@ def serve(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of thumbnails, instead of the user's cache.")
     ] = None,
+    precision: Precision = None,
 ) -> None:
     """Serve a search page and an HTTP API.
 
@@ -34,4 +35,13 @@ def serve(
     def ready(address: str, count: int) -> None:
         note(f"{count} pictures at {address}")
 
-    run(index, host=host, port=port, token=token, images=images, cache=cache, on_ready=ready)
+    run(
+        index,
+        host=host,
+        port=port,
+        token=token,
+        images=images,
+        cache=cache,
+        precision=precision,
+        on_ready=ready,
+    )

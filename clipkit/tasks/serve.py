@@ -11,6 +11,7 @@ from clipkit.errors import MissingExtraError, ServeError
 
 if TYPE_CHECKING:
     from clipkit.model.encoder import Encoder
+    from clipkit.model.prepare import Precision
     from clipkit.web.thumbs import ThumbCache
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -26,6 +27,7 @@ def serve(
     images: Path | None = None,
     cache: Path | None = None,
     encoder: "Encoder | None" = None,
+    precision: "Precision | None" = None,
     on_ready: Callable[[str, int], None] | None = None,
 ) -> None:
     """Answer searches over HTTP until interrupted; a newer state of the index takes over.
@@ -38,6 +40,7 @@ def serve(
         images: folder of the pictures; None: where they were when they were indexed.
         cache: folder of the thumbnails; None: in the user's cache, if that is not off.
         encoder: the index's model; None: loaded as the index names it.
+        precision: of the model that is loaded, as of ``load``; None: its default.
         on_ready: called with the address of the page and the number of pictures.
 
     Raises:
@@ -60,7 +63,7 @@ def serve(
     with listen(host, port) as socket:
         if images is not None and not images.is_dir():
             raise ServeError(f"{images} is no folder, expected the pictures of the index")
-        current = Current(Path(index), images, encoder)
+        current = Current(Path(index), images, encoder, precision)
         hosts = {host, *LOOPBACK} if host in LOOPBACK else None
         app = create_app(current, _thumbs(cache), hosts=hosts, token=token)
         name = f"[{host}]" if ":" in host else host

@@ -14,6 +14,7 @@ from clipkit.data.resample import Pixels
 from clipkit.manifest import MANIFEST
 from clipkit.model.encoder import Encoder
 from clipkit.model.load import load_ref
+from clipkit.model.prepare import DEFAULT_PRECISION, Precision
 from clipkit.store.roots import Root, roots_of
 from clipkit.store.shards import Vectors
 from clipkit.store.vector_index import Hit, VectorIndex
@@ -154,6 +155,7 @@ class Current:
         path: the directory of the index.
         images: as for ``Collection``.
         encoder: the index's model; loaded from its manifest where None.
+        precision: as of ``load_ref``, for models that are loaded; None: its default.
 
     Raises:
         ArtifactError: no index, or a damaged one.
@@ -161,9 +163,14 @@ class Current:
     """
 
     def __init__(
-        self, path: Path, images: Path | None = None, encoder: Encoder | None = None
+        self,
+        path: Path,
+        images: Path | None = None,
+        encoder: Encoder | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.path, self._images = path, images
+        self._precision = precision or DEFAULT_PRECISION
         self._refreshing = threading.Lock()
         self._stamp = self._look()
         self.collection = self._open(encoder)
@@ -192,5 +199,5 @@ class Current:
     def _open(self, encoder: Encoder | None) -> Collection:
         index = VectorIndex.open(self.path)
         if encoder is None or encoder.model.fingerprint != index.model.fingerprint:
-            encoder = load_ref(index.model, f"the index {self.path}")
+            encoder = load_ref(index.model, f"the index {self.path}", precision=self._precision)
         return Collection(index, encoder, self._images)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+WAIT = 60_000
+"""Milliseconds that a page may take for anything, however busy the machine is."""
 
 
 def missing() -> str | None:
@@ -31,3 +33,16 @@ def chromium() -> Iterator[Any]:
         )
         yield browser
         browser.close()
+
+
+def expect(what: Any) -> Any:
+    """What is to become true of a page or of a part of it: playwright waits until it has."""
+    from playwright.sync_api import expect as playwright_expect
+
+    playwright_expect.set_options(timeout=WAIT)
+    return playwright_expect(what)
+
+
+def become(page: Any, condition: str, argument: Any = None) -> None:
+    """Wait until a condition, a JavaScript expression that may name ``it``, holds in a page."""
+    page.wait_for_function(f"it => {condition}", arg=argument)

@@ -1,4 +1,3 @@
-"use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const numbers = (text) =>
   new Uint16Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
@@ -6,15 +5,19 @@ const places = numbers(data.places);
 const cluster = numbers(data.clusters);
 const count = cluster.length;
 const canvas = document.getElementById("map");
-const pen = canvas.getContext("2d");
+const pen = canvas.getContext("2d", { alpha: false });
 const card = document.getElementById("card");
 const EDGE = 0.06; // free share of the shorter side around the points when all are shown
 
 // Golden-angle hues: neighbours in the list differ, however many there are.
-const colour = (n) => `hsl(${(n * 137.508 + 210) % 360} 62% ${n % 2 ? 44 : 56}%)`;
-const order = Array.from({ length: count }, (_, i) => i).sort((a, b) => cluster[a] - cluster[b]);
+const colour = (n) => rgb((n * 137.508 + 210) % 360, 0.62, n % 2 ? 0.44 : 0.56);
+const points = new Points(places, cluster, data.names.map((_, n) => colour(n)));
 const shown = data.names.map(() => true);
 let matches = null; // one byte an item while something is searched for
+const bright = new Uint8Array(count).fill(1);
+let image = null; // the pixels of the canvas
+let style = null; // the colours of the page
+let labels = []; // pictures of the names
 let view = { x: 0.5, y: 0.5, zoom: 1 };
 let pointed = -1;
 let waiting = false;
@@ -50,63 +53,84 @@ function toMap(px, py) {
     (py - canvas.clientHeight / 2) / s + view.y,
   ];
 }
-const lit = (i) => shown[cluster[i]] && (!matches || matches[i]);
+const lit = (i) => bright[i] === 1;
+function relight() {
+  for (let i = 0; i < count; i++) bright[i] = shown[cluster[i]] && (!matches || matches[i]) ? 1 : 0;
+  redraw();
+}
 
 function draw() {
   waiting = false;
   const ratio = window.devicePixelRatio || 1;
-  const width = canvas.clientWidth, height = canvas.clientHeight;
-  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
+  const width = Math.round(canvas.clientWidth * ratio);
+  const height = Math.round(canvas.clientHeight * ratio);
+  if (!width || !height) return;
+  if (canvas.width !== width || canvas.height !== height || !image) {
+    canvas.width = width;
+    canvas.height = height;
+    image = pen.createImageData(width, height);
   }
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  pen.clearRect(0, 0, width, height);
-  const s = scale();
+  style ??= readStyle();
   const size = Math.max(1.5, Math.min(9, 26 / Math.sqrt(count / 100)) * Math.sqrt(view.zoom));
-  const left = width / 2 - view.x * s, top = height / 2 - view.y * s, unit = s / 65535;
-  for (const bright of [false, true]) {
-    let last = -1;
-    pen.globalAlpha = bright ? 0.85 : 0.08;
-    for (const i of order) {
-      if (lit(i) !== bright) continue;
-      const x = left + places[2 * i] * unit, y = top + places[2 * i + 1] * unit;
-      if (x < -size || y < -size || x > width + size || y > height + size) continue;
-      if (cluster[i] !== last) pen.fillStyle = colour((last = cluster[i]));
-      pen.fillRect(x - size / 2, y - size / 2, size, size);
-    }
-  }
-  pen.globalAlpha = 1;
-  const ink = getComputedStyle(document.body);
-  names(ink.color, getComputedStyle(document.documentElement).getPropertyValue("--ground"));
+  const [left, top] = toScreen(0, 0);
+  const pixels = new Int32Array(image.data.buffer);
+  pixels.fill(style.ground);
+  const at = { left: left * ratio, top: top * ratio, unit: scale() * ratio / 65535,
+    size: size * ratio };
+  points.draw(pixels, width, height, at, bright);
+  pen.putImageData(image, 0, 0);
+  names(ratio);
   if (pointed >= 0) {
     const [x, y] = toScreen(places[2 * pointed] / 65535, places[2 * pointed + 1] / 65535);
-    pen.strokeStyle = ink.color;
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.strokeStyle = style.ink;
     pen.lineWidth = 2;
     pen.strokeRect(x - size / 2 - 3, y - size / 2 - 3, size + 6, size + 6);
   }
 }
 
-function names(ink, ground) {
-  pen.font = "600 13px system-ui, sans-serif";
-  pen.textAlign = "center";
-  pen.textBaseline = "middle";
-  pen.lineJoin = "round";
+function readStyle() {
+  const body = getComputedStyle(document.body);
+  const [red, green, blue] = body.backgroundColor.match(/\d+/g).map(Number);
+  return { ink: body.color, around: body.backgroundColor,
+    ground: 0xff000000 | blue << 16 | green << 8 | red };
+}
+
+function names(ratio) {
   const taken = [];
+  pen.setTransform(1, 0, 0, 1, 0, 0);
   data.names.forEach((one, n) => {
     if (!shown[n]) return;
-    const [x, y] = toScreen(one.x, one.y);
-    const half = pen.measureText(one.name).width / 2 + 4;
-    const box = [x - half, y - 10, x + half, y + 10];
+    if (labels[n]?.ratio !== ratio) labels[n] = label(one.name, ratio);
+    const { picture } = labels[n];
+    const [x, y] = toScreen(one.x, one.y).map((v) => v * ratio);
+    const half = picture.width / 2;
+    const box = [x - half, y - 10 * ratio, x + half, y + 10 * ratio];
     // Larger clusters come first; a name that would cover another waits until there is room.
     if (taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) return;
     taken.push(box);
-    pen.strokeStyle = ground;
-    pen.lineWidth = 4;
-    pen.strokeText(one.name, x, y);
-    pen.fillStyle = ink;
-    pen.fillText(one.name, x, y);
+    pen.drawImage(picture, Math.round(x - half), Math.round(y - picture.height / 2));
   });
+}
+
+// Letters with an outline take a canvas about as long as thousands of points: they are drawn once.
+function label(name, ratio) {
+  const picture = document.createElement("canvas"), ink = picture.getContext("2d");
+  const font = "600 13px system-ui, sans-serif";
+  ink.font = font;
+  picture.width = Math.ceil((ink.measureText(name).width + 8) * ratio);
+  picture.height = Math.ceil(24 * ratio);
+  ink.font = font; // a canvas whose size is set forgets it
+  ink.textAlign = "center";
+  ink.textBaseline = "middle";
+  ink.lineJoin = "round";
+  ink.lineWidth = 4;
+  ink.strokeStyle = style.around;
+  ink.fillStyle = style.ink;
+  ink.setTransform(ratio, 0, 0, ratio, picture.width / 2, picture.height / 2);
+  ink.strokeText(name, 0, 0);
+  ink.fillText(name, 0, 0);
+  return { picture, ratio };
 }
 
 function redraw() {
@@ -221,7 +245,7 @@ data.names.forEach((one, n) => {
   const item = document.createElement("li"), button = document.createElement("button");
   const dot = document.createElement("i"), name = document.createElement("span");
   const size = document.createElement("b");
-  dot.style.background = colour(n);
+  dot.style.background = `rgb(${colour(n).join()})`;
   name.textContent = one.name;
   size.textContent = one.size.toLocaleString("en");
   button.type = "button";
@@ -230,7 +254,7 @@ data.names.forEach((one, n) => {
   button.addEventListener("click", () => {
     shown[n] = !shown[n];
     button.setAttribute("aria-pressed", String(shown[n]));
-    redraw();
+    relight();
   });
   item.append(button);
   list.append(item);
@@ -250,8 +274,12 @@ document.getElementById("find").addEventListener("input", (event) => {
   }
   document.getElementById("count").textContent =
     words.length ? `${found.toLocaleString("en")} of ${count.toLocaleString("en")}` : "";
-  redraw();
+  relight();
 });
 new ResizeObserver(redraw).observe(canvas);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-redraw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  style = null;
+  labels = [];
+  redraw();
+});
+draw();

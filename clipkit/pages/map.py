@@ -48,7 +48,7 @@ class MapPage:
 
 def render_map(page: MapPage) -> str:
     """The page as one HTML file: nothing is fetched but the pictures one points at."""
-    style, script = (_part(f"map.{kind}") for kind in ("css", "js"))
+    style, points, script = map(_part, ("map.css", "map_points.js", "map.js"))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -71,7 +71,7 @@ def render_map(page: MapPage) -> str:
 <figure id="card" hidden><img alt=""><figcaption></figcaption></figure>
 </main>
 <script type="application/json" id="data">{_data(page)}</script>
-<script>{script}</script>
+<script>{points}{script}</script>
 </body>
 </html>
 """

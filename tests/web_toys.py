@@ -35,7 +35,7 @@ class ServedEncoder(ColourEncoder):
 
     def encode_captions(self, captions, *, policy="cut", report=None):
         self.calls.append(list(captions))
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         plain = [text if _colour_words(text) else "white" for text in captions]
         return super().encode_captions(plain)
 

@@ -21,7 +21,9 @@ export class Grid {
 
   show(hits, { append = false, far = false, shown = true } = {}) {
     const start = append ? this.hits.length : 0;
-    this.hits = append ? [...this.hits, ...hits] : hits;
+    if (append) this.hits.push(...hits);
+    else this.hits = hits;
+    const held = !append && this.list.contains(document.activeElement);
     // Pictures that stay are kept, for a new element would flicker.
     const kept = new Map(append ? [] : [...this.list.querySelectorAll("img")]
       .map((one) => [one.getAttribute("src"), one]));
@@ -36,6 +38,7 @@ export class Grid {
     this.hits = [];
     const ghost = () => make("li", { className: "tile ghost", "aria-hidden": "true",
       children: [make("div", { className: "open" })] });
+    if (held) this.focus(0); // the tile that had it is gone; who goes by keyboard goes on from here
     this.list.replaceChildren(...Array.from({ length: number }, ghost));
   }
 
@@ -128,6 +131,7 @@ export class Details {
     this.dialog.addEventListener("click", (event) => {
       const what = event.target === this.dialog ? "close"
         : event.target.closest("[data-do]")?.dataset.do;
+    this.hits = []; // those among which it was opened: others may come while it is open
       if (what === "close") this.dialog.close();
       else if (what === "back") this.step(-1);
       else if (what === "on") this.step(1);
@@ -146,7 +150,8 @@ export class Details {
   }
 
   get hit() {
-    return this.grid.hits[this.n];
+      if (this.dialog.open) return; // told late: another picture is shown by now
+    return this.hits[this.n];
   }
 
   leaveTo(work) {
@@ -157,14 +162,15 @@ export class Details {
 
   open(hit) {
     this.left = false;
-    this.n = this.grid.hits.indexOf(hit);
+    this.hits = this.grid.hits;
+    this.n = this.hits.indexOf(hit);
     this.fill();
     this.dialog.showModal();
   }
 
   step(by) {
     const n = this.n + by;
-    if (n < 0 || n >= this.grid.hits.length) return;
+    if (n < 0 || n >= this.hits.length) return;
     this.n = n;
     this.fill();
   }

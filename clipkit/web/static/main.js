@@ -81,8 +81,9 @@ async function search() {
     answer = found;
     showAnswer();
     scrollTo(0, 0);
-    if (state.view === "classify") await classify.show(state, found.hits, signal);
     $("problem").hidden = true;
+    if (nearEnd()) more(); // a tall screen, which nobody will scroll
+    if (state.view === "classify") await classify.show(state, found.hits, signal);
   } catch (error) {
     if (number === asked && error.name !== "AbortError") fail(error);
   } finally {
@@ -237,13 +238,20 @@ const commit = () => {
   writing = false;
 };
 $("query").addEventListener("input", (event) => {
+// A click on a picture takes the focus from the field: a search that has been made already would
+// put other elements in the place of the one that is being clicked.
+const settle = () => {
+  if ($("q").value !== state.q || $("minus").value !== state.minus) commit();
+  typed.cancel();
+  writing = false;
+};
   if (event.target.type !== "search") return;
   if (!writing) history.pushState(null, "", write(state));
   writing = true;
   typed();
 });
 $("query").addEventListener("change", (event) => {
-  if (event.target.type === "search" && writing) commit();
+  if (event.target.type === "search" && writing) settle();
 });
 $("query").addEventListener("submit", (event) => {
   event.preventDefault();

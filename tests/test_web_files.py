@@ -210,30 +210,13 @@ def test_a_huge_file_is_not_read(index, photos, monkeypatch):
         assert ask.get("/image/blue/blue-0.png").status_code == 200
 
 
-def test_pictures_without_files_say_so(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from toys import png
-
-    rows = {"image": [png(square(c)) for c in COLOURS], "caption": list(COLOURS)}
-    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
-    index = build_index(tmp_path / "table.parquet", tmp_path / "index", load=ServedEncoder)
-    with client(index.path) as ask:
-        answer = ask.get("/search", params={"q": "red", "limit": 2})
-        assert answer.json()["hits"][0]["captions"] == ["red"]
-        detail = ask.get(f"/thumb/{keys(answer)[0]}").json()["detail"]
-        assert "the pictures of this index lie inside a table" in detail
-        assert ask.get("/info").json()["pictures"] is False
-        assert len(keys(ask.get(f"/similar/{keys(answer)[0]}"))) == len(COLOURS) - 1
-
-
 def test_pictures_that_moved_are_found_where_they_are_now(index, photos, tmp_path):
     photos.rename(tmp_path / "moved")
     with client(index) as ask:
-        assert ask.get("/info").json()["pictures"] is False
+        assert "bring the index up to date" in ask.get("/info").json()["missing"]
         assert ask.get("/image/red/red-0.png").status_code == 404
     with client(index, images=tmp_path / "moved") as ask:
-        assert ask.get("/info").json()["pictures"] is True
+        assert ask.get("/info").json()["missing"] is None
         assert opened(ask.get("/image/red/red-0.png")).size == (8, 8)
 
 

@@ -6,6 +6,8 @@ import time
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from browser import WAIT, become, chromium, expect, missing
 from toys import COLOURS, png, square
@@ -411,22 +413,36 @@ def test_script_in_names_captions_and_columns_is_shown_as_text(page, tmp_path):
         assert page.locator("main script, header script, img[src=x]").count() == 0
 
 
-def test_pictures_without_files_are_names(page, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_pictures_inside_a_table_are_shown_and_named_where_it_is_gone(page, tmp_path):
     rows = {"image": [png(square(c)) for c in COLOURS], "caption": list(COLOURS)}
-    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
-    index = build_index(tmp_path / "table.parquet", tmp_path / "index", load=ServedEncoder)
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table(rows), table)
+    index = build_index(table, tmp_path / "index", load=ServedEncoder)
+    with running(application(index.path)[0]) as port:
+        page.goto(f"http://127.0.0.1:{port}/?q=red")
+        wait_for_image(page, "#grid img")
+        page.click(".tile .open")
+        wait_for_image(page, "#details-image")
+    table.unlink()
     with running(application(index.path)[0]) as port:
         page.goto(f"http://127.0.0.1:{port}/?q=red")
         page.wait_for_selector(".tile.lost")
-        assert page.locator("#grid img").count() == 0
-        assert page.text_content(".tile .name") == "red"
+        expect(page.locator("#status")).to_contain_text("No picture can be shown: ")
+        expect(page.locator("#status")).to_contain_text("table.parquet is not there any more")
+        expect(page.locator("#grid img")).to_have_count(0)
+        expect(page.locator(".tile .name").first).to_have_text("red")
         page.click(".tile .open")
-        page.wait_for_function(
-            "() => document.querySelector('#details-lost').textContent.includes('inside a table')"
-        )
+        expect(page.locator("#details-lost")).to_contain_text("is not there any more")
+
+
+def test_a_tile_says_why_it_has_no_picture(page, tmp_path):
+    index = build(tmp_path, per_colour=1)
+    (tmp_path / "photos" / "red" / "red-0.png").unlink()
+    with running(application(index)[0]) as port:
+        page.goto(f"http://127.0.0.1:{port}/?q=red")
+        name = page.locator(".tile.lost .lost-name")
+        expect(name).to_contain_text("the file of red/red-0.png is not there any more")
+        expect(name).to_be_visible()
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1600])

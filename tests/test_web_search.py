@@ -319,7 +319,7 @@ def test_what_is_served_is_told(ask, index):
     info = ask.get("/info").json()
     assert (info["name"], info["count"], info["spec"]) == ("index", 24, "Flat")
     assert info["model"].startswith("colours/toy")
-    assert info["pictures"] is True
+    assert info["missing"] is None
     label, folder = info["columns"]
     assert (label["name"], label["kind"], folder["name"]) == ("label", "text", "folder")
     assert label["values"] == [[colour, 3] for colour in sorted(COLOURS)]

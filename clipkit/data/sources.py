@@ -60,7 +60,7 @@ def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
     path = Path(os.path.abspath(text))
     if path.is_dir():
         return _open_directory(path, wanted, streaming)
-    files = _files(path)
+    files = find_files(path)
     if files:
         return _open_files(files, wanted, streaming)
     stem, _, split = str(path).rpartition(":")
@@ -78,7 +78,8 @@ def _open_directory(path: Path, wanted: Wanted, streaming: bool | None) -> Sourc
     return open_folder(path)
 
 
-def _files(path: Path) -> list[Path]:
+def find_files(path: Path) -> list[Path]:
+    """The files that a path with braces or stars means; none where there is none."""
     if path.exists():
         return [path]
     names = [name for one in expand(str(path)) for name in sorted(glob(one)) or [one]]

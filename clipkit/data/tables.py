@@ -3,10 +3,10 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from clipkit.data.columns import Columns, Common, find_columns
 from clipkit.data.images import Skipped
@@ -36,7 +36,8 @@ TABLES = {
 }
 _SEPARATORS = ",;\t|"
 _TEXT_GROWTH = 4  # rows of a text table take about four times its size while they are gathered
-_CHUNK = 4096  # rows
+_CHUNK = 4096  # rows of a text table held at a time
+_ROWS = 256  # of a Parquet file, pictures and all
 
 
 def open_table(
@@ -52,10 +53,13 @@ def open_table(
     if form != "parquet" and len(files) > 1:
         raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
     growth = 1 if form == "parquet" else _TEXT_GROWTH
+    read: Callable[[list[Any]], Iterator[pa.RecordBatch]]
+    shards: list[Any]
     try:
         size = sum(file.stat().st_size for file in files) * growth
         if form == "parquet":
-            read, shards = _parquet(files, wanted, skipped)
+            held = ParquetRows.open(files, wanted, skipped)
+            read, shards = held.read, held.groups
         else:
             read, shards = _text(form, files[0], wanted, skipped), files
     except OSError as error:
@@ -69,40 +73,72 @@ def open_table(
     return Source(spec, kind or form, rows, root, prints, skipped)
 
 
-def _parquet(
-    files: list[Path], wanted: Wanted, skipped: list[Skipped]
-) -> tuple[Callable[[list[Any]], Iterator["pa.RecordBatch"]], list[Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class Group:
+    """A row group of a Parquet file; ``first`` is its first row's number among those of all."""
 
-    shards: list[tuple[Path, int, int]] = []
-    rows = 0
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as table:
-                schema = table.schema_arrow
-                for group in range(table.num_row_groups):
-                    shards.append((file, group, rows))
-                    rows += table.metadata.row_group(group).num_rows
-        except pa.ArrowException as error:
-            raise DataError(f"{file} is no intact Parquet file: {error}") from None
-        if file is files[0]:
-            columns = columns_of(schema, wanted, str(file))
-    common = Common(columns, files[0].parent, skipped, width=len(str(max(rows - 1, 0))))
+    file: Path
+    number: int
+    first: int
 
-    def read(shards: list[tuple[Path, int, int]]) -> Iterator["pa.RecordBatch"]:
-        for file, group, first in shards:
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """The rows of Parquet files of the same columns, a row group at a time.
+
+    Attributes:
+        groups: in order.
+        common: brings what is read into the common columns.
+    """
+
+    groups: list[Group]
+    common: Common
+
+    @classmethod
+    def open(cls, files: list[Path], wanted: Wanted, skipped: list[Skipped]) -> Self:
+        """Read what the files say of themselves; raises DataError where one is damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        groups, rows = [], 0
+        for file in files:
             try:
                 with pq.ParquetFile(file) as table:
-                    batches = table.iter_batches(256, row_groups=[group], columns=columns.used)
-                    for batch in batches:
-                        yield common.batch(batch, first)
-                        first += len(batch)
-            except (pa.ArrowException, OSError, KeyError) as error:
-                reason = f"row group {group} cannot be read from row {first} on: {error}"
-                skipped.append(Skipped(file.name, reason))
+                    schema = table.schema_arrow
+                    for number in range(table.num_row_groups):
+                        groups.append(Group(file, number, rows))
+                        rows += table.metadata.row_group(number).num_rows
+            except pa.ArrowException as error:
+                raise DataError(f"{file} is no intact Parquet file: {error}") from None
+            if file is files[0]:
+                columns = columns_of(schema, wanted, str(file))
+        width = len(str(max(rows - 1, 0)))
+        return cls(groups, Common(columns, files[0].parent, skipped, width))
 
-    return read, shards
+    def batches(self, group: Group, size: int) -> Iterator["pa.RecordBatch"]:
+        """The rows of a group in the common columns, of ``size`` rows of the file at a time."""
+        import pyarrow.parquet as pq
+
+        first = group.first
+        with pq.ParquetFile(group.file) as table:
+            used = self.common.columns.used
+            for batch in table.iter_batches(size, row_groups=[group.number], columns=used):
+                yield self.common.batch(batch, first)
+                first += len(batch)
+
+    def read(self, groups: list[Any]) -> Iterator["pa.RecordBatch"]:
+        """The rows of some groups; what cannot be read is told among what was left out."""
+        import pyarrow as pa
+
+        for group in groups:
+            done = group.first
+            try:
+                for batch in self.batches(group, _ROWS):
+                    yield batch
+                    done += _ROWS
+            except (pa.ArrowException, OSError, KeyError) as error:
+                reason = f"row group {group.number} cannot be read from row {done} on: {error}"
+                self.common.skipped.append(Skipped(group.file.name, reason))
 
 
 def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:

@@ -65,8 +65,7 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     An item is an image member with a caption in ``.txt`` (one a line) or in a field of ``.json``,
     and a label in ``.cls`` or in ``.json``; a caption or label name given means such a field.
     """
-    root = Path(os.path.commonpath([file.parent for file in files]))
-    skipped = Skips()
+    root, skipped = root_of_tars(files), Skips()
     reader = _Reader(root, wanted, skipped)
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
 
@@ -76,6 +75,11 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     held = streaming is False
     rows: Any = in_memory(read(files), prints, skipped) if held else as_stream(read, files)
     return Source(str(files[0]), "tars", rows, root, prints, skipped)
+
+
+def root_of_tars(files: list[Path]) -> Path:
+    """The folder that keys of these shards are relative to."""
+    return Path(os.path.commonpath([file.parent for file in files]))
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,12 @@ class _Reader:
         for member in tar:
             # Reading a stream keeps every header it met; a shard may have a million.
             tar.members = []  # type: ignore[attr-defined]
-            folder, slash, file = member.name.rpartition("/")
-            stem, _, suffix = file.partition(".")
-            base, suffix = folder + slash + stem, suffix.lower()
+            base, suffix = _parted(member.name)
             if base != current and parts:
                 yield current, parts
             if base != current:
                 current, parts = base, {}
-            if not member.isreg() or not stem or not _is_known(suffix):
+            if not _counts(member):
                 continue
             limit = TEXT_LIMIT if suffix in _TEXTS else IMAGE_LIMIT
             if member.size > limit:
@@ -165,8 +167,46 @@ class _Reader:
         return fields if isinstance(fields, dict) else {}
 
 
-def _is_known(suffix: str) -> bool:
-    return suffix in _TEXTS or f".{suffix}" in SUFFIXES
+def find_members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Where the image of each item of a shard lies, by ``BASE.SUFFIX``: its offset and bytes.
+
+    The items are those of ``open_tars``; nothing but the headers is read.
+
+    Raises:
+        DataError: it is damaged, or not there.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    current, first, place = "", "", (0, 0)
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]
+                base, suffix = _parted(member.name)
+                if base != current:
+                    if first:
+                        found.setdefault(f"{current}.{first}", place)
+                    current, first = base, ""
+                plain = _counts(member) and not member.issparse() and member.size <= IMAGE_LIMIT
+                if plain and suffix not in _TEXTS and first in ("", suffix):
+                    first, place = suffix, (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{shard} cannot be read: {error}; put it back as it was") from None
+    if first:
+        found.setdefault(f"{current}.{first}", place)
+    return found
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The base name of a member, up to the first dot of its file's name, and its suffix."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def _counts(member: tarfile.TarInfo) -> bool:
+    base, suffix = _parted(member.name)
+    known = suffix in _TEXTS or f".{suffix}" in SUFFIXES
+    return known and member.isreg() and bool(base) and not base.endswith("/")
 
 
 def _field(fields: dict[str, Any], given: str | None, usual: tuple[str, ...]) -> Any:

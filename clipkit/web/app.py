@@ -214,6 +214,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         """What is served."""
         collection = service.collection
         manifest, calibration = collection.index.manifest, collection.index.calibration
+        missing = await asyncio.to_thread(lambda: collection.missing)  # may open tables
         return Info(
             name=service.current.path.name,
             count=len(collection),
@@ -221,7 +222,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             spec=collection.index.spec,
             created=manifest.created,
             clipkit=__version__,
-            pictures=collection.has_pictures,
+            missing=missing,
             calibrated=calibration is not None and calibration.informative,
             columns=[ColumnInfo(**asdict(column)) for column in collection.columns],
             most_hits=MOST_HITS,

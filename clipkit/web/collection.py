@@ -20,12 +20,13 @@ from clipkit.store.shards import Vectors
 from clipkit.store.vector_index import Hit, VectorIndex
 from clipkit.web.files import PictureFiles, readable
 from clipkit.web.filters import Column, Rows, find_columns, with_folder
+from clipkit.web.inside import Facts
 from clipkit.web.problems import RequestError
 from clipkit.web.uploads import read_upload
 from clipkit.web.vectors import Vector
 
 _LOOKED_AT = 20
-"""Files that are looked for to learn whether an index has any."""
+"""Pictures that are looked for to learn whether an index has any."""
 
 
 class Collection:
@@ -43,23 +44,18 @@ class Collection:
         self.rows = {key: row for row, key in enumerate(self.keys)}
         self.records: pa.Table = with_folder(index.records()).combine_chunks()
         self.columns: list[Column] = find_columns(self.records)
-        source = index.manifest.source
         roots = [Root("", str(images.resolve()), True)] if images else roots_of(index.manifest)
-        self.files = PictureFiles(roots, str(source.get("kind", "folder")))
+        self.files = PictureFiles(roots, self._facts)
 
     def __len__(self) -> int:
         return len(self.index)
 
     @cached_property
-    def has_pictures(self) -> bool:
-        """Whether any of a few keys, spread over the index, has a file."""
-        for key in self.keys[:: max(1, len(self.keys) // _LOOKED_AT)]:
-            try:
-                self.files.path(key)
-            except RequestError:
-                continue
-            return True
-        return False
+    def missing(self) -> str | None:
+        """Why none of a few keys, spread over the index, has a picture; None where one has."""
+        some = self.keys[:: max(1, len(self.keys) // _LOOKED_AT)]
+        reasons = [self.files.missing(key) for key in some]
+        return None if None in reasons or not reasons else reasons[0]
 
     def row(self, key: str) -> int:
         """The row of a key; raises RequestError (404) where the index has none such."""
@@ -95,6 +91,11 @@ class Collection:
         scores = np.array([hit.score for hit in hits], np.float32)
         found = calibration.probabilities(query, scores) if calibration else None
         return None if found is None else found.tolist()
+
+    def _facts(self, key: str) -> Facts:
+        """What the index says of a picture's content."""
+        row = self.rows[key]
+        return self.records["size"][row].as_py(), self.records["content_hash"][row].as_py()
 
     def read(self, key: str) -> Pixels:
         """The picture of a key, ready for the model, read as those of the index were.

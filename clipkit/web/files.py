@@ -8,20 +8,15 @@ from typing import TypeVar
 
 from clipkit.data.images import read_image
 from clipkit.errors import ImageError
-from clipkit.store.roots import Root, file_of
+from clipkit.store.roots import Root, file_of, owner
+from clipkit.web.inside import Facts, InsidePictures
 from clipkit.web.pictures import as_jpeg, media_type, thumbnail
 from clipkit.web.problems import RequestError
 
 Result = TypeVar("Result")
 MAX_FILE = 256 << 20
 """Bytes of the largest file that is read: decoding runs two at a time, so this bounds memory."""
-WITHOUT_FILES = {
-    "tars": "inside tar files",
-    "parquet": "inside a table",
-    "jsonl": "inside a table",
-    "saved": "inside a saved data set",
-    "hub": "in a data set of the hub",
-}
+HUB = "hf:"
 
 
 def readable(key: str, read: Callable[[], Result]) -> Result:
@@ -33,15 +28,22 @@ def readable(key: str, read: Callable[[], Result]) -> Result:
 
 
 class PictureFiles:
-    """Reads the file of a key below the folder it was indexed from.
+    """Reads the file of a key below the folder it was indexed from, or out of a table or tar.
 
     Args:
-        roots: those folders.
-        kind: of the source that was indexed, for the sentence about a file that is not there.
+        roots: those folders, tables and tars.
+        facts: gives the record of a key, by which a picture inside something is known again.
     """
 
-    def __init__(self, roots: list[Root], kind: str = "folder") -> None:
-        self._roots, self._kind = roots, kind
+    def __init__(self, roots: list[Root], facts: Callable[[str], Facts]) -> None:
+        self._roots = roots
+        self._inside = InsidePictures(roots, facts, MAX_FILE)
+
+    def missing(self, key: str) -> str | None:
+        """Why a key has neither a file nor something that should hold its picture; else None."""
+        if self._is_inside(key):
+            return self._inside.missing(key)
+        return self._missing(key) if file_of(self._roots, key) is None else None
 
     def path(self, key: str) -> Path:
         """The file of a key, its links followed.
@@ -55,7 +57,9 @@ class PictureFiles:
         return path
 
     def stamp(self, key: str) -> str:
-        """A text that changes when the file of a key does; raises as ``path``."""
+        """A text that changes when the picture of a key does; raises as ``path``."""
+        if self._is_inside(key):
+            return self._inside.stamp(key)
         path = self.path(key)
         try:
             status = path.stat()
@@ -64,11 +68,13 @@ class PictureFiles:
         return f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
 
     def read(self, key: str) -> bytes:
-        """The content of the file of a key.
+        """The content of a picture as its file holds it.
 
         Raises:
             RequestError: as ``path``; or it is no regular file (404), or too large (413).
         """
+        if self._is_inside(key):
+            return self._inside.read(key)
         path = self.path(key)
         try:
             # The path holds no link any more; not waiting keeps a named pipe from holding us up.
@@ -101,10 +107,14 @@ class PictureFiles:
         data = self.read(key)
         return readable(key, lambda: thumbnail(data))
 
+    def _is_inside(self, key: str) -> bool:
+        # A table may name some files and hold other pictures itself.
+        return self._inside.hold(key) and file_of(self._roots, key) is None
+
     def _missing(self, key: str) -> str:
-        where = WITHOUT_FILES.get(self._kind)
-        if where:
-            return f"{key} has no file of its own: the pictures of this index lie {where}"
+        where = owner(self._roots, key).where
+        if where.startswith(HUB):
+            return f"{key} has no file on this machine: it lies in the data set {where} of the hub"
         return (
             f"the file of {key} is not there any more, or a link leads out of the index's folder; "
             "bring the index up to date"

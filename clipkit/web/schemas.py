@@ -126,7 +126,7 @@ class Info(BaseModel):
     spec: str
     created: str
     clipkit: str
-    pictures: bool = Field(description="Whether the pictures have files that can be shown.")
+    missing: str | None = Field(description="Why no picture can be shown; null where some can.")
     calibrated: bool = Field(description="Whether hits come with a probability.")
     columns: list[ColumnInfo]
     most_hits: int

@@ -26,6 +26,15 @@ export async function ask(path, options = {}) {
     response.status);
 }
 
+// Why a picture did not come, as the server says it; null where it says nothing.
+export async function reason(path) {
+  try {
+    return (await (await fetch(path)).json()).detail ?? null;
+  } catch {
+    return null;
+  }
+}
+
 // A key as part of an address, its slashes kept.
 export function keyPath(key) {
   return key.split("/").map(encodeURIComponent).join("/");

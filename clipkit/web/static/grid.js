@@ -1,6 +1,6 @@
 // The grid of pictures, and the keys that move in it.
 
-import { image, thumb } from "./api.js";
+import { image, reason, thumb } from "./api.js";
 import { $, bar, make, percent } from "./dom.js";
 
 export class Grid {
@@ -14,9 +14,15 @@ export class Grid {
     this.list.addEventListener("keydown", (event) => this.pressed(event));
     this.list.addEventListener("dragstart", (event) => this.dragged(event));
     // An error does not bubble; it is caught on its way down.
-    this.list.addEventListener("error", (event) => {
-      event.target.closest?.(".tile")?.classList.add("lost");
-    }, true);
+    this.list.addEventListener("error", (event) => this.lost(event.target), true);
+  }
+
+  async lost(picture) {
+    const tile = picture.closest?.(".tile");
+    if (!tile) return;
+    tile.classList.add("lost");
+    const why = await reason(picture.getAttribute("src"));
+    if (why) tile.querySelector(".lost-name").replaceChildren(make("small", { text: why }));
   }
 
   show(hits, { append = false, far = false, shown = true } = {}) {
@@ -32,13 +38,13 @@ export class Grid {
     else this.list.replaceChildren(...tiles);
     this.list.classList.toggle("far", far);
     this.list.classList.remove("stale");
+    if (held) this.focus(0); // the tile that had it is gone; who goes by keyboard goes on from here
   }
 
   ghosts(number) {
     this.hits = [];
     const ghost = () => make("li", { className: "tile ghost", "aria-hidden": "true",
       children: [make("div", { className: "open" })] });
-    if (held) this.focus(0); // the tile that had it is gone; who goes by keyboard goes on from here
     this.list.replaceChildren(...Array.from({ length: number }, ghost));
   }
 
@@ -125,13 +131,13 @@ export class Details {
   constructor(grid, act) {
     this.dialog = $("details");
     this.grid = grid;
+    this.hits = []; // those among which it was opened: others may come while it is open
     this.n = 0;
     const picture = $("details-image");
     picture.addEventListener("error", () => this.lost());
     this.dialog.addEventListener("click", (event) => {
       const what = event.target === this.dialog ? "close"
         : event.target.closest("[data-do]")?.dataset.do;
-    this.hits = []; // those among which it was opened: others may come while it is open
       if (what === "close") this.dialog.close();
       else if (what === "back") this.step(-1);
       else if (what === "on") this.step(1);
@@ -144,13 +150,13 @@ export class Details {
       else if (event.key === "x") this.leaveTo(() => act("unlike", this.hit));
     });
     this.dialog.addEventListener("close", () => {
+      if (this.dialog.open) return; // told late: another picture is shown by now
       picture.removeAttribute("src");
       if (!this.left) grid.focus(this.n);
     });
   }
 
   get hit() {
-      if (this.dialog.open) return; // told late: another picture is shown by now
     return this.hits[this.n];
   }
 
@@ -200,8 +206,7 @@ export class Details {
     $("details-image").hidden = true;
     $("details-lost").hidden = false;
     $("details-lost").textContent = "This picture cannot be shown.";
-    const answer = await fetch(image(hit.key)).catch(() => null);
-    const told = await answer?.json().catch(() => null);
-    if (told?.detail && hit === this.hit) $("details-lost").textContent = told.detail;
+    const why = await reason(image(hit.key));
+    if (why && hit === this.hit) $("details-lost").textContent = why;
   }
 }

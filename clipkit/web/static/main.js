@@ -119,10 +119,11 @@ function fail(error) {
 
 function showAnswer() {
   const far = answer.matched === false;
-  grid.show(answer.hits, { far, shown: info?.pictures ?? true });
+  grid.show(answer.hits, { far, shown: !info?.missing });
   const line = $("status");
   line.classList.toggle("far", far);
-  line.textContent = [told(far), ...answer.notes].join(" ");
+  const missing = info?.missing ? [`No picture can be shown: ${info.missing}.`] : [];
+  line.textContent = [told(far), ...answer.notes, ...missing].join(" ");
   showEnd();
 }
 
@@ -163,7 +164,7 @@ async function more() {
     if (number !== asked) return;
     if (next.hits.length) {
       grid.show(next.hits, { append: true, far: answer.matched === false,
-        shown: info?.pictures ?? true });
+        shown: !info?.missing });
     } else answer.total = shown;
     showEnd();
   } catch (error) {
@@ -237,7 +238,6 @@ const commit = () => {
   go({ q: $("q").value, minus: $("minus").value }, { replace: writing });
   writing = false;
 };
-$("query").addEventListener("input", (event) => {
 // A click on a picture takes the focus from the field: a search that has been made already would
 // put other elements in the place of the one that is being clicked.
 const settle = () => {
@@ -245,6 +245,7 @@ const settle = () => {
   typed.cancel();
   writing = false;
 };
+$("query").addEventListener("input", (event) => {
   if (event.target.type !== "search") return;
   if (!writing) history.pushState(null, "", write(state));
   writing = true;
@@ -340,8 +341,8 @@ async function start() {
   $("collection").textContent = `${info.name} · ${pictures(info.count)}`;
   showFilters();
   if (!answer) return;
-  if (info.pictures) showEnd();
-  else showAnswer();
+  if (info.missing) showAnswer();
+  else showEnd();
   if (nearEnd()) more();
 }
 

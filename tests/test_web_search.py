@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,7 @@ from clipkit.store.writer import IndexWriter
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
+from clipkit.web import vectors
 from clipkit.web.collection import Collection
 from clipkit.web.problems import RequestError
 
@@ -265,6 +267,31 @@ def test_a_caption_is_encoded_once(index):
         first = ask.get("/search", params={"q": "red"}).json()["hits"]
         assert ask.get("/search", params={"q": "red", "offset": 0}).json()["hits"] == first
     assert encoder.calls == [["red"]]
+
+
+def test_a_caption_that_is_being_encoded_is_not_encoded_again(index):
+    encoder = ServedEncoder()
+    with client(index, encoder=encoder) as ask, ThreadPoolExecutor(12) as pool:
+        encoder.gate.clear()
+        first = pool.submit(ask.get, "/search", params={"q": "red"})
+        while not encoder.calls:
+            time.sleep(0.01)
+        others = ["red", "blue"] * 5
+        asked = [pool.submit(ask.get, "/search", params={"q": text}) for text in others]
+        threading.Timer(0.3, encoder.gate.set).start()
+        answers = [one.result().json()["hits"] for one in asked]
+        assert first.result().json()["hits"] == answers[0]
+        assert all(hits == answers[n % 2] for n, hits in enumerate(answers))
+    assert encoder.calls == [["red"], ["blue"]]
+
+
+def test_no_more_captions_are_kept_than_meant(index, monkeypatch):
+    monkeypatch.setattr(vectors, "CAPTIONS_KEPT", 2)
+    encoder = ServedEncoder()
+    with client(index, encoder=encoder) as ask:
+        for text in ("red", "blue", "red", "green", "red", "blue"):
+            ask.get("/search", params={"q": text})
+    assert encoder.calls == [["red"], ["blue"], ["green"], ["blue"]]
 
 
 def test_classification_is_that_of_the_classifier(ask, index):

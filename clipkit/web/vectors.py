@@ -31,8 +31,9 @@ class Vectors:
     def __init__(self, on_batch: Callable[[int], object]) -> None:
         self._on_batch = on_batch
         self._batcher: Batcher[tuple[Encoder, Any], Any] = Batcher(self._encode)
-        # Touched by the event loop's thread alone.
+        # Both touched by the event loop's thread alone.
         self._captions: OrderedDict[tuple[str, str], Vector] = OrderedDict()
+        self._asked: dict[tuple[str, str], asyncio.Task[Vector]] = {}
 
     async def of_captions(self, encoder: Encoder, captions: Sequence[str]) -> list[Vector]:
         """The vector of each caption; what exceeds 77 tokens is not read."""
@@ -56,11 +57,20 @@ class Vectors:
         name = (encoder.model.fingerprint, text)
         vector = self._captions.get(name)
         if vector is None:
-            vector = await self._batcher((encoder, text))
-            self._captions[name] = vector
-            if len(self._captions) > CAPTIONS_KEPT:
-                self._captions.popitem(last=False)
-        self._captions.move_to_end(name)
+            if name not in self._asked:
+                self._asked[name] = asyncio.create_task(self._encoded(encoder, text))
+                self._asked[name].add_done_callback(lambda _: self._asked.pop(name))
+            # One who asks for the same meanwhile waits for it; who goes leaves it to the others.
+            vector = await asyncio.shield(self._asked[name])
+        if name in self._captions:
+            self._captions.move_to_end(name)
+        return vector
+
+    async def _encoded(self, encoder: Encoder, text: str) -> Vector:
+        vector: Vector = await self._batcher((encoder, text))
+        self._captions[encoder.model.fingerprint, text] = vector
+        if len(self._captions) > CAPTIONS_KEPT:
+            self._captions.popitem(last=False)
         return vector
 
     def _encode(self, items: Sequence[tuple[Encoder, Any]]) -> list[Any]:
@@ -74,8 +84,10 @@ class Vectors:
                 texts = list(dict.fromkeys(items[n][1] for n in captions))
                 found = encoder.encode_captions(texts, report=CutReport())
                 self._on_batch(len(texts))
+                # Copies, for a row that is kept would hold on to those of all who asked with it.
+                vectors = dict(zip(texts, map(np.copy, found), strict=True))
                 for n in captions:
-                    results[n] = found[texts.index(items[n][1])]
+                    results[n] = vectors[items[n][1]]
             if pictures:
                 found = encoder.encode_images(as_batch([items[n][1] for n in pictures]))
                 self._on_batch(len(pictures))

@@ -1,7 +1,8 @@
 """Load on `clipkit serve`: 64 connections that search an index of 100,000 vectors for a minute.
 
-Every request asks other words, so that each has to be encoded. The model has random weights; its
-speed is that of its size. Client and server share the machine.
+First every request asks other words, so that each has to be encoded; then all draw from 1,000
+queries, as where people page, go back and ask what others ask, so that hardly any has. The model
+has random weights; its speed is that of its size. Client and server share the machine.
 
     python scripts/bench_serve.py                      # towers of the size of ViT-B-32
     python scripts/bench_serve.py --tiny               # hardly any model: the server by itself
@@ -17,6 +18,9 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +42,8 @@ TINY = {
     "vision": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
     "text": {"width": 32, "heads": 2, "layers": 1},
 }
-PARTS = 6  # of the time, after each of which memory is looked at
+STEP = 10.0  # seconds between looks at memory
+REPEATED = 1000  # queries
 WORDS = [
     "a",
     "the",
@@ -114,38 +119,56 @@ def start_server(index: Path) -> tuple[subprocess.Popen[str], int]:
     raise SystemExit("the server did not start")
 
 
-async def connection(
-    port: int, until: float, times: list[float], errors: list[str], words: random.Random
-) -> None:
+@dataclass
+class Load:
+    """What a load on the server came to: seconds of each request, errors, MiB every ``STEP``."""
+
+    times: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+
+async def connection(port: int, until: float, queries: Iterator[str], load: Load) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < until:
-        query = "+".join(words.choices(WORDS, k=8))
+        query = next(queries)
         start = time.perf_counter()
         writer.write(f"GET /search?q={query} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         body = await reader.readexactly(int(length[1])) if length else b""
         if not head.startswith(b"HTTP/1.1 200") or body.count(b'"rank"') != 60:
-            errors.append(f"{head[:40]!r} {body[:200]!r}")
-        times.append(time.perf_counter() - start)
+            load.errors.append(f"{head[:40]!r} {body[:200]!r}")
+        load.times.append(time.perf_counter() - start)
     writer.close()
 
 
+async def watch(server: "subprocess.Popen[str]", until: float, load: Load) -> None:
+    load.memory.append(resident(server))
+    while (left := until - time.perf_counter()) > 0.1:
+        await asyncio.sleep(min(STEP, left))
+        load.memory.append(resident(server))
+
+
 async def load_server(
-    port: int,
-    connections: int,
-    seconds: float,
-    seed: int,
-    times: list[float],
-    errors: list[str],
-) -> None:
-    until = time.perf_counter() + seconds
-    await asyncio.gather(
-        *(
-            connection(port, until, times, errors, random.Random(f"{seed} {number}"))
-            for number in range(connections)
-        )
-    )
+    server: "subprocess.Popen[str]", port: int, count: int, seconds: float, queries: Iterator[str]
+) -> Load:
+    load, until = Load(), time.perf_counter() + seconds
+    asking = (connection(port, until, queries, load) for _ in range(count))
+    await asyncio.gather(watch(server, until, load), *asking)
+    return load
+
+
+def distinct(seed: int) -> Iterator[str]:
+    words = random.Random(seed)
+    while True:
+        yield "+".join(words.choices(WORDS, k=words.randint(2, 14)))
+
+
+def repeated(seed: int) -> Iterator[str]:
+    known, words = list(islice(distinct(seed), REPEATED)), random.Random(seed)
+    while True:
+        yield words.choice(known)
 
 
 def resident(server: "subprocess.Popen[str]") -> float:
@@ -167,42 +190,46 @@ def batches(port: int) -> tuple[float, float]:
     return captions, calls
 
 
+def report(name: str, load: Load, took: float, used: float, encoded: tuple[float, float]) -> None:
+    p50, p99 = np.percentile(load.times, [50, 99])
+    count, (captions, calls) = len(load.times), encoded
+    print(f"{name}: {count} requests in {took:.1f} s")
+    print(f"  requests/s        {count / took:.1f}")
+    print(f"  p50, p99          {1000 * p50:.0f} ms, {1000 * p99:.0f} ms")
+    print(f"  errors            {len(load.errors)} {load.errors[:1] or ''}")
+    print(f"  processor time    {1000 * used / count:.1f} ms a request")
+    print(f"  captions encoded  {captions:.0f}, {captions / max(calls, 1):.1f} a call")
+    shown = ", ".join(f"{size:.0f}" for size in load.memory)
+    print(f"  resident          {shown} MiB, at the start and every {STEP:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vectors", type=int, default=100_000)
     parser.add_argument("--connections", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="of each of the two loads")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server, port = start_server(make_index(Path(folder), options.vectors, options.tiny))
         try:
-            asyncio.run(load_server(port, options.connections, 5, 0, [], []))  # warm
-            memory, (old_captions, old_calls) = [resident(server)], batches(port)
-            start, used = time.perf_counter(), processor_seconds(server)
-            times: list[float] = []
-            errors: list[str] = []
-            for part in range(1, PARTS + 1):
-                asyncio.run(
-                    load_server(
-                        port, options.connections, options.seconds / PARTS, part, times, errors
-                    )
+            print(f"resident          {resident(server):.0f} MiB, before any request")
+            asyncio.run(load_server(server, port, options.connections, 5, distinct(0)))  # warm
+            for name, queries in (("distinct", distinct(1)), ("repeated", repeated(2))):
+                start, used, (captions, calls) = (
+                    time.perf_counter(),
+                    processor_seconds(server),
+                    batches(port),
                 )
-                memory.append(resident(server))
-            took, used = time.perf_counter() - start, processor_seconds(server) - used
-            captions, calls = batches(port)
+                load = asyncio.run(
+                    load_server(server, port, options.connections, options.seconds, queries)
+                )
+                took, used = time.perf_counter() - start, processor_seconds(server) - used
+                after = batches(port)
+                report(name, load, took, used, (after[0] - captions, after[1] - calls))
         finally:
             server.terminate()
             server.wait()
-    p50, p99 = np.percentile(times, [50, 99])
-    print(f"{len(times)} requests in {took:.1f} s over {options.connections} connections")
-    print(f"requests/s        {len(times) / took:.1f}")
-    print(f"p50, p99          {1000 * p50:.0f} ms, {1000 * p99:.0f} ms")
-    print(f"errors            {len(errors)} {errors[:1] or ''}")
-    print(f"processor time    {1000 * used / len(times):.1f} ms a request")
-    print(f"captions per call {(captions - old_captions) / (calls - old_calls):.1f}")
-    shown = ", ".join(f"{size:.0f}" for size in memory)
-    print(f"resident          {shown} MiB, before and after each {options.seconds / PARTS:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from toys import COLOURS, png, square
 from web_toys import ServedEncoder, application, build, running
 
 from clipkit.tasks.index import build_index
+from clipkit.tasks.upkeep import remove_items
 
 pytestmark = [
     pytest.mark.browser,
@@ -525,3 +526,20 @@ def test_the_token_is_asked_for_once(page, tmp_path):
         assert token not in page.evaluate("location.href")
         page.goto(f"http://127.0.0.1:{port}/?q=green")
         wait_for(page, "green")
+
+
+def test_an_index_without_pictures_says_so(page, tmp_path):
+    index = build(tmp_path, per_colour=1)
+    remove_items(index, ["*"])
+    with running(application(index)[0]) as port:
+        for query in ("", "?q=red"):
+            page.goto(f"http://127.0.0.1:{port}/{query}")
+            expect(page.locator("#collection")).to_have_text("index · 0 pictures")
+            expect(page.locator("#status")).to_have_text("No picture is in this index yet.")
+            expect(page.locator("#filter-button")).to_be_hidden()
+        page.click("[data-view=classify]")
+        page.fill("[name=labels]", "red, blue")
+        page.click(".ask button")
+        note = page.locator("#classify-view > .name")
+        expect(note).to_have_text("There is no picture to classify.")
+        expect(page.locator("#problem")).to_be_hidden()

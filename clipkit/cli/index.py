@@ -162,6 +162,9 @@ def search(
     from clipkit.store.vector_index import VectorIndex
 
     opened = VectorIndex.open(index)
+    if not len(opened):
+        note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds pictures")
+        return
 
     from clipkit.model.query import load_query_encoder
     from clipkit.tasks.search import Searcher

@@ -3,6 +3,7 @@
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from clipkit.errors import DataError, MissingExtraError
 from clipkit.store.shards import Vectors
@@ -12,6 +13,11 @@ COMPONENTS = 50
 it, and neighbours in 50 dimensions are found several times faster than in 512."""
 PERPLEXITY = 30.0
 """How many neighbours count (van der Maaten & Hinton 2008, section 2: 5 to 50)."""
+STEPS = (250, 500)
+"""Of the descent, with neighbours drawn together more strongly at first (van der Maaten & Hinton
+2008, section 3.4), and without."""
+TOLD = 10
+"""Steps after which progress is told."""
 FEWEST = 5
 """Items below which there is nothing to lay out."""
 
@@ -40,8 +46,7 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
         DataError: there are too few.
         MissingExtraError: openTSNE is not installed.
     """
-    if len(vectors) < FEWEST:
-        raise DataError(f"a map of {len(vectors)} items says nothing, expected at least {FEWEST}")
+    require_enough(len(vectors))
     try:
         from openTSNE import TSNE
         from openTSNE.affinity import PerplexityBasedNN
@@ -58,8 +63,27 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
     near = PrecomputedNeighbors(*neighbours(reduced, count))
     affinities = PerplexityBasedNN(knn_index=near, perplexity=perplexity, random_state=seed)
     start = rescale(reduced[:, :2].astype(np.float64))
-    tsne = TSNE(random_state=seed, n_jobs=-1)
-    return unit_square(np.asarray(tsne.fit(affinities=affinities, initialization=start)))
+    with tqdm(total=sum(STEPS), unit="step", desc="laying out", disable=None) as bar:
+
+        def tell(*_: object) -> None:
+            bar.update(TOLD)
+
+        tsne = TSNE(
+            early_exaggeration_iter=STEPS[0],
+            n_iter=STEPS[1],
+            callbacks=tell,
+            callbacks_every_iters=TOLD,
+            random_state=seed,
+            n_jobs=-1,
+        )
+        places = np.asarray(tsne.fit(affinities=affinities, initialization=start))
+    return unit_square(places)
+
+
+def require_enough(count: int) -> None:
+    """Refuse to lay out next to nothing; raises DataError."""
+    if count < FEWEST:
+        raise DataError(f"a map of {count} items says nothing, expected at least {FEWEST}")
 
 
 def neighbours(points: Vectors, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

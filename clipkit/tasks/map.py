@@ -22,7 +22,7 @@ from clipkit.manifest import Manifest, read_manifest, write_text
 from clipkit.pages.map import Cluster, MapPage, render_map
 from clipkit.pages.parts import data_uri
 from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.landscape import cluster, lay_out, name_clusters
+from clipkit.store.landscape import cluster, lay_out, name_clusters, require_enough
 from clipkit.store.roots import file_of, roots_of
 from clipkit.store.shards import Vectors
 from clipkit.store.vector_index import VectorIndex
@@ -132,6 +132,7 @@ def _sample(path: Path, most: int) -> tuple[Manifest, Vectors, pa.Table]:
         opened = VectorIndex.open(path)
     else:
         raise ArtifactError(f"{path} is a {manifest.kind}, expected a store or an index")
+    require_enough(len(opened))
     chosen = np.arange(len(opened))
     if len(opened) > most:
         chosen = np.sort(np.random.default_rng(0).choice(len(opened), most, replace=False))

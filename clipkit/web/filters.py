@@ -106,7 +106,7 @@ def parse_conditions(texts: Iterable[str], columns: Sequence[Column]) -> list[Co
         RequestError: one has no such form, or names a column that is not there.
     """
     names = [column.name for column in columns]
-    found = []
+    conditions = []
     for text in texts:
         match = re.fullmatch(r"(.+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*)", text, re.DOTALL)
         if match is None:
@@ -115,10 +115,11 @@ def parse_conditions(texts: Iterable[str], columns: Sequence[Column]) -> list[Co
             )
         if match[1] not in names:
             close = difflib.get_close_matches(match[1], names, 1)
-            there = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
+            found = ", ".join(names) or "none"
+            there = f"did you mean {close[0]}?" if close else f"there are: {found}"
             raise RequestError(422, f"there is no column {match[1]!r} to choose by; {there}")
-        found.append(Condition(*match.groups()))
-    return found
+        conditions.append(Condition(*match.groups()))
+    return conditions
 
 
 def rows_where(records: pa.Table, conditions: Sequence[Condition]) -> Rows:

@@ -53,6 +53,11 @@ export class Classify {
       return;
     }
     const shown = hits.slice(0, PICTURES);
+    if (!shown.length && !state.image) {
+      this.cards.replaceChildren();
+      this.note.textContent = "There is no picture to classify.";
+      return;
+    }
     const pictures = { keys: shown.map((hit) => hit.key), image: state.image || null };
     const prompts = state.other.length ? [state.prompt, state.other] : [state.prompt];
     this.note.textContent = "";

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from clipkit.data.hub import HUB
 from clipkit.data.images import read_image
 from clipkit.errors import ImageError
 from clipkit.store.roots import Root, file_of, owner
@@ -16,7 +17,6 @@ from clipkit.web.problems import RequestError
 Result = TypeVar("Result")
 MAX_FILE = 256 << 20
 """Bytes of the largest file that is read: decoding runs two at a time, so this bounds memory."""
-HUB = "hf:"
 
 
 def readable(key: str, read: Callable[[], Result]) -> Result:

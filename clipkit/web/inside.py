@@ -32,7 +32,8 @@ class InsidePictures:
 
     def hold(self, key: str) -> bool:
         """Whether the picture of a key, if there is any, lies inside something."""
-        return holds_pictures(owner(self._roots, key).where)
+        root = owner(self._roots, key)
+        return not root.folder and holds_pictures(root.where)
 
     def missing(self, key: str) -> str | None:
         """Why what should hold the picture of a key cannot be opened; None where it can."""

@@ -96,8 +96,12 @@ def test_rounded_encoding_is_close_and_holds_its_matrices_once(towers):
     assert 0.995 < cosines(of_images, wanted[0]).min() < 1 - 1e-7
     assert 0.9999 < cosines(of_captions, wanted[1]).min() < 1 - 1e-7
     for module in (*clip.visual.modules(), *clip.transformer.modules()):
-        if isinstance(module, nn.Conv2d | nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention):
             assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    kernels = [m.weight.dtype for m in clip.visual.modules() if isinstance(m, nn.Conv2d)]
+    exact = kernels.count(torch.float32)
+    assert kernels == [torch.float32] * exact + [torch.bfloat16] * (len(kernels) - exact)
+    assert exact <= len(kernels) / 4
     assert clip.token_embedding.weight.dtype == torch.float32
 
 
@@ -212,7 +216,7 @@ def test_what_cannot_be_folded_stays():
 
 
 AUTO = {"transformer": ("bf16", "bf16"), "custom blocks": ("fp32", "bf16")}
-AUTO |= {"resnet": ("fp32", "bf16"), "timm convolutional": ("fp32", "bf16")}
+AUTO |= {"resnet": ("bf16", "bf16"), "timm convolutional": ("bf16", "bf16")}
 AUTO |= {"timm transformer": ("bf16", "bf16")}
 
 

@@ -22,6 +22,11 @@ WINDOW = 8192
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens that go through the text tower at once, by the kind of device."""
 
+PIXELS = 2**18
+"""Of the pictures that go through a convolutional tower at once on a CPU, at least one a thread:
+what is made of so few stays in the cache, and the system is not asked for memory anew. 64 pictures
+of 260 pixels at a time take 1.3 times as long."""
+
 
 class Encoder:
     """Images or captions to vectors: float32 [n, dim], rows of unit length.
@@ -38,8 +43,7 @@ class Encoder:
         self.model = model
         self.dim = model.dim
         self.preprocess = preprocess
-        convolutional = is_convolutional(network.clip)
-        self._layout = torch.channels_last if convolutional else torch.contiguous_format
+        self._convolutional = is_convolutional(network.clip)
 
     def _repr_html_(self) -> str:
         weights = sum(parameter.numel() for parameter in self.network.parameters())
@@ -69,9 +73,11 @@ class Encoder:
         Args:
             images: RGB pictures; or a tensor [n, 3, height, width], uint8 as ``preprocess.pixels``
                 gives it or float32 already normalised.
-            batch_size: how many go through the tower at once; the result depends on it by rounding
-                alone.
+            batch_size: how many go through the tower at once, at most; the result depends on it by
+                rounding alone.
         """
+        batch_size = self._at_once(batch_size)
+        layout = torch.channels_last if self._convolutional else torch.contiguous_format
         vectors = np.empty((len(images), self.dim), np.float32)
         self.network.eval()
         for start in range(0, len(images), batch_size):
@@ -81,10 +87,17 @@ class Encoder:
             part = part.to(self.device, non_blocking=True)
             if part.dtype == torch.uint8:
                 part = self.preprocess.normalise(part)
-            part = part.contiguous(memory_format=self._layout)
+            part = part.contiguous(memory_format=layout)
             encoded = self.network.encode_images(part)
             vectors[start : start + batch_size] = encoded.cpu().numpy()
         return vectors
+
+    def _at_once(self, batch_size: int) -> int:
+        if not self._convolutional or self.device.type != "cpu":
+            return batch_size
+        height, width = np.broadcast_to(self.network.clip.visual.image_size, 2)
+        fitting = max(PIXELS // int(height * width), torch.get_num_threads())
+        return min(batch_size, fitting)
 
     @torch.inference_mode()
     def encode_captions(

@@ -15,8 +15,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 TOLERANCE = 1e-4
 """Largest change of a probe's vector, over its length; rounding alone comes to 1e-6."""
 
-Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
-
 
 @torch.no_grad()
 def fold_batch_norms(visual: Any) -> None:
@@ -28,47 +26,76 @@ def fold_batch_norms(visual: Any) -> None:
     Args:
         visual: open_clip's image tower in evaluation mode.
     """
-    size = visual.image_size  # of a ResNet a single number
-    height, width = (size, size) if isinstance(size, int) else size
-    probe = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(next(visual.parameters()).device)
+    probe = noise(visual)
     wanted: Tensor = visual(probe)
-    pairs = _pairs(visual, probe)
+    pairs: list[tuple[nn.Conv2d, Any]] = followed(visual, probe, (nn.BatchNorm2d, BatchNormAct2d))
     names = {module: name for name, module in visual.named_modules()}
     before = [(conv.weight, conv.bias) for conv, _ in pairs]
     for conv, norm in pairs:
         conv.weight, conv.bias = _folded(conv, norm)
         activation = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        _replace(visual, names[norm], activation)
-    if not (visual(probe) - wanted).norm() <= TOLERANCE * wanted.norm():
+        replace(visual, names[norm], activation)
+    if not same(visual(probe), wanted):
         for (conv, norm), (weight, bias) in zip(pairs, before, strict=True):
             conv.weight, conv.bias = weight, bias
-            _replace(visual, names[norm], norm)
+            replace(visual, names[norm], norm)
 
 
-def _pairs(visual: nn.Module, probe: Tensor) -> list[Pair]:
-    """The convolutions whose output goes into a norm as it is, and that norm, each used once."""
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # outputs are kept, so that no id comes twice
-    found: list[Pair] = []
+def noise(visual: Any) -> Tensor:
+    """One picture of a tower's size, float32 [1, 3, height, width], beside its weights."""
+    size = visual.image_size  # of a ResNet a single number
+    height, width = (size, size) if isinstance(size, int) else size
+    probe = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return probe.to(next(visual.parameters()).device)
+
+
+def same(vector: Tensor, wanted: Tensor) -> bool:
+    """Whether a probe's vector differs by rounding alone."""
+    return bool((vector - wanted).norm() <= TOLERANCE * wanted.norm())
+
+
+def followed(
+    visual: nn.Module, probe: Tensor, kinds: tuple[type[nn.Module], ...]
+) -> list[tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions whose output goes into one of some modules as it is, and that module.
+
+    Args:
+        visual: an image tower.
+        probe: an image for it.
+        kinds: of the modules; each that is found is used once, as its convolution is.
+    """
+    # Outputs are kept, so that no id comes twice; their versions show what is added in place.
+    made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
+    found: list[tuple[nn.Conv2d, nn.Module]] = []
+    uses: Counter[nn.Module] = Counter()
 
     def note_output(module: nn.Module, _: Any, output: Tensor) -> None:
-        made[id(output)] = module, output  # type: ignore[assignment]
+        uses[module] += 1
+        made[id(output)] = module, output, output._version  # type: ignore[assignment]
 
     def note_input(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if id(given[0]) in made:
-            found.append((made[id(given[0])][0], module))  # type: ignore[arg-type]
+        uses[module] += 1
+        conv, _, version = made.get(id(given[0]), (None, None, 0))
+        if conv is not None and version == given[0]._version:
+            found.append((conv, module))
 
     handles = []
     for module in visual.modules():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(note_output))
-        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d):
+        elif type(module) in kinds:
             handles.append(module.register_forward_pre_hook(note_input))
     visual(probe)
     for handle in handles:
         handle.remove()
-    uses = Counter(module for pair in found for module in pair)
-    return [pair for pair in found if uses[pair[0]] == uses[pair[1]] == 1]
+    readers = Counter(conv for conv, _ in found)
+    return [pair for pair in found if uses[pair[0]] == uses[pair[1]] == readers[pair[0]] == 1]
+
+
+def replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
@@ -78,8 +105,3 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Par
     return fuse_conv_bn_weights(
         conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
     )
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)

@@ -16,9 +16,14 @@ from clipkit.cli.output import (
     note,
     note_skipped,
     print_facts,
-    print_json,
 )
-from clipkit.cli.readable import describe_calibration, describe_tuning, load_text, print_hits
+from clipkit.cli.readable import (
+    describe_calibration,
+    describe_tuning,
+    load_text,
+    print_described,
+    print_hits,
+)
 from clipkit.cli.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -69,7 +74,7 @@ def embed(
     """
     from clipkit.data.sources import open_source
 
-    source = open_source(images, image=image_column, caption=caption_column)
+    source = open_source(images, image=image_column, caption=caption_column, metadata=True)
 
     from clipkit.tasks.embed import embed as run
 
@@ -153,12 +158,22 @@ def search(
         Path | None, typer.Option(help="A picture to look for; adds to the query.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Only images for which this holds: \"year >= 2023 and folder = 'holiday'\"."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV table.")] = False,
 ) -> None:
     """Find images by text, by image, or by both together."""
     if query is None and image is None:
         raise typer.BadParameter("name a query, an --image, or both")
+    if as_json and as_csv:
+        raise typer.BadParameter("--json or --csv, not both")
     from clipkit.store.calibration import GOOD
+    from clipkit.store.records import records_of
     from clipkit.store.vector_index import VectorIndex
 
     opened = VectorIndex.open(index)
@@ -175,11 +190,9 @@ def search(
     if encoder is None:
         encoder = load_maker(opened.model, f"the index {index}", "fp32")
     searcher = Searcher(opened, encoder)
-    hits = searcher.search(caption=query, image=image, k=k)
-    if as_json:
-        for rank, hit in enumerate(hits, 1):
-            chance = {} if hit.probability is None else {"probability": hit.probability}
-            print_json({"rank": rank, "score": hit.score, **chance, "key": hit.key})
+    hits = searcher.search(caption=query, image=image, k=k, where=where)
+    if as_json or as_csv:
+        print_described(hits, records_of(opened, hits), as_csv)
     else:
         print_hits(hits)
     best = hits[0].probability if hits else None

@@ -1,5 +1,7 @@
 """What an index finds and what its scores mean, for people: index calibrate and shared printing."""
 
+import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,3 +86,22 @@ def print_hits(hits: "Sequence[Hit]") -> None:
         for rank, hit in enumerate(hits, 1)
     ]
     print_table(header, rows)
+
+
+def print_described(hits: "Sequence[Hit]", records: Sequence[dict[str, Any]], as_csv: bool) -> None:
+    """Hits with their records: a JSON object a line, or a CSV table."""
+    lines = []
+    for rank, (hit, record) in enumerate(zip(hits, records, strict=True), 1):
+        chance = {} if hit.probability is None else {"probability": hit.probability}
+        lines.append({"rank": rank, "score": hit.score, **chance, "key": hit.key, **record})
+    if not as_csv:
+        for line in lines:
+            print_json(line)
+        return
+    for line in lines:
+        line["captions"] = "\n".join(line["captions"])
+        more = line.pop("more")
+        line |= {name if name not in line else f"more_{name}": more[name] for name in more}
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(lines[0] if lines else ("rank", "score", "key"))
+    table.writerows(line.values() for line in lines)

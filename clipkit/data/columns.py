@@ -1,7 +1,7 @@
 """Find the columns of a table, and bring its batches into the common form."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from clipkit.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from clipkit.data.metadata import Metadata
 
 IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "path", "img")
 CAPTION = ("title", "caption", "captions", "text", "sentence", "description", "alt")
@@ -35,6 +37,18 @@ class Columns:
         """Every column that needs reading, each once."""
         names = [self.image, *self.captions, self.label, self.key]
         return list(dict.fromkeys(name for name in names if name is not None))
+
+    def metadata(
+        self, tables: Sequence[Mapping[str, "pa.DataType"]], spec: str
+    ) -> "Metadata | None":
+        """The columns of files, their Arrow types by name, that have no other use."""
+        from clipkit.data.metadata import find_metadata
+
+        used = set(self.used)
+        kind = tables[0].get(self.image)
+        if kind is None or not _holds_bytes(kind):
+            used.discard(self.key or "")  # images that are files have their paths as keys
+        return find_metadata(tables, used, spec)
 
 
 def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec: str) -> Columns:
@@ -64,7 +78,9 @@ def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec
         captions = [given] if given else []
     else:
         captions = _usual_captions(types)
-        if not captions and not label and set(types) - {image, key}:
+        # Further columns are a mistake, unless it is these that are asked for.
+        further = set() if wanted.metadata else set(types) - {image, key}
+        if not captions and not label and further:
             raise DataError(
                 f"{spec} has no caption column among: {found}; say which is the "
                 "caption column (an empty name: there is none)"
@@ -120,6 +136,7 @@ class Common:
     Attributes:
         root: directory that relative image paths start from.
         width: digits of a row number where that must serve as key; ``prefix`` goes before it.
+        metadata: further columns that its rows keep.
     """
 
     columns: Columns
@@ -127,6 +144,18 @@ class Common:
     skipped: list[Skipped]
     width: int = 1
     prefix: str = ""
+    metadata: "Metadata | None" = None
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that needs reading, each once."""
+        more = self.metadata.types if self.metadata else ()
+        return list(dict.fromkeys([*self.columns.used, *more]))
+
+    @property
+    def told(self) -> "pa.Schema | None":
+        """Names and types of the metadata in its rows."""
+        return self.metadata.schema if self.metadata else None
 
     def batch(self, batch: "pa.RecordBatch", first: int) -> "pa.RecordBatch":
         """The rows of ``batch``, whose first is row ``first``, without those that hold no image."""
@@ -150,7 +179,10 @@ class Common:
                 rows.append((*place, captions, self._label(labels[index])))
         # A filter copies; without one the bytes stay where they are, mapped from disk or not.
         data = data if all(good) else data.filter(pa.array(good))
-        return _assemble(data, rows)
+        more = (
+            self.metadata.read(batch).filter(pa.array(good, pa.bool_())) if self.metadata else None
+        )
+        return _assemble(data, rows, more, self.told)
 
     def _place(
         self, path: str | None, has_bytes: bool, key: Any, number: str
@@ -177,15 +209,19 @@ class Common:
 
 
 def _assemble(
-    data: "pa.Array", rows: list[tuple[str, str | None, list[str], str | None]]
+    data: "pa.Array",
+    rows: list[tuple[str, str | None, list[str], str | None]],
+    more: "pa.Array | None",
+    metadata: "pa.Schema | None",
 ) -> "pa.RecordBatch":
     import pyarrow as pa
 
-    schema = features().arrow_schema
+    schema = features(metadata).arrow_schema
     key, path, captions, label = zip(*rows, strict=True) if rows else ([], [], [], [])
     parts = [data, pa.array(path, pa.string())]
     image = pa.StructArray.from_arrays(parts, fields=list(schema.field("image").type))
     rest = [pa.array(captions, schema.field("captions").type), pa.array(label, pa.string())]
+    rest += [] if more is None else [more]
     return pa.record_batch([pa.array(key, pa.string()), image, *rest], schema=schema)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,29 +101,30 @@ def _common(
             if isinstance(feature, Image):
                 rows = rows.cast_column(name, Image(decode=False))
     columns = columns_of(known.arrow_schema, wanted, spec)
-    rows = rows.select_columns(columns.used).with_format("arrow")
+    types = {part.name: part.type for part in known.arrow_schema}
+    more = columns.metadata([types], spec) if wanted.metadata else None
+    common = Common(columns, root or Path.cwd(), Skips(), metadata=more)
+    rows = rows.select_columns(common.used).with_format("arrow")
     width = len(str(max(len(rows) - 1, 0))) if held else 8
-    skipped = Skips()
 
     def read(shards: list[int]) -> Iterator["pa.RecordBatch"]:
         for shard in shards:
             part = rows if held else rows.shard(shard_count, shard)
             prefix = "" if held else f"{shard:05d}-"
-            common = Common(columns, root or Path.cwd(), skipped, width, prefix)
-            first = 0
+            own, first = replace(common, width=width, prefix=prefix), 0
             for table in part.iter(_CHUNK):
                 for batch in table.to_batches():
-                    yield common.batch(batch, first)
+                    yield own.batch(batch, first)
                     first += len(batch)
 
     shard_count = 1 if held else rows.num_shards
     prints = fingerprint_of([], spec if not held else rows._fingerprint, wanted)
     result: Any
     if streaming or not held:
-        result = as_stream(read, list(range(shard_count)))
+        result = as_stream(read, list(range(shard_count)), common.told)
     else:
-        result = in_memory(read([0]), prints, skipped)
-    return Source(spec, kind, result, root, prints, skipped)
+        result = in_memory(read([0]), prints, common.skipped, common.told)
+    return Source(spec, kind, result, root, prints, common.skipped)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,15 @@ _LOST = "\ufffd"  # what stands where bytes were not UTF-8
 
 @dataclass(frozen=True)
 class Wanted:
-    """Column names given by a person; None is found by the usual names, an empty one is absent."""
+    """Column names given by a person; None is found by the usual names, an empty one is absent.
+
+    ``metadata`` asks for the other columns as well; it changes neither pairs nor fingerprints.
+    """
 
     image: str | None = None
     caption: str | None = None
     label: str | None = None
+    metadata: bool = field(default=False, repr=False)
 
 
 class Skips(list[Skipped]):
@@ -52,7 +56,8 @@ class Source:
         spec: what was asked for.
         kind: image, folder, sidecars, classes, metadata, csv, jsonl, parquet, tars, saved or hub.
         rows: with the columns ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
-            (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``.
+            (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``, and
+            ``metadata: dict`` where a table has any and it was asked for.
         root: the directory that paths and keys are relative to; None for the hub.
         fingerprint: changes when the content does; made from names, sizes and times alone.
         skipped: what was left out; of a stream, so far.
@@ -98,7 +103,8 @@ def row_record(row: Row) -> dict[str, Any]:
         else:
             size, mtime_ns = status.st_size, status.st_mtime_ns
     kept = {name: row[name] for name in ("key", "captions", "label")}
-    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None}
+    more = row.get("metadata") or {}
+    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None, **more}
 
 
 def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
@@ -106,14 +112,15 @@ def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
     return read_image(row_source(row), reduction)
 
 
-def features() -> "Features":
-    """The columns of every source, as ``datasets`` names them."""
+def features(metadata: "pa.Schema | None" = None) -> "Features":
+    """The columns of every source, and its metadata's, as ``datasets`` names them."""
     from datasets import Features, Value
 
     # A plain struct, for an Image feature would take a path it finds on disk over the bytes.
     image = {"bytes": Value("binary"), "path": Value("string")}
     text = Value("string")
-    return Features({"key": text, "image": image, "captions": [text], "label": text})
+    more = {} if metadata is None else {"metadata": {**Features.from_arrow_schema(metadata)}}
+    return Features({"key": text, "image": image, "captions": [text], "label": text, **more})
 
 
 def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
@@ -132,21 +139,24 @@ def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
 
 
 def in_memory(
-    batches: Iterable["pa.RecordBatch"], fingerprint: str, skipped: list[Skipped]
+    batches: Iterable["pa.RecordBatch"],
+    fingerprint: str,
+    skipped: list[Skipped],
+    metadata: "pa.Schema | None" = None,
 ) -> "Dataset":
     """One dataset of all batches, with every key once.
 
-    The same image file again adds its captions to the first row of it; another image under a
-    key that is taken is skipped.
+    The same image file again adds its captions to the first row of it, whose metadata stay;
+    another image under a key that is taken is skipped.
     """
     import pyarrow as pa
     from datasets import Dataset
 
-    schema = features().arrow_schema
+    schema = features(metadata).arrow_schema
     place: dict[str, int] = {}
     captions: list[list[str]] = []
     labels: list[str | None] = []
-    kept = []
+    kept, told = [], []
     for batch in batches:
         images = batch.column("image")
         has_bytes = images.field("bytes").is_valid().to_pylist()
@@ -167,16 +177,22 @@ def in_memory(
                 captions[at] += texts[index]
                 labels[at] = labels[at] or known[index]
         kept.append(images if all(fresh) else images.filter(pa.array(fresh)))
+        if metadata is not None:
+            told.append(batch.column("metadata").filter(pa.array(fresh, pa.bool_())))
     columns = [
         pa.array(list(place), pa.string()),
         pa.chunked_array(kept, schema.field("image").type),
     ]
     columns += [pa.array(captions, schema.field("captions").type), pa.array(labels, pa.string())]
+    if metadata is not None:
+        columns.append(pa.chunked_array(told, schema.field("metadata").type))
     return Dataset(pa.table(columns, schema=schema), fingerprint=fingerprint)
 
 
 def as_stream(
-    read: Callable[[list[Any]], Iterator["pa.RecordBatch"]], shards: list[Any]
+    read: Callable[[list[Any]], Iterator["pa.RecordBatch"]],
+    shards: list[Any],
+    metadata: "pa.Schema | None" = None,
 ) -> "IterableDataset":
     """A stream over shards, which ``datasets`` may shuffle and deal out.
 
@@ -189,7 +205,7 @@ def as_stream(
         return merge_neighbours(row for batch in read(shards) for row in batch.to_pylist())
 
     return IterableDataset.from_generator(
-        generate, features=features(), gen_kwargs={"shards": shards}
+        generate, features=features(metadata), gen_kwargs={"shards": shards}
     )
 
 

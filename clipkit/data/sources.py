@@ -24,6 +24,7 @@ def open_source(
     caption: str | None = None,
     label: str | None = None,
     streaming: bool | None = None,
+    metadata: bool = False,
 ) -> Source:
     """Open images with their captions and labels.
 
@@ -37,12 +38,14 @@ def open_source(
         label: name of the label column; an empty name says there is none.
         streaming: read in order instead of holding the rows; None streams tars, and tables of
             more than 2 GiB.
+        metadata: keep a table's other columns of numbers, texts, truth values, days and times, for
+            the records of what is made of the images.
 
     Raises:
         DataError: it does not exist, has no such form, lacks the columns, or holds no image.
     """
     text = os.fspath(spec)
-    source = _open(text, Wanted(image, caption, label), streaming)
+    source = _open(text, Wanted(image, caption, label, metadata), streaming)
     if streaming and not source.streaming:
         source = replace(source, rows=source.rows.to_iterable_dataset())
     if not source.streaming and not len(source.rows):

@@ -34,6 +34,8 @@ TABLES = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+Read = Callable[[list[Any]], Iterator["pa.RecordBatch"]]
+"""Gives the rows of shards, in the common form."""
 _SEPARATORS = ",;\t|"
 _TEXT_GROWTH = 4  # rows of a text table take about four times its size while they are gathered
 _CHUNK = 4096  # rows of a text table held at a time
@@ -53,23 +55,23 @@ def open_table(
     if form != "parquet" and len(files) > 1:
         raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
     growth = 1 if form == "parquet" else _TEXT_GROWTH
-    read: Callable[[list[Any]], Iterator[pa.RecordBatch]]
+    read: Read
     shards: list[Any]
     try:
         size = sum(file.stat().st_size for file in files) * growth
         if form == "parquet":
             held = ParquetRows.open(files, wanted, skipped)
-            read, shards = held.read, held.groups
+            common, read, shards = held.common, held.read, held.groups
         else:
-            read, shards = _text(form, files[0], wanted, skipped), files
+            (common, read), shards = _text(form, files[0], wanted, skipped), files
     except OSError as error:
         raise DataError(f"{spec} cannot be read: {error}") from None
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
     rows: Any
     if size > MEMORY_LIMIT if streaming is None else streaming:
-        rows = as_stream(read, shards)
+        rows = as_stream(read, shards, common.told)
     else:
-        rows = in_memory(read(shards), prints, skipped)
+        rows = in_memory(read(shards), prints, skipped, common.told)
     return Source(spec, kind or form, rows, root, prints, skipped)
 
 
@@ -101,6 +103,7 @@ class ParquetRows:
         import pyarrow.parquet as pq
 
         groups, rows = [], 0
+        types: list[dict[str, pa.DataType]] = []
         for file in files:
             try:
                 with pq.ParquetFile(file) as table:
@@ -110,10 +113,12 @@ class ParquetRows:
                         rows += table.metadata.row_group(number).num_rows
             except pa.ArrowException as error:
                 raise DataError(f"{file} is no intact Parquet file: {error}") from None
+            types.append({part.name: part.type for part in schema})
             if file is files[0]:
                 columns = columns_of(schema, wanted, str(file))
+        more = columns.metadata(types, str(files[0])) if wanted.metadata else None
         width = len(str(max(rows - 1, 0)))
-        return cls(groups, Common(columns, files[0].parent, skipped, width))
+        return cls(groups, Common(columns, files[0].parent, skipped, width, metadata=more))
 
     def batches(self, group: Group, size: int) -> Iterator["pa.RecordBatch"]:
         """The rows of a group in the common columns, of ``size`` rows of the file at a time."""
@@ -121,7 +126,7 @@ class ParquetRows:
 
         first = group.first
         with pq.ParquetFile(group.file) as table:
-            used = self.common.columns.used
+            used = self.common.used
             for batch in table.iter_batches(size, row_groups=[group.number], columns=used):
                 yield self.common.batch(batch, first)
                 first += len(batch)
@@ -153,9 +158,7 @@ def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
     return columns
 
 
-def _text(
-    form: str, file: Path, wanted: Wanted, skipped: list[Skipped]
-) -> Callable[[list[Any]], Iterator["pa.RecordBatch"]]:
+def _text(form: str, file: Path, wanted: Wanted, skipped: list[Skipped]) -> tuple[Common, Read]:
     records = _csv_records if form == "csv" else _json_records
     # Told at the second, full reading; the names alone are wanted here.
     head = list(islice(records(file, []), 1000))
@@ -163,22 +166,30 @@ def _text(
     if not names:
         raise DataError(f"{file} holds no rows, expected a {form} table of images")
     columns = find_columns(names, wanted, str(file))
-    common = Common(columns, file.parent, skipped)
+    more = None
+    if wanted.metadata:  # types are those of all rows: a pass of its own
+        from clipkit.data.metadata import infer_types
+
+        types = infer_types(records(file, []), typed=form == "jsonl")
+        more = columns.metadata([types], str(file))
+    common = Common(columns, file.parent, skipped, metadata=more)
 
     def read(files: list[Path]) -> Iterator["pa.RecordBatch"]:
         first = 0
         for one in files:
-            for batch in _arrow(records(one, skipped), columns):
+            for batch in _arrow(records(one, skipped), common):
                 yield common.batch(batch, first)
                 first += len(batch)
 
-    return read
+    return common, read
 
 
-def _arrow(records: Iterable[Row], columns: Columns) -> Iterator["pa.RecordBatch"]:
+def _arrow(records: Iterable[Row], common: Common) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
 
-    records = iter(records)
+    from clipkit.data.metadata import plain_text
+
+    records, columns = iter(records), common.columns
     while chunk := list(islice(records, _CHUNK)):
         arrays = {}
         for name in columns.used:
@@ -188,6 +199,9 @@ def _arrow(records: Iterable[Row], columns: Columns) -> Iterator["pa.RecordBatch
             else:
                 first = [value[0] if value else None for value in values]
                 arrays[name] = pa.array(first, pa.string())
+        for name in common.metadata.types if common.metadata else ():
+            plain = [plain_text(record.get(name)) for record in chunk]
+            arrays[name] = pa.array(plain, pa.string())
         yield pa.RecordBatch.from_pydict(arrays)
 
 

@@ -21,7 +21,6 @@ from clipkit.manifest import ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.partial import EXACT, OWNER, Owner
 from clipkit.store.shard_writer import ShardWriter
 from clipkit.store.shards import (
-    SCHEMA,
     Record,
     Vectors,
     check_vectors,
@@ -30,6 +29,7 @@ from clipkit.store.shards import (
     remove_shard,
     shard_names,
     shard_numbers,
+    together,
     write_shard,
 )
 
@@ -125,8 +125,7 @@ class EmbeddingStore:
 
     def records(self) -> pa.Table:
         """All records: key, size in bytes, mtime_ns, captions, label, content_hash, and others."""
-        tables = [SCHEMA.empty_table(), *(table for _, table in self.shards())]
-        return pa.concat_tables(tables, promote_options="permissive")
+        return together(table for _, table in self.shards())
 
     @property
     def keys(self) -> list[str]:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipkit.store.segments import ID
-from clipkit.store.shards import Record, Vectors
+from clipkit.store.shards import SCHEMA, Record, Vectors
 from clipkit.store.vector_index import VectorIndex
 
 
@@ -18,6 +19,7 @@ class HeldRows:
         self.keys: list[str] = self._facts["key"].to_pylist()
         self._rows = {key: row for row, key in enumerate(self.keys)}
         self._ids = self._facts[ID.name].to_numpy()
+        self._metadata = set(self._facts.column_names) - {*SCHEMA.names, ID.name}
         self._contents: dict[bytes, int] = {}
         for row, content in enumerate(self._facts["content_hash"].to_pylist()):
             if content:
@@ -43,9 +45,21 @@ class HeldRows:
         )
 
     def same_words(self, row: int, record: Record) -> bool:
-        """Whether captions and label are as they were."""
+        """Whether captions, label and metadata are as they were."""
         captions = self.fact(row, "captions") or []
-        return bool(captions == record["captions"] and self.fact(row, "label") == record["label"])
+        if captions != record["captions"] or self.fact(row, "label") != record["label"]:
+            return False
+        names = self._metadata | record.keys() - {*SCHEMA.names, ID.name}
+        return all(self._same_value(row, name, record.get(name)) for name in names)
+
+    def _same_value(self, row: int, name: str, value: Any) -> bool:
+        held = self.fact(row, name) if name in self._metadata else None
+        if held == value or held is None or value is None:
+            return bool(held == value)
+        try:  # what other sources hold may have made numbers texts, or days times
+            return bool(pa.scalar(value).cast(self._facts[name].type).as_py() == held)
+        except pa.ArrowException:
+            return False
 
     def same_content(self, content_hash: str) -> int | None:
         """A row of the same content, whatever its key; None where there is none."""

@@ -43,16 +43,25 @@ from numpy.typing import NDArray
 
 from clipkit.errors import ArtifactError
 from clipkit.manifest import Manifest
+from clipkit.store.chosen import FEW, search_few
 from clipkit.store.faiss_files import held_vectors, read_index
 from clipkit.store.flat import search_halved
 from clipkit.store.refine import rescored
+from clipkit.store.segment_files import (
+    REPAIR,
+    check_size,
+    open_bits,
+    open_records,
+    open_vectors,
+    unfit,
+    unreadable,
+)
 from clipkit.store.select import Searcher
 from clipkit.store.shards import Vectors, conform, widened
 
 ID = pa.field("id", pa.int64())
 BLOCK = 2**14
 """Rows that are read or written at once."""
-REPAIR = "build the index again"
 
 
 @dataclass(frozen=True)
@@ -144,15 +153,15 @@ class Segment:
         index = read_index(folder / parts.index)
         if index.d != dim or index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise unfit(folder, f"dimension {index.d}, metric {index.metric_type}", dim)
-        records = _open_records(folder / parts.records)
-        vectors = _open_vectors(folder / parts.vectors) if parts.vectors else held_vectors(index)
+        records = open_records(folder / parts.records)
+        vectors = open_vectors(folder / parts.vectors) if parts.vectors else held_vectors(index)
         rows = {"vectors": index.ntotal, "records": records.metadata.num_rows}
         if set(rows.values()) != {parts.rows} or (
             vectors is not None and vectors.shape != (parts.rows, dim)
         ):
             raise unfit(folder, f"{rows['vectors']} vectors, {rows['records']} records", parts.rows)
         for name, (size, _) in parts.files.items():
-            _check_size(folder / name, size)
+            check_size(folder / name, size)
         return cls(folder, parts, index, records, vectors)._without_dead()
 
     def renewed(self, parts: Parts) -> "Segment":
@@ -163,7 +172,7 @@ class Segment:
 
     def _without_dead(self) -> Self:
         if self.parts.dead:
-            self.live = ~_open_bits(self._folder / self.parts.dead, self.rows)
+            self.live = ~open_bits(self._folder / self.parts.dead, self.rows)
         return self
 
     def __len__(self) -> int:
@@ -177,7 +186,7 @@ class Segment:
     @cached_property
     def keys(self) -> pa.ChunkedArray:
         """The key of every row, removed ones included."""
-        return self._column("key")
+        return self.column("key")
 
     @cached_property
     def ids(self) -> NDArray[np.int64]:
@@ -185,19 +194,32 @@ class Segment:
         if ID.name not in self._records.schema_arrow.names:  # format 1: the row numbers
             return np.arange(self.rows)
         # The column's to_numpy would import pandas, which takes half a second.
-        chunks = [np.from_dlpack(chunk) for chunk in self._column(ID.name).chunks]
+        chunks = [np.from_dlpack(chunk) for chunk in self.column(ID.name).chunks]
         return np.concatenate([np.empty(0, np.int64), *chunks])
 
-    def _column(self, name: str) -> pa.ChunkedArray:
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the records, removed rows included, read from disk."""
         with self._reading():
             return self._records.read(columns=[name]).column(0)
+
+    def record(self, row: int) -> dict[str, Any]:
+        """The record of one row; only the row group that it lies in is read."""
+        with self._reading():
+            for group in range(self._records.num_row_groups):
+                count = self._records.metadata.row_group(group).num_rows
+                if row < count:
+                    table = self._records.read_row_group(group).slice(row, 1)
+                    found: dict[str, Any] = table.to_pylist()[0]
+                    return found
+                row -= count
+        raise IndexError(row)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise _unreadable(self._folder / self.parts.records, error) from None
+            raise unreadable(self._folder / self.parts.records, error) from None
 
     @property
     def schema(self) -> pa.Schema:
@@ -240,61 +262,24 @@ class Segment:
             yield self.vectors[rows[start:stop]], table
             start = stop
 
-    def search(self, queries: Vectors, k: int) -> tuple[Vectors, NDArray[np.int64]]:
+    def search(
+        self, queries: Vectors, k: int, chosen: NDArray[np.bool_] | None = None
+    ) -> tuple[Vectors, NDArray[np.int64]]:
         """Scores and row numbers of the best ``k`` rows, [n, at most k]; -1 where there is none.
 
         Args:
             queries: float32 [n, dim].
             k: how many, at least 1.
+            chosen: the rows to find, bool [rows], no removed one; None: all that are not removed.
         """
-        exact = search_halved(self.index, self.vectors, queries, k) if self.live is None else None
+        if chosen is not None and self.vectors is not None and np.count_nonzero(chosen) <= FEW:
+            return search_few(self.vectors, chosen, queries, k)
+        live = self.live if chosen is None else chosen
+        exact = search_halved(self.index, self.vectors, queries, k) if live is None else None
         if exact is not None:
             return exact
         wide = min(k * self.refine, self.rows)
-        scores, rows = self._searcher.search(queries, wide, self.live)
+        scores, rows = self._searcher.search(queries, wide, live)
         if self.parts.vectors is None or self.vectors is None:
             return scores, rows
         return rescored(rows, self.vectors, queries, min(k, self.rows))
-
-
-def unfit(path: Path, found: str, expected: object) -> ArtifactError:
-    """The error for files that do not belong to their manifest."""
-    return ArtifactError(f"{path} holds {found}, its manifest says {expected}; {REPAIR}")
-
-
-def _check_size(file: Path, expected: int) -> None:
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise _unreadable(file, error) from None
-    if size != expected:
-        raise ArtifactError(
-            f"{file} cannot be read (it has {size} bytes, its manifest says {expected}); {REPAIR}"
-        )
-
-
-def _open_records(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise _unreadable(file, error) from None
-
-
-def _open_vectors(file: Path) -> NDArray[Any]:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(file, error) from None
-
-
-def _open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
-    try:
-        packed = np.load(file, allow_pickle=False)
-        return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: Path, error: Exception) -> ArtifactError:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return ArtifactError(f"{file} cannot be read ({reason}); {REPAIR}")

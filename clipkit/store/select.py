@@ -74,8 +74,8 @@ def search_rows(
 def _parameters(index: Any, selector: Any, widen: float) -> Any:
     """FAISS's parameters of one search: the selector for the innermost, the index's own knobs.
 
-    ``widen``: rows over live rows. A walk through a graph visits the dead too, so that it has to
-    visit so many more.
+    ``widen``: rows over live rows. A walk through a graph visits the dead too, and lists hold them,
+    so that so many more have to be visited.
     """
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
@@ -89,14 +89,11 @@ def _parameters(index: Any, selector: Any, widen: float) -> Any:
     if isinstance(index, faiss.IndexHNSW):
         wide = min(index.ntotal, int(np.ceil(index.hnsw.efSearch * widen)))
         return faiss.SearchParametersHNSW(sel=selector, efSearch=max(wide, index.hnsw.efSearch))
-    if isinstance(index, faiss.IndexIVFPQ):
-        return faiss.IVFPQSearchParameters(
-            sel=selector, nprobe=index.nprobe, max_codes=index.max_codes
-        )
     if isinstance(index, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(
-            sel=selector, nprobe=index.nprobe, max_codes=index.max_codes
-        )
+        lists = min(index.nlist, int(np.ceil(index.nprobe * widen)))
+        pq = isinstance(index, faiss.IndexIVFPQ)
+        kind = faiss.IVFPQSearchParameters if pq else faiss.SearchParametersIVF
+        return kind(sel=selector, nprobe=lists, max_codes=index.max_codes)
     return faiss.SearchParameters(sel=selector)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from clipkit.data.metadata import joined, kind_of
 from clipkit.errors import ArtifactError
 
 Vectors = NDArray[np.float32]
@@ -55,7 +56,17 @@ def check_vectors(vectors: NDArray[Any], records: list[Record], dim: int) -> Non
 def digest(record: Record) -> int:
     """A number that is the same for equal records, within one process."""
     captions = tuple(record["captions"] or ())
-    return hash((record["key"], record["size"], record["mtime_ns"], captions, record["label"]))
+    facts = (record["key"], record["size"], record["mtime_ns"], captions, record["label"])
+    more = {
+        (name, _fixed(value))
+        for name, value in record.items()
+        if name not in SCHEMA.names and value is not None
+    }
+    return hash((facts, frozenset(more)))
+
+
+def _fixed(value: Any) -> Any:
+    return value if isinstance(value, Hashable) else repr(value)
 
 
 def shard_names(number: int) -> tuple[str, str]:
@@ -111,17 +122,43 @@ def read_records(file: Path) -> pa.Table:
 def widened(*schemas: pa.Schema) -> pa.Schema:
     """The columns of ``SCHEMA``, then all others of ``schemas``.
 
+    A column that holds numbers here and texts there, or the like, is one of texts.
+
     Raises:
         ArtifactError: a column has types that do not go together.
     """
-    more = [pa.schema([f for f in schema if f.name not in SCHEMA.names]) for schema in schemas]
+    fields = {field.name: field for field in SCHEMA}
+    for field in (field for schema in schemas for field in schema):
+        if field.name not in SCHEMA.names:
+            old = fields.setdefault(field.name, field)
+            fields[field.name] = _either(old, field)
+    return pa.schema(list(fields.values()))
+
+
+def _either(one: pa.Field, other: pa.Field) -> pa.Field:
     try:
-        return pa.unify_schemas([SCHEMA, *more], promote_options="permissive")
-    except pa.ArrowException as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        return pa.unify_schemas(
+            [pa.schema([one]), pa.schema([other])], promote_options="permissive"
+        ).field(0)
+    except pa.ArrowException:
+        kind = joined(kind_of(one.type), kind_of(other.type))
+    if kind is None:
         raise ArtifactError(
-            f"a column of the records has two types ({reason}), expected one; rename or convert it"
-        ) from None
+            f"the column {one.name!r} of the records has two types ({one.type} and {other.type}), "
+            "expected one; rename or convert it"
+        )
+    return pa.field(one.name, kind)
+
+
+def together(tables: Iterable[pa.Table], *schemas: pa.Schema) -> pa.Table:
+    """Tables below each other: all their columns and those of ``schemas``, null where one has none.
+
+    Raises:
+        ArtifactError: a column has types that do not go together.
+    """
+    tables = list(tables)
+    schema = widened(*schemas, *(table.schema for table in tables))
+    return pa.concat_tables([schema.empty_table(), *(conform(table, schema) for table in tables)])
 
 
 def as_table(records: list[Record]) -> pa.Table:

@@ -19,12 +19,14 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.build import Built, Rows, cannot_write, write_segment
 from clipkit.store.calibration import Calibration
+from clipkit.store.chosen import Chosen, by_segment
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.hit import Hit as Hit
 from clipkit.store.partial import EXACT
 from clipkit.store.refine import split_knobs
-from clipkit.store.segments import ID, Segment, parts_of, unfit
-from clipkit.store.shards import SCHEMA, Vectors
+from clipkit.store.segment_files import unfit
+from clipkit.store.segments import ID, Segment, parts_of
+from clipkit.store.shards import Vectors, together
 from clipkit.store.spec import default_knobs, set_knobs
 
 ATTEMPTS = 100
@@ -132,9 +134,7 @@ class VectorIndex:
 
         They stand in the order in which they were added.
         """
-        tables = [table for s in self.segments for table in s.tables(s.live)]
-        empty = pa.schema([*SCHEMA, ID]).empty_table()
-        return pa.concat_tables([empty, *tables], promote_options="permissive")
+        return together((t for s in self.segments for t in s.tables(s.live)), pa.schema([ID]))
 
     @cached_property
     def keys(self) -> list[str]:
@@ -147,15 +147,17 @@ class VectorIndex:
             ).to_pylist()
         return keys
 
-    def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
+    def search(self, queries: Vectors, k: int, chosen: Chosen | None = None) -> list[list[Hit]]:
         """The best ``k`` items of each query, best first; fewer where the index holds fewer.
 
         Args:
             queries: float32 [n, dim], finite.
             k: how many, at least 1.
+            chosen: the rows to find, bool [len(self)] in the order of the records; None: all.
 
         Raises:
-            ArtifactError: ``queries`` have another shape or are not finite, or ``k`` is below 1.
+            ArtifactError: ``queries`` or ``chosen`` have another shape, or are not finite, or ``k``
+                is below 1.
         """
         queries = self._checked(queries)
         if k < 1:
@@ -163,7 +165,10 @@ class VectorIndex:
         if not len(self) or not len(queries):
             return [[] for _ in queries]
         k = min(k, len(self))
-        found = [segment.search(queries, k) for segment in self.segments if segment.rows]
+        masks = by_segment(self.segments, chosen)
+        found = [
+            s.search(queries, k, m) for s, m in zip(self.segments, masks, strict=True) if s.rows
+        ]
         starts = [n for n, s in zip(self._starts[:-1], self.segments, strict=True) if s.rows]
         scores = np.concatenate([score for score, _ in found], axis=1)
         rows = [np.where(r < 0, -1, r + n) for (_, r), n in zip(found, starts, strict=True)]

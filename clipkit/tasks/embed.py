@@ -53,7 +53,8 @@ def embed(
     of the same content under another name; new and changed ones are encoded, vanished ones go.
 
     Args:
-        images: whatever ``open_source`` opens, or a source already open.
+        images: whatever ``open_source`` opens, or a source already open, whose metadata are stored
+            if it was opened with them.
         out: where the store shall stand.
         encoder: the model.
         decode: "exact" reads pictures as open_clip does, "fast" at the size that is enough; None:
@@ -71,7 +72,7 @@ def embed(
         ArtifactError: ``out`` is taken by something else, its pictures were read in another way,
             or the disk is full.
     """
-    source = images if isinstance(images, Source) else open_source(images)
+    source = images if isinstance(images, Source) else open_source(images, metadata=True)
     total = None if source.streaming else len(source.rows)
     decode = decode or cast(Decode | None, decode_of(Path(out))) or DEFAULT_DECODE
     with (

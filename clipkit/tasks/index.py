@@ -101,7 +101,7 @@ def _embed(
             f"{source} is no clipkit store, and embedding its images takes a model; name one "
             "with --model, or `clipkit embed` them first"
         )
-    images = open_source(source)
+    images = open_source(source, metadata=True)
     encoder = load()
     # What can be refused is refused now, not after hours of encoding.
     if spec != AUTO:

@@ -13,6 +13,7 @@ from clipkit.store.hits import Hits
 from clipkit.store.query import combined
 from clipkit.store.roots import roots_of
 from clipkit.store.vector_index import VectorIndex
+from clipkit.store.where import rows_where
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +46,12 @@ class Searcher:
 
     def by_vector(self, vector: NDArray[np.float32], k: int = 10, query: str = "") -> Hits:
         """The ``k`` items nearest to a vector, float32 [dim]; ``query`` says it in words."""
-        found = self.index.search(np.asarray(vector)[None], k)[0]
+        return self._nearest(vector, k, query, None)
+
+    def _nearest(
+        self, vector: NDArray[np.float32], k: int, query: str, chosen: NDArray[np.bool_] | None
+    ) -> Hits:
+        found = self.index.search(np.asarray(vector)[None], k, chosen)[0]
         return Hits(found, query, roots_of(self.index.manifest))
 
     def by_caption(self, caption: str, k: int = 10) -> Hits:
@@ -61,18 +67,22 @@ class Searcher:
         caption: str | None = None,
         image: "str | Path | Image.Image | None" = None,
         k: int = 10,
+        where: str | None = None,
     ) -> Hits:
         """The ``k`` items nearest to a caption, an image, or both together.
 
         Two queries add up as unit vectors, and the sum is normalised again. Hits of a caption
-        alone have a probability where the index is calibrated.
+        alone have a probability where the index is calibrated. ``where`` is a condition on the
+        records that all hits fulfil, such as ``"year >= 2023 and folder = 'holiday'"``.
 
         Raises:
             CaptionError: a blank caption.
             ImageError: the image cannot be read.
-            DataError: neither is given, or the two cancel each other out.
+            DataError: neither is given, the two cancel each other out, or ``where`` is no
+                condition on columns of the index.
             ModelError: there is no encoder.
         """
+        chosen = None if where is None else rows_where(self.index, where)
         vectors = []
         if caption is not None:
             if not caption.strip():
@@ -85,7 +95,7 @@ class Searcher:
         like = f"like {image}" if isinstance(image, str | Path) else "like a picture"
         words = [caption or "", like if image is not None else ""]
         vector = combined(vectors)
-        hits = self.by_vector(vector, k, ", ".join(filter(None, words)))
+        hits = self._nearest(vector, k, ", ".join(filter(None, words)), chosen)
         # An image scores far above any caption: its scores would all be certainties.
         return hits if image is not None else self._with_probabilities(hits, vector)
 

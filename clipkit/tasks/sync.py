@@ -48,7 +48,7 @@ def sync_index(
         roots = roots_of(writer.index.manifest)
         total = Changes()
         for where in [root.where for root in roots] if images is None else [images]:
-            source = open_source(where)
+            source = open_source(where, metadata=True)
             scope, roots = _scope_of(source, roots, writer.path)
             update = Update(writer, scope, roots)
             store = update.encode(source, encoder, workers)
@@ -85,7 +85,7 @@ def add_images(
     """
     path = Path(images)
     is_store = is_complete(path) and shard_numbers(path)
-    opened = EmbeddingStore.open(path) if is_store else open_source(images)
+    opened = EmbeddingStore.open(path) if is_store else open_source(images, metadata=True)
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         wanted = _root(opened) if isinstance(opened, Source) else root_of(opened.manifest.source)

@@ -132,19 +132,7 @@ class Collection:
             k: how many, at least 1.
             rows: those that may be found; None: all.
         """
-        if rows is None:
-            return self.index.search(queries, k)
-        wanted = min(k, int(np.count_nonzero(rows)))
-        asked = k
-        while wanted:
-            found = [
-                [hit for hit in hits if rows[self.rows[hit.key]]][:k]
-                for hits in self.index.search(queries, asked)
-            ]
-            if asked >= len(self) or all(len(hits) >= wanted for hits in found):
-                return found
-            asked = min(4 * asked, len(self))
-        return [[] for _ in queries]
+        return self.index.search(queries, k, rows)
 
 
 class Current:

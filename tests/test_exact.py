@@ -48,6 +48,18 @@ def test_it_equals_the_sorted_product_ties_included(queries, k, monkeypatch):
     assert (scores.dtype, found.dtype) == (np.float32, np.int64)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_few_queries_meet_the_rows_on_several_threads(count, queries, monkeypatch):
+    monkeypatch.setattr(exact, "OWN_THREAD", 1)
+    monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: 5)
+    rows, asked = unit_rows(count, DIM), unit_rows(queries, DIM, 1)
+    scores, found = search_exact(asked, cut(rows, [count // 3]), 9)
+    wanted, order = slow_search(asked, rows, 9)
+    np.testing.assert_array_equal(found, order)
+    np.testing.assert_array_equal(scores, wanted)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_sizes(data):

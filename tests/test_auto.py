@@ -102,7 +102,11 @@ def test_the_next_spec_is_tried_where_one_does_not_reach_the_recall(
     assert tried[0]["spec"] == "IVF256,PQ32x4fs"
     assert tried[-1]["spec"] == index.spec
     assert sorted(file.name for file in (tmp_path / "index").iterdir()) == sorted(
-        ["manifest.json", *(name for s in index.segments for name in s.parts.names)]
+        [
+            "manifest.json",
+            "questions.npy",
+            *(name for s in index.segments for name in s.parts.names),
+        ]
     )
 
 

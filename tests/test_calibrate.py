@@ -56,6 +56,7 @@ def test_a_calibrated_index_tells_probabilities(index):
     assert (found.source, found.measured.recall) == ("captions of the images", 1)
     after = json.loads((index / MANIFEST).read_text())
     assert after["detail"].pop("calibration") == found.calibration.to_dict()
+    assert after["detail"].pop("measured") == found.measured.to_dict()
     assert after == before
     opened = VectorIndex.open(index)
     hits = Searcher(opened, Told()).by_caption("caption 8", k=5)

@@ -1,15 +1,24 @@
 """What `clipkit index check` tells of an index."""
 
 import json
+import subprocess
 import sys
 
 import faiss
 import numpy as np
 import pytest
+from gap import gap
 from test_index_writer import DIM, POOL, make_store, old_index, table, unit_rows
+from toys import records
 
 import clipkit.tasks.check_index as module
 from clipkit.cli import main
+from clipkit.manifest import ModelRef
+from clipkit.store import tune
+from clipkit.store.auto import build_tuned
+from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.questions import Questions
+from clipkit.store.tune import Wish
 from clipkit.store.vector_index import VectorIndex
 from clipkit.store.writer import IndexWriter
 from clipkit.tasks.check_index import check_index
@@ -111,3 +120,94 @@ def test_the_command_prints_and_its_exit_code_says_whether_all_is_well(index, mo
     assert code == 1
     assert "wrong" in out
     assert "index.faiss" in out
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "SMALL", 0)
+    images, texts = gap(2000, 600)
+    model = ModelRef("toy", "a", "fingerprint-a", images.shape[1])
+    with EmbeddingStore.create(tmp_path / "tuned-store", model) as writer:
+        writer.append(images, records(len(images)))
+        store = writer.finish({})
+    nothing = np.empty(0, np.int64)
+    questions = Questions(texts, nothing, texts[:5], "captions")
+    build_tuned(store, tmp_path / "tuned", questions, Wish(recall=0.9))
+    return tmp_path / "tuned", images, texts[1::2]
+
+
+def by_hand(path, rows, texts):
+    """Recall@10 as counted with sets."""
+    best = np.argsort(-(texts @ rows.T), axis=1)[:, :10]
+    keys = VectorIndex.open(path).keys
+    hits = VectorIndex.open(path).search(texts, 10)
+    pairs = zip(hits, best, strict=True)
+    return np.mean([len({h.key for h in found} & {keys[n] for n in b}) / 10 for found, b in pairs])
+
+
+def test_captions_are_asked_again_without_a_model(tuned):
+    path, images, texts = tuned
+    recorded = VectorIndex.open(path).manifest.detail["measured"]
+    report = check_index(path)
+    assert report.text_recall == pytest.approx(by_hand(path, images, texts))
+    assert report.text_recall == pytest.approx(recorded["recall"], abs=1e-4)
+    assert report.recorded_recall == recorded["recall"]
+    assert report.recorded_milliseconds == recorded["milliseconds"]
+    assert report.milliseconds > 0 < report.exact_milliseconds
+    assert (report.advice, report.not_measured) == ([], None)
+
+
+def test_a_changed_index_is_measured_as_it_stands(tuned):
+    path, images, texts = tuned
+    with IndexWriter(path) as writer:
+        writer.remove([f"item-{n:05d}.png" for n in range(500)])
+        more = table([f"new-{n}" for n in range(40)])
+        writer.append(images[:40], more)
+        writer.commit()
+    rows = np.concatenate([images[500:], images[:40]])
+    assert check_index(path).text_recall == pytest.approx(by_hand(path, rows, texts))
+
+
+def test_recall_that_has_dropped_calls_for_training_anew(tuned):
+    path, images, texts = tuned
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["detail"]["search"]["refine"] > 1
+    manifest["detail"]["search"]["refine"] = 1
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    report = check_index(path)
+    assert report.text_recall == pytest.approx(by_hand(path, images, texts))
+    assert report.text_recall < report.recorded_recall - 0.02
+    (advice,) = [advice for advice in report.advice if "captions find" in advice]
+    assert f"{report.text_recall:.1%}" in advice
+    assert "trains it anew" in advice
+
+
+def test_why_captions_are_not_asked_is_said(index, tuned):
+    report = check_index(index)
+    assert report.text_recall is None
+    assert "no captions are kept" in report.not_measured
+    path, _, _ = tuned
+    (path / "questions.npy").write_bytes(b"\x93NUMPY")
+    report = check_index(path)
+    assert (report.text_recall, report.problems) == (None, [])
+    assert "questions.npy cannot be read" in report.not_measured
+    assert report.recorded_recall is not None
+
+
+def test_no_torch_is_needed(tuned):
+    path, _, _ = tuned
+    code = (
+        "import sys\nfrom clipkit.tasks.check_index import check_index\n"
+        f"assert check_index({str(path)!r}).text_recall\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_figures_are_shown_as_what_they_are(tuned, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["clipkit", "index", "check", str(tuned[0])])
+    with pytest.raises(SystemExit):
+        main()
+    shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["text recall"].strip().endswith("%")
+    assert float(shown["milliseconds"]) >= 0
+    assert "not measured" not in shown

@@ -120,11 +120,18 @@ def check(index: IndexArgument, as_json: AsJson = False) -> None:
         print_json(facts)
     else:
         problems, advice = facts.pop("problems"), facts.pop("advice")
-        shares = {n: f"{v:.1%}" if isinstance(v, float) else v for n, v in facts.items()}
-        shown = [(name, value) for name, value in shares.items() if value is not None]
+        told = {name: value for name, value in facts.items() if value is not None}
+        shown = [
+            (name.replace("_", " "), _as_text(name, value) if isinstance(value, float) else value)
+            for name, value in told.items()
+        ]
         print_facts([*shown, *(("wrong", p) for p in problems), *(("advice", a) for a in advice)])
     if report.problems:
         raise typer.Exit(1)
+
+
+def _as_text(name: str, value: float) -> str:
+    return f"{value:.2f}" if name.endswith("milliseconds") else f"{value:.1%}"
 
 
 def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:

@@ -1,18 +1,20 @@
 """Build an index whose spec and knobs are chosen by what captions find: ``--spec auto``."""
 
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipkit.errors import SpecError
 from clipkit.manifest import ArtifactWriter, Manifest
 from clipkit.store.build import Built, cannot_write, write_segment
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.exact import Floats, Integers, search_exact
-from clipkit.store.questions import Questions
+from clipkit.store.questions import Questions, keep_questions
 from clipkit.store.tune import K, Measured, Wish, asker, candidates, choose_knobs, measure
 from clipkit.store.vector_index import VectorIndex, describe
 
@@ -70,15 +72,18 @@ def build_tuned(
         chosen = max(tried, key=lambda one: min(wish.recall, one.measured.recall))
         if chosen is not tried[-1]:
             chosen = _attempt(artifact.temp, store, chosen.spec, path, questions, truth, wish)
+        measured = chosen.measured.to_dict()
         tuning = {
             "wanted": wish.recall,
             "memory": wish.bytes,
             "source": questions.source,
-            **chosen.measured.to_dict(),
+            **measured,
             "tried": [one.to_dict() for one in tried],
         }
-        detail = describe(chosen.spec, chosen.built) | {"search": chosen.knobs, "tuning": tuning}
+        detail = describe(chosen.spec, chosen.built)
+        detail |= {"search": chosen.knobs, "tuning": tuning, "measured": measured}
         try:
+            keep_questions(artifact.temp, _halves(questions.captions)[1])
             source = {**store.manifest.source, "store": str(store.path)}
             artifact.finish(Manifest("index", store.model, len(store), source, detail))
         except OSError as error:
@@ -101,9 +106,14 @@ def _attempt(
     built = write_segment(folder, store, spec, path)
     name = built.parts.vectors
     vectors = None if name is None else np.load(folder / name, mmap_mode="r", allow_pickle=False)
-    halves = [(questions.captions[n::2], truth[n::2]) for n in range(2)]
+    halves = list(zip(_halves(questions.captions), _halves(truth), strict=True))
     knobs = choose_knobs(built.index, vectors, *halves[0], wish.recall)
     return _Attempt(spec, built, knobs, measure(asker(built.index, vectors, knobs), *halves[1]))
+
+
+def _halves(rows: NDArray[Any]) -> list[NDArray[Any]]:
+    """One half to choose by, one to measure."""
+    return [rows[::2], rows[1::2]]
 
 
 def remeasure(index: VectorIndex, queries: Floats) -> Measured:
@@ -116,10 +126,26 @@ def remeasure(index: VectorIndex, queries: Floats) -> Measured:
     ids = np.concatenate([s.ids if s.live is None else s.ids[s.live] for s in index.segments])
     truth = ids[search_exact(queries, (block for block, _ in index.shards()), K)[1]]
 
+    held = [segment for segment in index.segments if segment.rows]
+
     def ask(queries: Floats, k: int) -> Integers:
-        found = np.full((len(queries), k), -1)
-        for row, hits in zip(found, index.search(queries, k), strict=True):
-            row[: len(hits)] = [hit.id for hit in hits]
-        return found
+        found = [segment.search(queries, k) for segment in held]
+        pairs = zip(held, found, strict=True)
+        rows = [np.where(row < 0, -1, segment.ids[row]) for segment, (_, row) in pairs]
+        if len(held) == 1:
+            return rows[0]
+        scores = np.concatenate([score for score, _ in found], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(np.concatenate(rows, axis=1), best, axis=1)
 
     return measure(ask, queries, truth)
+
+
+def exact_milliseconds(index: VectorIndex, queries: Floats) -> float:
+    """Median time of exact search for one query, of three."""
+    seconds = []
+    for query in queries[:3]:
+        start = time.perf_counter()
+        search_exact(query[None], (block for block, _ in index.shards()), K)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds))

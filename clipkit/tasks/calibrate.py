@@ -59,4 +59,5 @@ def calibrate_index(
         raise ArtifactError(f"{path} is empty, expected images to measure scores of; add some")
     encode = load_text(index.model, f"the index {path}").encode_captions
     questions = make_questions((table for _, table in index.shards()), encode)
-    return Calibrated(remeasure(index, questions.captions), write_calibration(path, questions))
+    measured = remeasure(index, questions.captions)
+    return Calibrated(measured, write_calibration(path, questions, measured))

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import ArtifactError
+from clipkit.store.auto import exact_milliseconds, remeasure
 from clipkit.store.build import sealed
 from clipkit.store.exact import search_exact, take_rows
+from clipkit.store.questions import kept_questions
 from clipkit.store.shards import UNIT_TOLERANCE, Vectors
 from clipkit.store.vector_index import VectorIndex
 
@@ -22,6 +24,8 @@ MOST_LATER, FEWEST_LATER = 0.2, 10_000
 """The same of rows behind the base, which are searched one by one, where they are that many."""
 LOW = 0.9
 """A lower recall calls for training anew, or for another spec."""
+DROP = 0.02
+"""Captions that find so much less of their ten best than was recorded call for it, too."""
 EQUAL = 1e-5
 """Scores that differ by less count as equal: products are summed in different orders."""
 
@@ -38,6 +42,13 @@ class IndexReport:
         later: share of its rows that stand behind the base.
         found: share of sampled images that a search with their own vector finds first.
         recall: of the ten nearest images to sampled ones, the share that the index finds.
+        text_recall: the same for captions whose vectors were kept when the index was tuned or
+            calibrated.
+        recorded_recall: what they found then.
+        milliseconds: median time of such a caption asked alone.
+        recorded_milliseconds: what it took then.
+        exact_milliseconds: what exact search takes.
+        not_measured: why captions were not asked; None where they were.
         problems: what is wrong with it.
         advice: what would make it better.
     """
@@ -49,6 +60,12 @@ class IndexReport:
     later: float
     found: float | None = None
     recall: float | None = None
+    text_recall: float | None = None
+    recorded_recall: float | None = None
+    milliseconds: float | None = None
+    recorded_milliseconds: float | None = None
+    exact_milliseconds: float | None = None
+    not_measured: str | None = None
     problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
@@ -61,7 +78,8 @@ def check_index(path: str | Path) -> IndexReport:
     """Examine an index: its files, its rows, and what searching it finds.
 
     Every byte is read. The recall is measured against exact search with a sample of its own
-    vectors; equal scores count as found.
+    vectors, equal scores counting as found, and with captions whose vectors were kept when it was
+    tuned or calibrated, so that no model is needed.
 
     Raises:
         ArtifactError: it cannot be opened at all.
@@ -82,6 +100,7 @@ def check_index(path: str | Path) -> IndexReport:
         return report
     if len(index) and all(segment.vectors is not None for segment in index.segments):
         _search(index, report)
+        _ask(index, report)
     report.advice = list(_advice(index, report, behind))
     return report
 
@@ -138,6 +157,27 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
     report.found, report.recall = first / len(sample), found / (k * len(sample))
 
 
+def _ask(index: VectorIndex, report: IndexReport) -> None:
+    """Ask the captions that are kept beside the index what they asked when it was made."""
+    recorded = index.manifest.detail.get("measured", {})
+    report.recorded_recall = recorded.get("recall")
+    report.recorded_milliseconds = recorded.get("milliseconds")
+    try:
+        captions = kept_questions(index.path, index.dim)
+    except ArtifactError as error:
+        report.not_measured = str(error)
+        return
+    if captions is None:
+        report.not_measured = (
+            "no captions are kept with it, as `clipkit index build --spec auto` and `clipkit index "
+            "calibrate` do"
+        )
+        return
+    found = remeasure(index, captions)
+    report.text_recall, report.milliseconds = found.recall, found.milliseconds
+    report.exact_milliseconds = exact_milliseconds(index, captions)
+
+
 def _advice(index: VectorIndex, report: IndexReport, behind: int) -> Iterator[str]:
     compact = f"`clipkit index compact {index.path}`"
     if report.removed > MOST_REMOVED:
@@ -151,6 +191,12 @@ def _advice(index: VectorIndex, report: IndexReport, behind: int) -> Iterator[st
         yield (
             f"of the ten nearest images it finds {report.recall:.0%}: {compact} trains it anew; "
             "where that does not help, build it with another --spec"
+        )
+    found, before = report.text_recall, report.recorded_recall
+    if found is not None and before is not None and found < before - DROP:
+        yield (
+            f"captions find {found:.1%} of their ten best, {before:.1%} when that was recorded: "
+            f"{compact} trains it anew; where that does not help, build it again with --spec auto"
         )
     if len(index) and report.recall is None:
         yield "an older clipkit built it, which kept no exact vectors: build it again to examine it"

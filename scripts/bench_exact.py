@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import faiss
@@ -44,7 +44,7 @@ def check(name: str, found: Found, wanted: Found) -> None:
 
 
 def main() -> None:
-    """Run and print a line per way and number of queries, and ratios to Flat."""
+    """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500_000)
     parser.add_argument("--dim", type=int, default=512)
@@ -52,24 +52,28 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    k = options.k
+    run(options.count, options.dim, options.queries, options.k, options.rounds)
+
+
+def run(rows: int, dim: int, queries: Sequence[int], k: int, rounds: int) -> None:
+    """Print a line per way and number of queries, and ratios to Flat."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.npy"
-        np.save(file, unit_rows(options.count, options.dim, 0))
+        np.save(file, unit_rows(rows, dim, 0))
         mapped = np.load(file, mmap_mode="r")
         halves = mapped.astype(np.float16)
-        flat = faiss.IndexFlatIP(options.dim)
+        flat = faiss.IndexFlatIP(dim)
         flat.add(mapped)
-        print(f"{options.count} × {options.dim}, k {k}, {faiss.omp_get_max_threads()} threads")
-        for count in options.queries:
-            asked = unit_rows(count, options.dim, 1)
+        print(f"{rows} × {dim}, k {k}, {faiss.omp_get_max_threads()} threads")
+        for count in queries:
+            asked = unit_rows(count, dim, 1)
             ways: dict[str, Callable[[], Found]] = {
                 "FAISS Flat": lambda asked=asked: flat.search(asked, k),
                 "clipkit": lambda asked=asked: search_exact(asked, [mapped], k),
                 "clipkit, float16": lambda asked=asked: search_halves(asked, [halves], mapped, k),
                 "NumPy, whole": lambda asked=asked: brute_force(asked, mapped, k),
             }
-            measure(ways, count, options.rounds)
+            measure(ways, count, rounds)
 
 
 def measure(ways: dict[str, Callable[[], Found]], count: int, rounds: int) -> None:

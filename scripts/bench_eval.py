@@ -219,6 +219,8 @@ def main() -> None:
     size = 4 * args.dim * (args.images + texts) / 2**20
     print(f"{args.images} images x {texts} captions, {args.dim} dimensions, {size:,.0f} MiB")
     pythons = contestants(args)
+    if not pythons:
+        return
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -228,8 +230,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for peer, python in pythons.items():
                 runs[peer].append(measure(python, peer, folder, args.captions))
-    if runs:
-        summarise(runs)
+    summarise(runs)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,14 @@ def test_the_better_retrieval_is_named(two_retrievals):
         assert (row.one, row.other) == (figures[name].value, others[name].value)
         assert row.difference.value == pytest.approx(row.other - row.one)
         assert (row.p is None) == name.endswith("median_rank")
+    # Of median ranks, the lower one is better.
+    lower = by_name["image_to_text_median_rank"]
+    assert (lower.difference.low > 0, lower.better, headline.better) == (True, 0, 0)
+    back, again = compare_retrieval(other, one, 300)
+    mirrored = [None if row.better is None else 1 - row.better for row in (back, *again)]
+    assert mirrored == [row.better for row in (headline, *rows)]
     same, rows = compare_retrieval(one, one, 300)
+    assert {same.better, *(row.better for row in rows)} == {None}
     assert (same.p, same.difference.low, same.difference.high) == (1, 0, 0)
     assert {row.p for row in rows} == {1, None}
 
@@ -258,9 +265,10 @@ def test_compare_on_the_command_line(
     found = json.loads(run(*models, "--data", colour_folder, "--json"))
     assert found["verdict"] == wanted.verdict
     assert found["headline"]["p"] == wanted.headline.p
+    assert [row["better"] for row in found["figures"]] == list(map(wanted.better_at, wanted.rows))
     assert [row["name"] for row in found["figures"]] == [row.name for row in wanted.rows]
     lines = run(*models, "--data", albums, "--labels", ",".join(LABELS)).splitlines()
-    assert lines[0].split()[0] == "figure"
+    assert (lines[0].split()[0], lines[0].split()[-1]) == ("figure", "better")
     assert lines[1].split()[0] == "top1"
     assert "top1 is" in lines[-1]
 

@@ -40,8 +40,10 @@ def compare(
     """Say which of two models is better on data.
 
     Also by how much, and whether that could be chance. Both see the same images, so that what is
-    hard for both does not hide their difference. The verdict is about mean recall, or about top-1
-    accuracy with --labels; p-values of the other figures are corrected for how many there are.
+    hard for both does not hide their difference, which is how much higher the second one's figure
+    is. A better one is named where that is no chance; of median ranks and errors the lower is
+    better. The verdict is about mean recall, or about top-1 accuracy with --labels; p-values of
+    the other figures are corrected for how many there are.
     """
     from clipkit.data.prompts import read_labels, read_templates
     from clipkit.data.sources import open_source
@@ -63,8 +65,9 @@ def compare(
     if as_json:
         print_json(found.to_dict())
         return
-    header = ("figure", one, other, "difference", "95 % interval", "p")
-    print_table(header, [_row(row) for row in (found.headline, *found.rows)])
+    header = ("figure", one, other, "difference", "95 % interval", "p", "better")
+    rows = (found.headline, *found.rows)
+    print_table(header, [(*_row(row), found.better_at(row) or "") for row in rows])
     print(found.verdict)
 
 

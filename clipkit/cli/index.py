@@ -60,7 +60,7 @@ def embed(
         typer.Option(
             help="Images encoded at once; auto suits the device.",
             parser=_batch_size,
-            metavar="INTEGER|auto",
+            metavar="<int|auto>",
         ),
     ] = "auto",
     image_column: ImageColumn = None,

@@ -14,6 +14,10 @@ from clipkit.metrics.retrieval import DIRECTIONS, Retrieved, image_sums, retriev
 MEAN_RECALL = "mean_recall"
 """Mean of recall@1, 5 and 10 in both directions: the one figure that a retrieval is judged by."""
 _MEAN_OF = (1, 5, 10)
+ALPHA = 0.05
+"""A difference that chance alone makes more rarely than so is called one."""
+LOWER_IS_BETTER = ("median_rank", "nll", "ece")
+"""Ends of the names of such figures."""
 Sums = dict[str, NDArray[np.float64]]
 
 
@@ -36,6 +40,16 @@ class Difference:
     other: float
     difference: Estimate
     p: float | None
+
+    @property
+    def better(self) -> int | None:
+        """0 or 1: the model that does better; None if that could be chance."""
+        change = self.difference
+        if self.p is None:
+            sure = change.low > 0 or change.high < 0
+        else:
+            sure = self.p < ALPHA and change.value != 0
+        return int((change.value > 0) != self.name.endswith(LOWER_IS_BETTER)) if sure else None
 
 
 def compare_retrieval(

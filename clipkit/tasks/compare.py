@@ -13,9 +13,6 @@ from clipkit.model.encoder import Encoder
 from clipkit.model.evaluation import Classification, Report, Retrieval
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zeroshot
 
-ALPHA = 0.05
-"""A difference that chance alone makes more rarely than so is called one."""
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -40,15 +37,22 @@ class Comparison:
         return {
             "verdict": self.verdict,
             "better": self.better,
-            "headline": asdict(self.headline),
-            "figures": [asdict(row) for row in self.rows],
+            "headline": self._row(self.headline),
+            "figures": [self._row(row) for row in self.rows],
             "reports": [report.to_dict() for report in self.reports],
         }
 
     @property
     def better(self) -> str | None:
         """The name of the better model; None if chance would do."""
-        return better(self.names, self.headline)
+        return self.better_at(self.headline)
+
+    def better_at(self, row: Difference) -> str | None:
+        """The name of the model with the better figure; None if chance would do."""
+        return None if row.better is None else self.names[row.better]
+
+    def _row(self, row: Difference) -> dict[str, Any]:
+        return asdict(row) | {"better": self.better_at(row)}
 
 
 def compare_retrievals(
@@ -136,13 +140,6 @@ def _comparison(
     return Comparison(reports, names, headline, rows, _verdict(names, headline, items))
 
 
-def better(names: tuple[str, str], headline: Difference) -> str | None:
-    """The better of two models, or None if the difference could be chance."""
-    if headline.p is None or headline.p >= ALPHA or not headline.difference.value:
-        return None
-    return names[headline.difference.value > 0]
-
-
 def _verdict(names: tuple[str, str], headline: Difference, items: int) -> str:
     change = headline.difference
     what = (
@@ -150,9 +147,9 @@ def _verdict(names: tuple[str, str], headline: Difference, items: int) -> str:
         f"{names[1]}, a difference of {change.value:+.3f} ({change.low:+.3f} to "
         f"{change.high:+.3f}) on {items} images"
     )
-    winner = better(names, headline)
-    if winner:
-        return f"{winner} is better: {what}; chance alone would do this with p = {_p(headline.p)}"
+    if headline.better is not None:
+        winner, p = names[headline.better], _p(headline.p)
+        return f"{winner} is better: {what}; chance alone would do this with p = {p}"
     seen = (change.high - change.low) / 2
     return (
         f"neither is better for sure: {what}, which chance alone does with p = {_p(headline.p)}; "

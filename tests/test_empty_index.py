@@ -1,5 +1,7 @@
 """An index from which every picture was removed: whatever is asked of it ends in a sentence."""
 
+import warnings
+
 import pytest
 from toys import COLOURS, png, square
 from web_toys import ServedEncoder, build, client, keys
@@ -24,6 +26,7 @@ def index(tmp_path, request):
 
 def test_a_search_finds_nothing(index, monkeypatch, capsys):
     assert Searcher(VectorIndex.open(index), ServedEncoder()).by_caption("red") == []
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # which a command changes
     for more in ([], ["--json"]):
         monkeypatch.setattr("sys.argv", ["clipkit", "search", str(index), "red", *more])
         with pytest.raises(SystemExit) as end:

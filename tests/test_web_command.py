@@ -1,41 +1,64 @@
-"""`clipkit serve` as a process, with a real network."""
+"""`clipkit serve`, with a real network; that it starts as a process, the README's test shows."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
-import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import numpy as np
+import pytest
 
 import clipkit
+from clipkit.cli import main
 from clipkit.tasks.index import build_index
 
 
-def test_the_command_serves_until_it_is_interrupted(colour_folder, tiny_checkpoint, tmp_path):
+def test_the_command_serves_until_it_is_interrupted(
+    colour_folder, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
     encoder = clipkit.load(tiny_checkpoint)
     index = build_index(colour_folder, tmp_path / "index", load=lambda: encoder)
-    words = [sys.executable, "-m", "clipkit", "serve", str(index.path), "--port", "0"]
-    words += ["--cache", str(tmp_path / "thumbs")]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
-        found = re.search(r"12 pictures at (http://127\.0\.0\.1:\d+)/", server.stderr.readline())
-        query = urlencode({"q": "a red picture", "minus": "blue"})
-        with urllib.request.urlopen(f"{found[1]}/search?{query}") as answer:
-            hits = json.load(answer)["hits"]
-        red, blue = encoder.encode_captions(["a red picture", "blue"])
-        wanted = red - 0.5 * blue
-        expected = encoder.encode_images(
-            [clipkit.read_image(colour_folder / hit["key"]) for hit in hits]
-        ) @ (wanted / np.linalg.norm(wanted))
-        np.testing.assert_allclose([hit["score"] for hit in hits], expected, atol=1e-5)
-        assert (np.diff(expected) <= 1e-6).all()
-        with urllib.request.urlopen(f"{found[1]}/thumb/{hits[0]['key']}") as answer:
-            assert answer.read().startswith(b"\xff\xd8\xff")
-        server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=20)
-    assert (server.returncode, out) == (130, "")
-    assert "Traceback" not in err
+    told = []
+
+    def ask(stderr):
+        """What a person sees and does in another window: two requests, then Ctrl-C in this one."""
+        told.append(stderr.readline())
+        found = re.search(r"12 pictures at (http://127\.0\.0\.1:\d+)/", told[0])
+        if found is None:
+            return None
+        try:
+            query = urlencode({"q": "a red picture", "minus": "blue"})
+            with urlopen(f"{found[1]}/search?{query}", timeout=60) as answer:
+                hits = json.load(answer)["hits"]
+            with urlopen(f"{found[1]}/thumb/{hits[0]['key']}", timeout=60) as answer:
+                return hits, answer.read()
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["clipkit", "serve", str(index.path), "--port", "0"]
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # which a command changes
+    monkeypatch.setattr("sys.argv", [*words, "--cache", str(tmp_path / "thumbs")])
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as stderr, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, stderr)
+        with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", stream)
+            with pytest.raises(SystemExit) as end:
+                main()
+        assert asked.result() is not None, told
+        hits, thumb = asked.result()
+        assert stderr.read() == ""
+    assert end.value.code == 130
+    assert capsys.readouterr().out == ""
+    red, blue = encoder.encode_captions(["a red picture", "blue"])
+    wanted = red - 0.5 * blue
+    expected = encoder.encode_images(
+        [clipkit.read_image(colour_folder / hit["key"]) for hit in hits]
+    ) @ (wanted / np.linalg.norm(wanted))
+    np.testing.assert_allclose([hit["score"] for hit in hits], expected, atol=1e-5)
+    assert (np.diff(expected) <= 1e-6).all()
+    assert thumb.startswith(b"\xff\xd8\xff")

@@ -27,6 +27,7 @@ from clipkit.cli import (
     plot,
     probe,
     readable,
+    search,
     serve,
     tokenize,
     train,
@@ -74,7 +75,7 @@ index.app.command("merge")(upkeep.merge)
 index.app.command("check")(upkeep.check)
 index.app.command("calibrate")(readable.calibrate)
 app.add_typer(index.app, name="index")
-app.command("search")(index.search)
+app.command("search")(search.search)
 app.command("classify")(classify.classify)
 app.add_typer(evaluate.app, name="eval")
 app.command("compare")(compare.compare)

@@ -1,4 +1,4 @@
-"""clipkit embed, clipkit index and clipkit search."""
+"""clipkit embed and clipkit index build."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +12,6 @@ from clipkit.cli.output import (
     ImageColumn,
     Precision,
     load_encoder,
-    load_maker,
     note,
     note_skipped,
     print_facts,
@@ -21,14 +20,11 @@ from clipkit.cli.readable import (
     describe_calibration,
     describe_tuning,
     load_text,
-    print_described,
-    print_hits,
 )
 from clipkit.cli.sizes import parse_size
 
 if TYPE_CHECKING:
     from clipkit.model.encoder import Encoder
-    from clipkit.model.query import QueryEncoder
 
 app = typer.Typer(
     help="Build indexes of image vectors, and keep them up to date.", no_args_is_help=True
@@ -149,53 +145,3 @@ def build(
             ("model", index.model),
         ]
     )
-
-
-def search(
-    index: Annotated[Path, typer.Argument(help="Directory of the index.")],
-    query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A picture to look for; adds to the query.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            help="Only images for which this holds: \"year >= 2023 and folder = 'holiday'\"."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV table.")] = False,
-) -> None:
-    """Find images by text, by image, or by both together."""
-    if query is None and image is None:
-        raise typer.BadParameter("name a query, an --image, or both")
-    if as_json and as_csv:
-        raise typer.BadParameter("--json or --csv, not both")
-    from clipkit.store.calibration import GOOD
-    from clipkit.store.records import records_of
-    from clipkit.store.vector_index import VectorIndex
-
-    opened = VectorIndex.open(index)
-    if not len(opened):
-        note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds pictures")
-        return
-
-    from clipkit.model.query import load_query_encoder
-    from clipkit.tasks.search import Searcher
-
-    encoder: Encoder | QueryEncoder | None = None
-    if image is None:
-        encoder = load_query_encoder(opened.model)
-    if encoder is None:
-        encoder = load_maker(opened.model, f"the index {index}", "fp32")
-    searcher = Searcher(opened, encoder)
-    hits = searcher.search(caption=query, image=image, k=k, where=where)
-    if as_json or as_csv:
-        print_described(hits, records_of(opened, hits), as_csv)
-    else:
-        print_hits(hits)
-    best = hits[0].probability if hits else None
-    if best is not None and best < GOOD:
-        note(f"no good match: the best hit is what was asked for with a probability of {best:.0%}")
-    note(f"answered by {opened.model}")

@@ -88,12 +88,17 @@ def print_hits(hits: "Sequence[Hit]") -> None:
     print_table(header, rows)
 
 
-def print_described(hits: "Sequence[Hit]", records: Sequence[dict[str, Any]], as_csv: bool) -> None:
-    """Hits with their records: a JSON object a line, or a CSV table."""
-    lines = []
-    for rank, (hit, record) in enumerate(zip(hits, records, strict=True), 1):
-        chance = {} if hit.probability is None else {"probability": hit.probability}
-        lines.append({"rank": rank, "score": hit.score, **chance, "key": hit.key, **record})
+def print_described(
+    found: "Sequence[tuple[str | None, Sequence[Hit], Sequence[dict[str, Any]]]]", as_csv: bool
+) -> None:
+    """Hits with their records, of each query of several: a JSON object a line, or a CSV table."""
+    lines: list[dict[str, Any]] = []
+    for query, hits, records in found:
+        asked = {} if query is None else {"query": query}
+        for rank, (hit, record) in enumerate(zip(hits, records, strict=True), 1):
+            chance = {} if hit.probability is None else {"probability": hit.probability}
+            told = {**asked, "rank": rank, "score": hit.score, **chance, "key": hit.key}
+            lines.append({**told, **record})
     if not as_csv:
         for line in lines:
             print_json(line)

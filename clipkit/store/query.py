@@ -12,6 +12,22 @@ MINUS = 0.5
 is wanted (text vectors of CLIP have a mean cosine of 0.74), would leave little but noise."""
 
 
+def weighted(text: str, default: float) -> tuple[str, float]:
+    """A text and its weight, where it ends in one: ``people:0.8``.
+
+    Raises:
+        DataError: the weight is none above 0.
+    """
+    words, _, number = text.rpartition(":")
+    try:
+        weight = float(number) if words else default
+    except ValueError:
+        return text, default
+    if not 0 < weight < np.inf:
+        raise DataError(f"{text!r} has the weight {weight}, expected a number above 0")
+    return (words if words else text), weight
+
+
 def combined(plus: Sequence[Vectors], minus: Sequence[Vectors] = ()) -> Vectors:
     """The direction of a sum of unit vectors, float32 [dim], of unit length.
 

@@ -1,18 +1,22 @@
 """Search images by caption, by image, or by both: ``clipkit search INDEX "a red bicycle"``."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.images import Decode, Reduction, read_image
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
+from clipkit.pages.parts import document
 from clipkit.store.hits import Hits
-from clipkit.store.query import combined
+from clipkit.store.query import MINUS, combined, weighted
+from clipkit.store.records import distinct as distinct_hits
+from clipkit.store.records import vector_of
 from clipkit.store.roots import roots_of
-from clipkit.store.vector_index import VectorIndex
+from clipkit.store.vector_index import Hit, VectorIndex
 from clipkit.store.where import rows_where
 
 if TYPE_CHECKING:
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from clipkit.data.preprocess import Preprocess
     from clipkit.model.encoder import Encoder
     from clipkit.model.query import QueryEncoder
+
+    Picture: TypeAlias = str | Path | Image.Image
 
 
 class Searcher:
@@ -46,12 +52,7 @@ class Searcher:
 
     def by_vector(self, vector: NDArray[np.float32], k: int = 10, query: str = "") -> Hits:
         """The ``k`` items nearest to a vector, float32 [dim]; ``query`` says it in words."""
-        return self._nearest(vector, k, query, None)
-
-    def _nearest(
-        self, vector: NDArray[np.float32], k: int, query: str, chosen: NDArray[np.bool_] | None
-    ) -> Hits:
-        found = self.index.search(np.asarray(vector)[None], k, chosen)[0]
+        found = self.index.search(np.asarray(vector)[None], k)[0]
         return Hits(found, query, roots_of(self.index.manifest))
 
     def by_caption(self, caption: str, k: int = 10) -> Hits:
@@ -65,39 +66,84 @@ class Searcher:
     def search(
         self,
         caption: str | None = None,
-        image: "str | Path | Image.Image | None" = None,
+        image: "Picture | tuple[Picture, float] | None" = None,
         k: int = 10,
         where: str | None = None,
+        *,
+        minus: Sequence[str] = (),
+        like: Sequence[str] = (),
+        distinct: bool = False,
     ) -> Hits:
-        """The ``k`` items nearest to a caption, an image, or both together.
+        """The ``k`` items nearest to a caption, an image, or several of these together.
 
-        Two queries add up as unit vectors, and the sum is normalised again. Hits of a caption
-        alone have a probability where the index is calibrated. ``where`` is a condition on the
-        records that all hits fulfil, such as ``"year >= 2023 and folder = 'holiday'"``.
+        Queries add up as unit vectors, and the sum is normalised again. Hits of a caption alone
+        have a probability where the index is calibrated.
+
+        Args:
+            caption: in words.
+            image: a picture or its path, or a pair of it and its weight; 1 if left out.
+            k: how many.
+            where: a condition on the records that all hits fulfil, such as
+                ``"year >= 2023 and folder = 'holiday'"``.
+            minus: words that are not wanted; each is taken away with the weight ``MINUS``, or
+                with its own: ``"people:0.8"``.
+            like: keys of the index, which are not among the hits.
+            distinct: leave out near-duplicates of better hits.
 
         Raises:
             CaptionError: a blank caption.
             ImageError: the image cannot be read.
-            DataError: neither is given, the two cancel each other out, or ``where`` is no
-                condition on columns of the index.
+            DataError: nothing is given, a key is not there, it all cancels itself out, or
+                ``where`` is no condition on columns of the index.
             ModelError: there is no encoder.
         """
         chosen = None if where is None else rows_where(self.index, where)
-        vectors = []
-        if caption is not None:
-            if not caption.strip():
-                raise CaptionError("the caption is empty, expected words to search for")
-            vectors.append(self._encoder().encode_captions([caption])[0])
+        words = [caption or ""]
+        vectors = [] if caption is None else self._captions([caption])
         if image is not None:
-            vectors.append(self._encode(image))
+            picture, weight = image if isinstance(image, tuple) else (image, 1.0)
+            vectors.append(np.float32(weight) * self._encode(picture))
+            words.append(f"like {picture}" if isinstance(picture, str | Path) else "like a picture")
+        vectors += [vector_of(self.index, key) for key in like]
+        words += [f"like {key}" for key in like]
+        terms = [weighted(text, MINUS) for text in minus]
+        if terms:
+            unwanted = self._captions([text for text, _ in terms])
+            vectors += [
+                np.float32(-weight) * vector
+                for (_, weight), vector in zip(terms, unwanted, strict=True)
+            ]
+            words += [f"without {text}" for text, _ in terms]
         if not vectors:
             raise DataError("there is nothing to search for, expected a caption, an image or both")
-        like = f"like {image}" if isinstance(image, str | Path) else "like a picture"
-        words = [caption or "", like if image is not None else ""]
         vector = combined(vectors)
-        hits = self._nearest(vector, k, ", ".join(filter(None, words)), chosen)
+        found = self._found(vector, k, chosen, set(like), distinct)
+        hits = Hits(found, ", ".join(filter(None, words)), roots_of(self.index.manifest))
         # An image scores far above any caption: its scores would all be certainties.
-        return hits if image is not None else self._with_probabilities(hits, vector)
+        return self._with_probabilities(hits, vector) if len(words) == 1 else hits
+
+    def _captions(self, captions: list[str]) -> list[NDArray[np.float32]]:
+        if not all(caption.strip() for caption in captions):
+            raise CaptionError("the caption is empty, expected words to search for")
+        return list(self._encoder().encode_captions(captions))
+
+    def _found(
+        self,
+        vector: NDArray[np.float32],
+        k: int,
+        chosen: NDArray[np.bool_] | None,
+        known: set[str],
+        apart: bool,
+    ) -> list[Hit]:
+        """The best hits that are not known, and if wished no near-duplicates of each other."""
+        asked = k + len(known)
+        while True:
+            hits = self.index.search(vector[None], asked, chosen)[0]
+            kept = [hit for hit in hits if hit.key not in known]
+            kept = distinct_hits(self.index, kept) if apart else kept
+            if len(kept) >= k or len(hits) < asked:
+                return kept[:k]
+            asked *= 2
 
     def _with_probabilities(self, hits: Hits, vector: NDArray[np.float32]) -> Hits:
         """The hits of a caption with their probabilities, where the index can tell them."""
@@ -109,7 +155,7 @@ class Searcher:
             hits[:] = [replace(hit, probability=chance) for hit, chance in told]
         return hits
 
-    def _encode(self, image: "str | Path | Image.Image") -> NDArray[np.float32]:
+    def _encode(self, image: "Picture") -> NDArray[np.float32]:
         """The vector of an image, float32 [dim], read as those of the index were."""
         from clipkit.data.preprocess import as_batch
 
@@ -135,3 +181,10 @@ def _read(path: str | Path, reduction: Reduction | None) -> "Image.Image":
         return read_image(Path(path), reduction)
     except ImageError as error:
         raise ImageError(f"{path} cannot be searched with, it {error}") from None
+
+
+def write_page(found: Sequence[Hits], file: Path) -> None:
+    """Write a page of thumbnails of the hits of one or several searches, as one HTML file."""
+    body = "".join(hits._repr_html_() for hits in found)
+    lead = f"{len(found)} {'search' if len(found) == 1 else 'searches'}"
+    file.write_text(document("What was found", lead, body, "Made by clipkit search."), "utf-8")

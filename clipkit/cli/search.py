@@ -1,0 +1,100 @@
+"""clipkit search: ask an index."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clipkit.cli.output import load_maker, note
+from clipkit.cli.readable import print_described, print_hits
+
+if TYPE_CHECKING:
+    from clipkit.model.encoder import Encoder
+    from clipkit.model.query import QueryEncoder
+    from clipkit.store.hits import Hits
+
+
+def search(
+    index: Annotated[Path, typer.Argument(help="Directory of the index.")],
+    query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="A picture to look for; adds to the query, with a weight as PATH:0.5."),
+    ] = None,
+    like: Annotated[
+        list[str] | None, typer.Option(help="A key of the index, to find more like it.")
+    ] = None,
+    minus: Annotated[
+        list[str] | None,
+        typer.Option(help="Words that are not wanted; their weight is 0.5, or as WORDS:0.8."),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Only images for which this holds: \"year >= 2023 and folder = 'holiday'\"."
+        ),
+    ] = None,
+    distinct: Annotated[
+        bool, typer.Option("--distinct", help="Leave out near-duplicates of better hits.")
+    ] = False,
+    queries: Annotated[
+        typer.FileText | None,
+        typer.Option("--from", help="A file of queries, one a line; - reads stdin."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV table.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page of thumbnails, too.")] = None,
+) -> None:
+    """Find images by text, by image, or by both together."""
+    asked = [line.strip() for line in queries or [] if line.strip()]
+    if queries is not None and (query is not None or not asked):
+        raise typer.BadParameter("--from takes a file of queries, and no other query")
+    if query is None and image is None and not (like or minus or asked):
+        raise typer.BadParameter("name a query, an --image, or both")
+    if as_json and as_csv:
+        raise typer.BadParameter("--json or --csv, not both")
+    from clipkit.store.vector_index import VectorIndex
+
+    opened = VectorIndex.open(index)
+    if not len(opened):
+        note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds pictures")
+        return
+
+    from clipkit.model.query import load_query_encoder
+    from clipkit.store.query import weighted
+    from clipkit.store.records import records_of
+    from clipkit.tasks.search import Searcher, write_page
+
+    encoder: Encoder | QueryEncoder | None = None
+    if image is None:
+        encoder = load_query_encoder(opened.model)
+    if encoder is None:
+        encoder = load_maker(opened.model, f"the index {index}", "fp32")
+    searcher = Searcher(opened, encoder)
+    picture = image if image is None or Path(image).exists() else weighted(image, 1.0)
+    found: list[tuple[str | None, Hits]] = []
+    wanted: list[str | None] = [*asked] or [query]
+    for words in wanted:
+        hits = searcher.search(
+            words, picture, k, where, minus=minus or (), like=like or (), distinct=distinct
+        )
+        found.append((words if asked else None, hits))
+        if not (as_json or as_csv):
+            if asked:
+                print(f"{words}:")
+            print_hits(hits)
+        _note_no_match(hits)
+    if as_json or as_csv:
+        print_described([(*one, records_of(opened, one[1])) for one in found], as_csv)
+    if html is not None:
+        write_page([hits for _, hits in found], html)
+    note(f"answered by {opened.model}")
+
+
+def _note_no_match(hits: "Hits") -> None:
+    from clipkit.store.calibration import GOOD
+
+    best = hits[0].probability if hits else None
+    if best is not None and best < GOOD:
+        note(f"no good match: the best hit is what was asked for with a probability of {best:.0%}")

@@ -211,3 +211,13 @@ def test_figures_are_shown_as_what_they_are(tuned, capsys, monkeypatch):
     assert shown["text recall"].strip().endswith("%")
     assert float(shown["milliseconds"]) >= 0
     assert "not measured" not in shown
+
+
+def test_what_a_killed_writer_left_is_swept_away_and_captions_stay(tuned):
+    path, _, _ = tuned
+    (path / ".questions.npy.tmp").write_bytes(b"half")
+    with IndexWriter(path) as writer:
+        writer.remove(["item-00000.png"])
+        writer.commit(compact=True)
+    assert not (path / ".questions.npy.tmp").exists()
+    assert check_index(path).text_recall is not None

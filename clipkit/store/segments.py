@@ -8,6 +8,7 @@ An index is a directory of one or more segments, named by its ``manifest.json``:
     vectors.npy            its vectors as they were encoded, where FAISS does not hold them itself
     index-000003.faiss     a later segment: what was added since, exact (Flat), beside its records
     dead-000004-0.npy      one bit a row: which rows of the first segment are removed
+    questions.npy          vectors of captions that it was tuned or calibrated with (``questions``)
 
 **Why segments.** Ten photos more in an index of a million cost a file of ten rows, not a copy of
 all. HNSW cannot remove and cells of an IVF drift away from what is added to them: here neither is

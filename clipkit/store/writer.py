@@ -39,7 +39,7 @@ Live = NDArray[np.bool_] | None
 MOST_COMPARED = 10_000
 """Keys that a misspelt one is compared with: all of a million would take minutes."""
 _OURS = re.compile(
-    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.manifest\.json\.tmp"
+    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|questions\.npy)\.tmp"
 )
 GROWTH = 2
 """A later segment is joined with what is added unless it has more than so many times its rows."""

@@ -16,6 +16,7 @@ from search_peers import Peer, autofaiss, clip_retrieval
 
 from clipkit.store.exact import search_exact
 from clipkit.store.flat import plain_rows
+from clipkit.store.refine import REFINE
 from clipkit.store.spec import (
     ROWS_PER_CENTROID,
     TRAINING_ROWS,
@@ -40,8 +41,10 @@ FAMILIES = [
     "PQ{quarter}x4fs",
     "RaBitQfs",
 ]
-RECALLS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
-"""What clipkit's index is tuned to, for a curve of its own."""
+RECALLS = (0.9, 0.95)
+"""What clipkit's index is tuned to, as its users do."""
+REFINED = (2, 8, 32, 64)
+"""Candidates in units of k, with each of which its curve is measured."""
 Curve = list[tuple[str, Measured]]
 
 
@@ -113,6 +116,12 @@ def against(
         knobs = choose_knobs(ours.index, ours.vectors, texts[::2], truth[::2], recall)
         curve.append((f"{knobs}, tuned for {recall}", ours.at(knobs, asked, wanted)))
         show("clipkit", ours, *curve[-1])
+    knob, values = effort(ours.index)
+    for refine in REFINED if ours.vectors is not None else (1,):
+        for value in values:
+            knobs = {REFINE: refine} if ours.vectors is not None else {}
+            knobs |= {knob: value} if knob else {}
+            curve.append((str(knobs), ours.at(knobs, asked, wanted)))
     for name, run in (("autofaiss", autofaiss), ("clip-retrieval", clip_retrieval)):
         python = pythons[name]
         if python is None:

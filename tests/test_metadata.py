@@ -173,6 +173,14 @@ def test_what_holds_no_plain_values_is_left_out_and_told_once(tmp_path, capsys):
     assert "f104 and 2 more;" in capsys.readouterr().err
 
 
+def test_texts_that_are_no_utf8_are_kept_readable(tmp_path):
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a\xff", b"b"]).buffers())
+    columns = {"image": [png(square("red")), png(square("blue"))], "place": broken}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    rows = open_source(tmp_path / "t.parquet", metadata=True).rows
+    assert [row["metadata"]["place"] for row in rows] == ["a\ufffd", "b"]
+
+
 def test_types_are_those_of_all_rows():
     rows = [{"a": "1", "b": "1", "c": "2023-01-01", "d": "", "e": "1"}] * 5000
     rows += [{"a": "9" * 19, "b": "2.5", "c": "2023-01-01 10:00", "d": "", "e": "one"}]

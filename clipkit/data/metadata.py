@@ -196,7 +196,17 @@ def _converted(column: pa.Array, kind: pa.DataType) -> pa.Array:
     column = column.cast(kind, safe=kind not in (TIME, NUMBER))
     if kind == NUMBER:  # NaN equals nothing, not even itself, and JSON has none
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
-    return column
+    return _readable(column) if kind == TEXT else column
+
+
+def _readable(texts: pa.Array) -> pa.Array:
+    """The texts, with U+FFFD for bytes that are no UTF-8, which Parquet files may hold."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = texts.cast(pa.binary()).to_pylist()
+        texts = pa.array([t and t.decode("utf-8", "replace") for t in raw], TEXT)
+    return texts
 
 
 def _record_name(name: str, names: Collection[str]) -> str:

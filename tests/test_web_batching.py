@@ -3,9 +3,16 @@
 import asyncio
 import threading
 
+import numpy as np
 import pytest
+from toys import unit_rows
+from web_toys import ServedEncoder, build
 
+from clipkit.store import flat
+from clipkit.store.vector_index import VectorIndex
+from clipkit.web.answers import _search_together, _Wanted
 from clipkit.web.batching import Batcher
+from clipkit.web.collection import Collection
 from clipkit.web.problems import RequestError
 
 
@@ -95,3 +102,22 @@ def test_closing_finishes_what_waits():
         return await asyncio.gather(*tasks)
 
     assert asyncio.run(ask()) == [0, 2, 4]
+
+
+def test_searches_that_wait_together_go_through_one_product(tmp_path, monkeypatch):
+    products, search_exact = [], flat.search_exact
+
+    def noting(queries, blocks, k):
+        products.append((len(queries), k))
+        return search_exact(queries, blocks, k)
+
+    monkeypatch.setattr(flat, "search_exact", noting)
+    collection = Collection(VectorIndex.open(build(tmp_path)), ServedEncoder())
+    red = np.array([key.startswith("red/") for key in collection.keys])
+    wanted = [_Wanted(collection, vector, 16, (), None) for vector in unit_rows(5, 3)]
+    wanted.insert(2, _Wanted(collection, wanted[0].vector, 3, ("label=red",), red))
+    found = _search_together(wanted)
+    assert products[0] == (5, 16)
+    assert all(count == 1 for count, _ in products[1:])
+    for one, hits in zip(wanted, found, strict=True):
+        assert hits == collection.search(one.vector[None], one.k, one.rows)[0]

@@ -154,8 +154,10 @@ def _label(asked: str, encoder: Encoder, tower: str) -> str:
     return f"clipkit {asked}" + ("" if found == asked else f" ({found})")
 
 
-def bench_images(name: str, clip: Any, images: Tensor, peak: float, rounds: int) -> None:
-    """Images already preprocessed, in batches of 64."""
+def bench_images(
+    name: str, clip: Any, images: Tensor, peaks: dict[str, float], rounds: int
+) -> None:
+    """Images already preprocessed, in batches of 64, and what share of the peak each reaches."""
     with FlopCounterMode(display=False) as counter:  # without gradients it would miss attention's
         clip.encode_image(images[:1])
     work = counter.get_total_flops()
@@ -172,11 +174,19 @@ def bench_images(name: str, clip: Any, images: Tensor, peak: float, rounds: int)
         runs[_label(asked, ours, "image")] = lambda ours=ours: ours.encode_images(images)
     times = in_turn(runs, rounds)
     show(times, len(images), "images")
+    rates = {run: work * len(images) / statistics.median(times[run]) for run in times}
+    limit = peaks["bf16"] / rates["open_clip"]
+    print(f"  open_clip reaches {_share(rates['open_clip'], peaks, 'fp32')}; ", end="")
+    print(f"at the peak in bf16 an encoder would be {limit:.2f} times as fast")
     wanted = theirs()
     for asked, ours in encoders.items():
         label = _label(asked, ours, "image")
-        share = work * len(images) / statistics.median(times[label]) / peak
-        compare(label, ours.encode_images(images), wanted, f", {share:.0%} of the peak in bf16")
+        share = _share(rates[label], peaks, ours.network.precision)
+        compare(label, ours.encode_images(images), wanted, f", {share}")
+
+
+def _share(rate: float, peaks: dict[str, float], precision: str) -> str:
+    return f"{rate / peaks[precision]:.0%} of the peak in {precision}"
 
 
 def compare(name: str, ours: NDArray[np.float32], wanted: Tensor, more: str = "") -> None:
@@ -192,14 +202,22 @@ def compare(name: str, ours: NDArray[np.float32], wanted: Tensor, more: str = ""
     )
 
 
-def matrix_peak(rounds: int) -> float:
-    """FLOP a second of the fastest product of the sizes in a ViT-B, in bf16."""
-    best = 0.0
+def matrix_peaks(rounds: int) -> dict[str, float]:
+    """FLOP a second of the fastest product of the sizes in a ViT-B, by precision."""
+    peaks = {"fp32": 0.0, "bf16": 0.0}
     for tokens, width, out in ((3200, 768, 3072), (3200, 3072, 768), (2048, 2048, 2048)):
-        x, weight = (torch.ones(n, width, dtype=torch.bfloat16) for n in (tokens, out))
-        seconds = in_turn({"": lambda x=x, weight=weight: F.linear(x, weight)}, 3 * rounds)
-        best = max(best, 2 * tokens * width * out / min(seconds[""]))
-    return best
+        runs = {}
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            x, weight = (torch.ones(n, width, dtype=dtype) for n in (tokens, out))
+            runs[name] = lambda x=x, weight=weight: F.linear(x, weight)
+        for name, seconds in in_turn(runs, 3 * rounds).items():
+            peaks[name] = max(peaks[name], 2 * tokens * width * out / min(seconds))
+    ratio = peaks["bf16"] / peaks["fp32"]
+    print(
+        f"fastest matrix products: {peaks['fp32'] / 1e12:.2f} TFLOP/s in fp32, "
+        f"{peaks['bf16'] / 1e12:.2f} in bf16, {ratio:.2f} times as many"
+    )
+    return peaks
 
 
 def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:
@@ -241,14 +259,13 @@ def main() -> None:
         bench_captions(clip, captions, options.captions, options.rounds)
     if "images" not in options.only:
         return
-    peak = matrix_peak(options.rounds)
-    print(f"fastest matrix product in bf16: {peak / 1e12:.2f} TFLOP/s")
+    peaks = matrix_peaks(options.rounds)
     towers = {MODEL: clip}
     if options.weights:
         towers["EfficientNet-Lite2"] = build_convolutional(options.weights)
     for name, model in towers.items():
         images = read_photos(options.pairs, model.visual.image_size, options.photos)
-        bench_images(name, model, images, peak, options.rounds)
+        bench_images(name, model, images, peaks, options.rounds)
 
 
 if __name__ == "__main__":

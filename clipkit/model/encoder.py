@@ -23,9 +23,9 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens that go through the text tower at once, by the kind of device."""
 
 PIXELS = 2**18
-"""Of the pictures that go through a convolutional tower at once on a CPU, at least one a thread:
-what is made of so few stays in the cache, and the system is not asked for memory anew. 64 pictures
-of 260 pixels at a time take 1.3 times as long."""
+"""Of the pictures that go through a convolutional tower at once on a CPU, at least one a thread.
+What is made of so few stays in the cache, and the system is not asked for memory anew: open_clip
+encodes pictures of 260 pixels 2.5 times as fast by fours as it does by 64."""
 
 
 class Encoder:

@@ -42,7 +42,7 @@ TINY = {
     "vision": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
     "text": {"width": 32, "heads": 2, "layers": 1},
 }
-STEP = 10.0  # seconds between looks at memory
+STEP, LOOK = 10.0, 0.2  # seconds of which memory is reported, and between looks at it
 REPEATED = 1000  # queries
 WORDS = [
     "a",
@@ -121,11 +121,11 @@ def start_server(index: Path) -> tuple[subprocess.Popen[str], int]:
 
 @dataclass
 class Load:
-    """What a load on the server came to: seconds of each request, errors, MiB every ``STEP``."""
+    """What a load came to: seconds of each request, errors, least and most MiB in each ``STEP``."""
 
     times: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
+    memory: list[tuple[float, float]] = field(default_factory=list)
 
 
 async def connection(port: int, until: float, queries: Iterator[str], load: Load) -> None:
@@ -144,10 +144,12 @@ async def connection(port: int, until: float, queries: Iterator[str], load: Load
 
 
 async def watch(server: "subprocess.Popen[str]", until: float, load: Load) -> None:
-    load.memory.append(resident(server))
-    while (left := until - time.perf_counter()) > 0.1:
-        await asyncio.sleep(min(STEP, left))
-        load.memory.append(resident(server))
+    while (start := time.perf_counter()) < until - LOOK:
+        seen = []
+        while time.perf_counter() < min(until, start + STEP):
+            seen.append(resident(server))
+            await asyncio.sleep(LOOK)
+        load.memory.append((min(seen), max(seen)))
 
 
 async def load_server(
@@ -199,8 +201,9 @@ def report(name: str, load: Load, took: float, used: float, encoded: tuple[float
     print(f"  errors            {len(load.errors)} {load.errors[:1] or ''}")
     print(f"  processor time    {1000 * used / count:.1f} ms a request")
     print(f"  captions encoded  {captions:.0f}, {captions / max(calls, 1):.1f} a call")
-    shown = ", ".join(f"{size:.0f}" for size in load.memory)
-    print(f"  resident          {shown} MiB, at the start and every {STEP:.0f} s", flush=True)
+    # Work under way comes and goes; what is kept shows in the least.
+    shown = ", ".join(f"{least:.0f}-{most:.0f}" for least, most in load.memory)
+    print(f"  resident          {shown} MiB, least and most in each {STEP:.0f} s", flush=True)
 
 
 def main() -> None:

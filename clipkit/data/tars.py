@@ -4,8 +4,9 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from clipkit.data.rows import (
     as_stream,
     clean_captions,
     clean_text,
+    features,
     fingerprint_of,
     in_memory,
     to_batches,
@@ -27,6 +29,8 @@ from clipkit.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from clipkit.data.metadata import Metadata
 
 IMAGE_LIMIT = 256 << 20  # bytes of one member
 TEXT_LIMIT = 1 << 20
@@ -63,17 +67,23 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     """Open WebDataset shards, as a stream unless told otherwise.
 
     An item is an image member with a caption in ``.txt`` (one a line) or in a field of ``.json``,
-    and a label in ``.cls`` or in ``.json``; a caption or label name given means such a field.
+    and a label in ``.cls`` or in ``.json``; a caption or label name given means such a field. Other
+    fields are metadata, whose types are found in all shards before anything else is read.
     """
     root, skipped = root_of_tars(files), Skips()
     reader = _Reader(root, wanted, skipped)
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
+    more = _find_metadata(files, wanted) if wanted.metadata else None
 
     def read(shards: list[Path]) -> Iterator["pa.RecordBatch"]:
-        return to_batches((row for shard in shards for row in reader.rows(shard)), _CHUNK)
+        rows = (row for shard in shards for row in reader.rows(shard))
+        return to_batches(rows, _CHUNK) if more is None else _to_batches(rows, more)
 
+    told = more and more.schema
     held = streaming is False
-    rows: Any = in_memory(read(files), prints, skipped) if held else as_stream(read, files)
+    rows: Any = (
+        in_memory(read(files), prints, skipped, told) if held else as_stream(read, files, told)
+    )
     return Source(str(files[0]), "tars", rows, root, prints, skipped)
 
 
@@ -156,15 +166,64 @@ class _Reader:
             "image": {"bytes": parts[suffix], "path": None},
             "captions": clean_captions(captions, key, self.skipped),
             "label": None if label is None else clean_text(label) or None,
+            "fields": fields,
         }
 
     def _fields(self, key: str, text: bytes | None) -> dict[str, Any]:
         try:
-            fields = json.loads((text or b"{}").decode("utf-8", "replace"))
+            return _parsed(text or b"{}")
         except (ValueError, RecursionError) as error:
             self._skip(key, f"the JSON beside it is damaged and left out: {error}")
             return {}
-        return fields if isinstance(fields, dict) else {}
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    fields = json.loads(text.decode("utf-8", "replace"))
+    return fields if isinstance(fields, dict) else {}
+
+
+def _find_metadata(files: list[Path], wanted: Wanted) -> "Metadata | None":
+    from clipkit.data.metadata import find_metadata, infer_types
+
+    types = infer_types((fields for file in files for fields in _json_of(file)), typed=True)
+    used = [
+        given or next((name for name in usual if name in types), "")
+        for given, usual in ((wanted.caption, CAPTION), (wanted.label, LABEL))
+    ]
+    return find_metadata([types], used, str(files[0]))
+
+
+def _json_of(shard: Path) -> Iterator[dict[str, Any]]:
+    """The fields beside the images of a shard, past whose images is only stepped."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]
+                fits = _parted(member.name)[1] == "json" and member.size <= TEXT_LIMIT
+                if fits and _counts(member) and (content := tar.extractfile(member)):
+                    try:
+                        yield _parsed(content.read())
+                    except (ValueError, RecursionError):
+                        continue  # told when the shard is read
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        return  # the same
+
+
+def _to_batches(rows: Iterable[Row], metadata: "Metadata") -> Iterator["pa.RecordBatch"]:
+    """As ``to_batches``, with metadata."""
+    import pyarrow as pa
+
+    from clipkit.data.metadata import plain_text
+
+    rows, schema = iter(rows), features(metadata.schema).arrow_schema
+    while chunk := list(islice(rows, _CHUNK)):
+        texts = {
+            name: pa.array([plain_text(row["fields"].get(name)) for row in chunk], pa.string())
+            for name in metadata.types
+        }
+        told = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
+        whole = [{**row, "metadata": one} for row, one in zip(chunk, told, strict=True)]
+        yield pa.RecordBatch.from_pylist(whole, schema)
 
 
 def find_members(shard: Path) -> dict[str, tuple[int, int]]:

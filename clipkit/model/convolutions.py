@@ -35,6 +35,9 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 """What oneDNN computes while it has a convolution's output at hand, and its arguments."""
 
 
+OPERATIONS = ("_convolution_pointwise", "_linear_pointwise")
+
+
 class FusedConvolution(nn.Conv2d):
     """A convolution and the activation behind it in one pass, in the precision of its weights.
 
@@ -116,7 +119,9 @@ def fuse_activations(visual: nn.Module) -> bool:
 
 def has_onednn() -> bool:
     """Whether torch was built with the library whose operations the fused modules call."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    # They are torch's own affair, made for its compiler: another version may have others.
+    return built and all(hasattr(torch.ops.mkldnn, name) for name in OPERATIONS)
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from clipkit.data.images import Decode, Reduction, read_image
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
+from clipkit.manifest import write_text
 from clipkit.pages.parts import document
 from clipkit.store.hits import Hits
 from clipkit.store.query import MINUS, combined, weighted
@@ -187,4 +188,4 @@ def write_page(found: Sequence[Hits], file: Path) -> None:
     """Write a page of thumbnails of the hits of one or several searches, as one HTML file."""
     body = "".join(hits._repr_html_() for hits in found)
     lead = f"{len(found)} {'search' if len(found) == 1 else 'searches'}"
-    file.write_text(document("What was found", lead, body, "Made by clipkit search."), "utf-8")
+    write_text(file, document("What was found", lead, body, "Made by clipkit search."))

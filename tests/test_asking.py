@@ -141,3 +141,10 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
     assert out.splitlines()[0] == "red:"
     run("search", index, "red", "--from", tmp_path / "queries.txt", code=2)
     run("search", index, code=2)
+    run("search", index, "red", "--json", "--show", code=2)
+    table = run("search", index, "red", "-k", 1)
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = run("search", index, "red", "-k", 1, "--show")
+    assert out.startswith(table)
+    assert "▀" in out.removeprefix(table)

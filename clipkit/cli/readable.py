@@ -1,6 +1,7 @@
 """What an index finds and what its scores mean, for people: index calibrate and shared printing."""
 
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipkit.cli.output import load_maker, note, print_facts, print_json, print_table
+from clipkit.cli.output import load_maker, note, print_facts, print_json, print_table, printable
 
 if TYPE_CHECKING:
     from clipkit.manifest import ModelRef
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from clipkit.model.query import QueryEncoder
     from clipkit.store.calibration import Calibration
     from clipkit.store.hit import Hit
+    from clipkit.store.hits import Hits
 
 
 def calibrate(
@@ -86,6 +88,26 @@ def print_hits(hits: "Sequence[Hit]") -> None:
         for rank, hit in enumerate(hits, 1)
     ]
     print_table(header, rows)
+
+
+def print_pictures(hits: "Hits") -> None:
+    """The pictures of hits, each under its key, in a terminal that can show any."""
+    from clipkit.pages.terminal import find_drawer
+
+    draw = find_drawer(os.environ) if sys.stdout.isatty() else None
+    if draw is None:
+        note(
+            "no pictures are shown: expected a terminal with 24-bit colours "
+            "(COLORTERM=truecolor); --html writes a page of them"
+        )
+        return
+    for rank, hit in enumerate(hits, 1):
+        picture = hits.picture(hit)
+        print(f"\n{rank:4}  {printable(hit.key)}")
+        print(
+            draw(picture) if picture else "      its picture lies in no file, or cannot be read\n",
+            end="",
+        )
 
 
 def print_described(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clipkit.cli.output import load_maker, note
-from clipkit.cli.readable import print_described, print_hits
+from clipkit.cli.readable import print_described, print_hits, print_pictures
 
 if TYPE_CHECKING:
     from clipkit.model.encoder import Encoder
@@ -45,6 +45,9 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="A CSV table.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page of thumbnails, too.")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show the pictures, where the terminal can.")
+    ] = False,
 ) -> None:
     """Find images by text, by image, or by both together."""
     asked = [line.strip() for line in queries or [] if line.strip()]
@@ -52,8 +55,8 @@ def search(
         raise typer.BadParameter("--from takes a file of queries, and no other query")
     if query is None and image is None and not (like or minus or asked):
         raise typer.BadParameter("name a query, an --image, or both")
-    if as_json and as_csv:
-        raise typer.BadParameter("--json or --csv, not both")
+    if as_json + as_csv + show > 1:
+        raise typer.BadParameter("one of --json, --csv and --show, not several")
     from clipkit.store.vector_index import VectorIndex
 
     opened = VectorIndex.open(index)
@@ -81,15 +84,21 @@ def search(
         )
         found.append((words if asked else None, hits))
         if not (as_json or as_csv):
-            if asked:
-                print(f"{words}:")
-            print_hits(hits)
+            _print(words if asked else None, hits, show)
         _note_no_match(hits)
     if as_json or as_csv:
         print_described([(*one, records_of(opened, one[1])) for one in found], as_csv)
     if html is not None:
         write_page([hits for _, hits in found], html)
     note(f"answered by {opened.model}")
+
+
+def _print(query: str | None, hits: "Hits", show: bool) -> None:
+    if query is not None:
+        print(f"{query}:")
+    print_hits(hits)
+    if show:
+        print_pictures(hits)
 
 
 def _note_no_match(hits: "Hits") -> None:

@@ -3,13 +3,13 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from toys import write_tar
 
 from clipkit.data import rows as rows_module
 from clipkit.data.images import Skipped
@@ -423,20 +423,12 @@ def test_parquet_of_real_photos(name):
 # WebDataset tars
 
 
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-
 def shards(root, count=3):
     for shard in range(count):
         members = []
         for name in "abc":
             members += [(f"{name}.png", png(name)), (f"{name}.txt", f"{name} {shard}\n".encode())]
-        tar(root / f"s-{shard:03d}.tar", members)
+        write_tar(root / f"s-{shard:03d}.tar", members)
     return [
         (f"s-{shard:03d}.tar/{name}.png", [f"{name} {shard}"], None)
         for shard in range(count)
@@ -499,7 +491,7 @@ def test_what_a_tar_may_hold(tmp_path):
         ("5.jpg", b""),
         ("2.PNG", png("c")),
     ]
-    tar(tmp_path / "t.tar", members)
+    write_tar(tmp_path / "t.tar", members)
     source = open_source(tmp_path / "t.tar")
     assert told(source) == [
         ("t.tar/d/1.png", ["from json"], "4"),
@@ -521,14 +513,14 @@ def test_what_a_tar_may_hold(tmp_path):
 def test_fields_of_the_json_can_be_named(tmp_path):
     fields = {"caption": "no", "title2": ["yes", "too"], "kind": "fox"}
     members = [("1.png", png("a")), ("1.txt", b"no"), ("1.json", json.dumps(fields).encode())]
-    tar(tmp_path / "t.tar", members)
+    write_tar(tmp_path / "t.tar", members)
     source = open_source(tmp_path / "t.tar", caption="title2", label="kind")
     assert told(source) == [("t.tar/1.png", ["yes", "too"], "fox")]
 
 
 def test_a_member_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr("clipkit.data.tars.IMAGE_LIMIT", 1000)
-    tar(tmp_path / "t.tar", [("1.png", bytes(1001)), ("2.png", png("a"))])
+    write_tar(tmp_path / "t.tar", [("1.png", bytes(1001)), ("2.png", png("a"))])
     source = open_source(tmp_path / "t.tar")
     assert [key for key, _, _ in told(source)] == ["t.tar/2.png"]
     assert source.skipped[0] == Skipped("t.tar/1.png", "has 1001 bytes, over 1000")
@@ -565,7 +557,7 @@ def test_a_missing_shard_is_told(tmp_path):
 
 
 def test_names_in_tars_that_are_not_utf8(tmp_path):
-    tar(tmp_path / "t.tar", [(os.fsdecode(b"caf\xe9.png"), png("a")), ("b.png", png("b"))])
+    write_tar(tmp_path / "t.tar", [(os.fsdecode(b"caf\xe9.png"), png("a")), ("b.png", png("b"))])
     source = open_source(tmp_path / "t.tar")
     assert [key for key, _, _ in told(source)] == ["t.tar/b.png"]
     assert source.skipped == [Skipped("t.tar/caf\\xe9.png", "its name is not UTF-8; rename it")]

@@ -1,23 +1,13 @@
 """Fields of the JSON beside a tar's images come to the store as the columns of a table do."""
 
-import io
 import json
-import tarfile
 
 import pytest
 from test_metadata import EXPECTED, ROWS, metadata
-from toys import ColourEncoder, png, square
+from toys import ColourEncoder, png, square, write_tar
 
 from clipkit.data.sources import open_source
 from clipkit.tasks.embed import embed
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
 
 
 def members(rows):

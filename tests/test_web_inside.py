@@ -1,14 +1,12 @@
 """Pictures inside tables, tars and saved data sets are shown by key, and no others."""
 
-import io
 import json
-import tarfile
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toys import COLOURS, png, square
+from toys import COLOURS, png, square, write_tar
 from web_toys import ServedEncoder, build, client, keys
 
 from clipkit.data import inside
@@ -31,15 +29,6 @@ def table(file, names=None, group=3):
     pq.write_table(pa.table(columns), file, row_group_size=group)
 
 
-def tar(file, members):
-    """A tar of files by name."""
-    with tarfile.open(file, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
 def saved(folder):
     """A saved ``datasets`` directory of the eight colours."""
     from datasets import Dataset
@@ -55,9 +44,9 @@ def shards(folder):
     first += [("deep/green.PNG", PNGS["green"]), ("deep/green.cls", b"1")]
     first += [("blue.png", PNGS["blue"]), ("blue.jpg", PNGS["red"]), ("notes.md", b"no item")]
     first += [("lonely.txt", b"no image"), ("blue.png", PNGS["white"])]  # the key is taken
-    tar(folder / "a-0.tar", first)
+    write_tar(folder / "a-0.tar", first)
     second = [("red.png", PNGS["cyan"]), (f"{'long' * 60}/name.png", PNGS["yellow"])]
-    tar(folder / "a-1.tar", second)
+    write_tar(folder / "a-1.tar", second)
     return folder / "a-{0..1}.tar"
 
 

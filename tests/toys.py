@@ -1,7 +1,8 @@
 """A toy that can be computed in the head: colours as pictures, colour words as captions."""
 
 import re
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,3 +133,12 @@ def records(count: int, start: int = 0) -> list[dict]:
         }
         for number in range(start, start + count)
     ]
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """A tar of files, each with its name."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, BytesIO(content))

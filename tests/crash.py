@@ -20,6 +20,7 @@ from test_index_writer import MODEL, POOL, make_store, old_index, table, unit_ro
 from clipkit.errors import ClipkitError
 from clipkit.manifest import MANIFEST
 from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.merge import merge_indexes
 from clipkit.store.vector_index import VectorIndex
 from clipkit.store.writer import IndexWriter
 
@@ -44,6 +45,10 @@ def rebuild(path):
     VectorIndex.build(store, path, "HNSW8", replace=True)
 
 
+def merge(path):
+    merge_indexes([path.parent / "index", path.parent / "second"], path)
+
+
 def sync(path):
     # Here, because a process without torch forks in a tenth of the time.
     from toys import ColourEncoder
@@ -60,11 +65,14 @@ VERBS = {
     "remove": only_remove,
     "change-old": change,
     "build": rebuild,
+    "merge": merge,
 }
 
 
 def state(path):
-    """All that an index says, after checking that it is of one piece."""
+    """All that an index says, after checking that it is of one piece; None where there is none."""
+    if not path.exists():
+        return None
     index = VectorIndex.open(path)
     assert len(index) == len(index.keys) == len(index.records())
     hits_of = index.search(unit_rows(20, index.dim), 8)
@@ -81,7 +89,8 @@ def prepare(folder):
         writer.commit()
         writer.remove(["item-00008.png", "later-3"])
         writer.commit()
-    make_store(folder / "other", POOL[:30])
+    other = make_store(folder / "other", POOL[:30])
+    VectorIndex.build(other, folder / "second", "SQ8")
     old_index(folder / "old", unit_rows(40, MODEL.dim), "Flat")
 
 
@@ -155,7 +164,8 @@ def killed(verb, path, at):
 def main(name, place, stride):
     verb, place = VERBS[name], Path(place)
     (prepare_sync if name == "sync" else prepare)(place / "template")
-    index_name = {"change-old": "old", "sync": "synced"}.get(name, "index")
+    names = {"change-old": "old", "sync": "synced", "merge": "merged"}
+    index_name = names.get(name, "index")
     shutil.copytree(place / "template", place / "done")
     old = state(place / "done" / index_name)
     verb(place / "done" / index_name)
@@ -173,7 +183,13 @@ def main(name, place, stride):
         if ended:
             break
         # The next writer works, whatever lies about, and leaves nothing behind but the index.
-        if name != "build":
+        if name == "merge":
+            for source in ("index", "second"):
+                assert state(folder / source) == state(place / "template" / source)
+            if found is None:
+                verb(path)
+            assert state(path) == new
+        elif name != "build":
             try:
                 verb(path)
             except ClipkitError:

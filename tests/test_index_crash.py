@@ -21,7 +21,7 @@ CRASH = [sys.executable, str(HERE / "crash.py")]
 @pytest.mark.parametrize(
     ("verb", "stride"),
     [
-        *((verb, 1) for verb in ("change", "compact", "remove", "change-old", "build")),
+        *((verb, 1) for verb in ("change", "compact", "remove", "change-old", "build", "merge")),
         ("sync", 5),  # which has torch to fork with, ten times slower
         pytest.param("sync", 1, marks=pytest.mark.slow),
     ],

@@ -77,6 +77,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
+MANY = 20
+"""How often the captions are read by two processes, beside which handing out work is little."""
 halves: list[list[str]] = []
 
 
@@ -103,9 +105,6 @@ def bench_tokenizer(captions: list[str], rounds: int) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(tokenize, (captions[:half], captions[half:])))
 
-    tokenizer.tokenize(captions)
-    halves[:] = captions[::2], captions[1::2]
-    workers = multiprocessing.get_context("fork").Pool(2)
     runs: dict[str, Callable[[], Any]] = {
         "open_clip": lambda: known(captions),
         "open_clip, new words": lambda: open_clip.SimpleTokenizer()(captions),
@@ -113,10 +112,16 @@ def bench_tokenizer(captions: list[str], rounds: int) -> None:
         "clipkit": lambda: tokenizer.tokenize(captions),
         "clipkit, two threads": lambda: on_two(tokenizer.tokenize),
         "open_clip, two threads": lambda: on_two(known),
-        "clipkit, two processes": lambda: workers.map(tokenize_half, (0, 1), 1),
     }
-    with workers:
-        show(in_turn(runs, rounds), len(captions), "captions")
+    show(in_turn(runs, rounds), len(captions), "captions")
+    many = captions * MANY
+    halves[:] = many[::2], many[1::2]
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        runs = {
+            "one process": lambda: tokenizer.tokenize(many),
+            "two processes": lambda: workers.map(tokenize_half, (0, 1), 1),
+        }
+        show(in_turn(runs, rounds), len(many), "captions", "one process")
 
 
 def encoder(clip: Any, precision: Any) -> Encoder:

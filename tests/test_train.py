@@ -102,7 +102,7 @@ def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_p
     step = result.run / f"step-{result.step}"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{step}")
     model.eval()
-    encoder = clipkit.load(step)
+    encoder = clipkit.load(step, precision="fp32")
     images = [Image.open(file).convert("RGB") for file in sorted(colour_folder.glob("*.png"))]
     texts = ["a red picture", "", "blue " * 200]
     with torch.no_grad():

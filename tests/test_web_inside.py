@@ -10,10 +10,15 @@ from toys import COLOURS, png, square, write_tar
 from web_toys import ServedEncoder, build, client, keys
 
 from clipkit.data import inside
+from clipkit.data.images import read_image
 from clipkit.data.inside import open_pictures
 from clipkit.data.sources import open_source
+from clipkit.data.thumbnails import thumbnail
 from clipkit.errors import DataError
 from clipkit.manifest import MANIFEST
+from clipkit.store.hits import Hits
+from clipkit.store.roots import roots_of
+from clipkit.store.vector_index import Hit
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images
 from clipkit.web import files
@@ -114,6 +119,20 @@ def test_they_are_served(tmp_path, kind):
             assert ask.get(f"/thumb/{quote(key)}").content.startswith(b"\xff\xd8\xff")
         for path in ("../secret", "a-0.tar/../secret", "t.parquet", "-1", "99", "a-0.tar/no.png"):
             assert ask.get(f"/image/{path}").status_code == 404
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
+    spec = made(kind, tmp_path)
+    index = build_index(spec, tmp_path / "index", load=ServedEncoder)
+    rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
+    hits = Hits([Hit(key, 1.0) for key in (*rows, "none")], "", roots_of(index.manifest))
+    shown = [hits.picture(hit) for hit in hits]
+    assert shown == [*(thumbnail(read_image(data)) for data in rows.values()), None]
+    files = list(tmp_path.glob("*.parquet"))
+    for file in files:
+        file.unlink()
+    assert not files or Hits(hits, "", hits.roots).picture(hits[0]) is None
 
 
 def test_a_source_that_changed_never_shows_another_picture(tmp_path):

@@ -105,7 +105,7 @@ def print_pictures(hits: "Hits") -> None:
         picture = hits.picture(hit)
         print(f"\n{rank:4}  {printable(hit.key)}")
         print(
-            draw(picture) if picture else "      its picture lies in no file, or cannot be read\n",
+            draw(picture) if picture else "      its picture cannot be read\n",
             end="",
         )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from clipkit.errors import SpecError
 from clipkit.manifest import ArtifactWriter, Manifest
 from clipkit.store.build import Built, cannot_write, write_segment
+from clipkit.store.chosen import search_segments
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.exact import Floats, Integers, search_exact
 from clipkit.store.questions import Questions, keep_questions
@@ -123,20 +124,14 @@ def remeasure(index: VectorIndex, queries: Floats) -> Measured:
         index: any index that keeps its vectors.
         queries: float32 [m, dim].
     """
-    ids = np.concatenate([s.ids if s.live is None else s.ids[s.live] for s in index.segments])
-    truth = ids[search_exact(queries, (block for block, _ in index.shards()), K)[1]]
-
-    held = [segment for segment in index.segments if segment.rows]
+    truth = index.places[search_exact(queries, (block for block, _ in index.shards()), K)[1]]
 
     def ask(queries: Floats, k: int) -> Integers:
-        found = [segment.search(queries, k) for segment in held]
-        pairs = zip(held, found, strict=True)
-        rows = [np.where(row < 0, -1, segment.ids[row]) for segment, (_, row) in pairs]
-        if len(held) == 1:
-            return rows[0]
-        scores = np.concatenate([score for score, _ in found], axis=1)
+        scores, places = search_segments(index.segments, queries, k)
+        if places.shape[1] <= k:
+            return places
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(np.concatenate(rows, axis=1), best, axis=1)
+        return np.take_along_axis(places, best, axis=1)
 
     return measure(ask, queries, truth)
 

@@ -1,4 +1,4 @@
-"""Search among chosen rows of an index: few of them exactly, more through FAISS's selectors."""
+"""Search the segments of an index, all their rows or chosen ones: few of these exactly."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,27 @@ def by_segment(segments: Sequence["Segment"], chosen: Chosen | None) -> list[Cho
             own = mask
         masks.append(own)
     return masks
+
+
+def search_segments(
+    segments: Sequence["Segment"], queries: Floats, k: int, chosen: Chosen | None = None
+) -> tuple[Floats, Integers]:
+    """Scores and places of the best ``k`` rows of each segment, beside each other; -1 where none.
+
+    Args:
+        segments: of an index; places are counted over all of them, removed rows included.
+        queries: float32 [m, dim].
+        k: how many, at least 1.
+        chosen: as of ``by_segment``, with its errors.
+    """
+    scores, places, start = [], [], 0
+    for segment, mask in zip(segments, by_segment(segments, chosen), strict=True):
+        if segment.rows:
+            found, rows = segment.search(queries, k, mask)
+            scores.append(found)
+            places.append(np.where(rows < 0, -1, rows + start))
+        start += segment.rows
+    return np.concatenate(scores, axis=1), np.concatenate(places, axis=1)
 
 
 def search_few(

@@ -19,7 +19,7 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
 from clipkit.store.build import Built, Rows, cannot_write, write_segment
 from clipkit.store.calibration import Calibration
-from clipkit.store.chosen import Chosen, by_segment
+from clipkit.store.chosen import Chosen, search_segments
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.hit import Hit as Hit
 from clipkit.store.partial import EXACT
@@ -165,15 +165,8 @@ class VectorIndex:
         if not len(self) or not len(queries):
             return [[] for _ in queries]
         k = min(k, len(self))
-        masks = by_segment(self.segments, chosen)
-        found = [
-            s.search(queries, k, m) for s, m in zip(self.segments, masks, strict=True) if s.rows
-        ]
-        starts = [n for n, s in zip(self._starts[:-1], self.segments, strict=True) if s.rows]
-        scores = np.concatenate([score for score, _ in found], axis=1)
-        rows = [np.where(r < 0, -1, r + n) for (_, r), n in zip(found, starts, strict=True)]
-        pairs = zip(scores, np.concatenate(rows, axis=1), strict=True)
-        return [self._hits(*pair, k) for pair in pairs]
+        found = search_segments(self.segments, queries, k, chosen)
+        return [self._hits(*pair, k) for pair in zip(*found, strict=True)]
 
     def _checked(self, queries: NDArray[Any]) -> Vectors:
         queries = np.asarray(queries)

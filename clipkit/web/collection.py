@@ -69,16 +69,8 @@ class Collection:
         Raises:
             RequestError: the index has no such key (404).
         """
-        row = self.row(key)
-        for segment in self.index.segments:
-            if row < len(segment):
-                if segment.vectors is None:
-                    return None
-                if segment.live is not None:
-                    row = int(np.flatnonzero(segment.live)[row])
-                return np.asarray(segment.vectors[row], np.float32)
-            row -= len(segment)
-        raise AssertionError("a row beyond the last segment")
+        segment, row = self.index.locate(int(self.index.places[self.row(key)]))
+        return None if segment.vectors is None else np.asarray(segment.vectors[row], np.float32)
 
     def probabilities(self, query: Vector, hits: Sequence[Hit]) -> list[float] | None:
         """The probability that each hit is what a caption tells of; None where that is not known.

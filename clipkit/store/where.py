@@ -97,8 +97,13 @@ def _columns(segment: Segment, names: set[str]) -> pa.Table:
     for name in names & set(segment.schema.names):
         columns[name] = segment.ids if name == ID.name else segment.column(name)
     if FOLDER in names - columns.keys():
-        columns[FOLDER] = pc.replace_substring_regex(segment.keys, r"(^|/)[^/]*$", "")
+        columns[FOLDER] = folders_of(segment.keys)
     return pa.table(columns)
+
+
+def folders_of(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where images lie, by their keys; empty for those that lie in no folder."""
+    return pc.replace_substring_regex(keys, r"(^|/)[^/]*$", "")
 
 
 def parse_where(text: str, schema: pa.Schema) -> Condition:

@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from clipkit.store.where import FOLDER, folders_of
 from clipkit.web.problems import RequestError
 
 Rows = NDArray[np.bool_]
 """bool [rows], True for those that are meant."""
-FOLDER = "folder"
-"""A column that every index of a folder has: where a picture lies."""
 MOST_VALUES = 50
 """A text column of more values is nothing to choose from."""
 MOST_LETTERS = 100
@@ -62,10 +61,10 @@ class Condition:
 
 def with_folder(records: pa.Table) -> pa.Table:
     """The records with a column that says in which folder each lies, unless all lie in one."""
-    folders = [key.rpartition("/")[0] for key in records["key"].to_pylist()]
-    if FOLDER in records.column_names or len(set(folders)) < 2:
+    folders = folders_of(records["key"])
+    if FOLDER in records.column_names or pc.count_distinct(folders).as_py() < 2:
         return records
-    return records.append_column(FOLDER, pa.array(folders, pa.string()))
+    return records.append_column(FOLDER, folders)
 
 
 def find_columns(records: pa.Table) -> list[Column]:

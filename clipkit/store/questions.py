@@ -1,6 +1,5 @@
 """What an index is asked to tune and to calibrate it: vectors of captions, and of nonsense."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from clipkit.errors import ArtifactError
 from clipkit.manifest import MANIFEST, ArtifactWriter, read_manifest, write_json
 from clipkit.store.calibration import Calibration, calibrate
 from clipkit.store.exact import Floats, Integers
+from clipkit.store.shards import write_file
 from clipkit.store.tune import Measured
 from clipkit.store.vector_index import VectorIndex
 
@@ -53,12 +53,7 @@ def keep_questions(folder: Path, captions: Floats) -> None:
 
     They do not depend on what the index holds, so that any state of it may have any of them.
     """
-    temp = folder / f".{FILE}.tmp"
-    with temp.open("wb") as stream:
-        np.save(stream, captions)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temp.replace(folder / FILE)
+    write_file(folder / FILE, lambda stream: np.save(stream, captions))
 
 
 def kept_questions(folder: Path, dim: int) -> Floats | None:

@@ -197,8 +197,8 @@ def write_shard(folder: Path, number: int, vectors: Vectors, records: pa.Table) 
         OSError: the disk is full or forbids it.
     """
     vector_name, record_name = shard_names(number)
-    _write_file(folder / vector_name, lambda stream: np.save(stream, vectors))
-    _write_file(folder / record_name, lambda stream: pq.write_table(records, stream))
+    write_file(folder / vector_name, lambda stream: np.save(stream, vectors))
+    write_file(folder / record_name, lambda stream: pq.write_table(records, stream))
 
 
 def remove_shard(folder: Path, number: int) -> None:
@@ -207,7 +207,8 @@ def remove_shard(folder: Path, number: int) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file by way of a stream, flushed to disk and in one step; raises OSError."""
     temp = file.with_name(f".{file.name}.tmp")
     try:
         with temp.open("wb") as stream:

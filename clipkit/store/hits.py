@@ -1,14 +1,16 @@
 """Hits: what a search found, best first, with the pictures where they are files."""
 
 from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
 
 from clipkit.data.images import read_image
-from clipkit.data.inside import Pictures, holds_pictures, open_pictures
 from clipkit.data.thumbnails import thumbnail
 from clipkit.errors import DataError, ImageError
 from clipkit.pages.cards import gallery
 from clipkit.store.calibration import GOOD
-from clipkit.store.roots import Root, file_of, owner
+from clipkit.store.pictures import InsidePictures
+from clipkit.store.roots import Root, file_of
 from clipkit.store.vector_index import Hit
 
 
@@ -23,24 +25,20 @@ class Hits(list[Hit]):
     def __init__(self, hits: Iterable[Hit], query: str, roots: list[Root]) -> None:
         super().__init__(hits)
         self.query, self.roots = query, roots
-        self._opened: dict[str, Pictures] = {}
+
+    @cached_property
+    def _inside(self) -> InsidePictures:
+        return InsidePictures(self.roots)
 
     def picture(self, hit: Hit) -> bytes | None:
         """A small JPEG of a hit; None where its picture is on the hub, gone or unreadable."""
         try:
-            found = file_of(self.roots, hit.key) or self._inside(hit.key)
+            found: Path | bytes | None = file_of(self.roots, hit.key)
+            if found is None and self._inside.hold(hit.key):
+                found = self._inside.read(hit.key)
             return None if found is None else thumbnail(read_image(found))
         except (DataError, ImageError):
             return None
-
-    def _inside(self, key: str) -> bytes | None:
-        """What a table or tar holds of a key; it is opened once for all hits."""
-        root = owner(self.roots, key)
-        if root.folder or not holds_pictures(root.where):
-            return None
-        if root.where not in self._opened:
-            self._opened[root.where] = open_pictures(root.where)
-        return self._opened[root.where].read(key.removeprefix(root.key("")))
 
     def _repr_html_(self) -> str:
         items = ((self.picture(hit), _score(hit), hit.key) for hit in self)

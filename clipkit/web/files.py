@@ -10,7 +10,7 @@ from clipkit.data.hub import HUB
 from clipkit.data.images import read_image
 from clipkit.errors import ImageError
 from clipkit.store.roots import Root, file_of, owner
-from clipkit.web.inside import Facts, InsidePictures
+from clipkit.web.inside import CheckedPictures, Facts
 from clipkit.web.pictures import as_jpeg, media_type, thumbnail
 from clipkit.web.problems import RequestError
 
@@ -37,7 +37,7 @@ class PictureFiles:
 
     def __init__(self, roots: list[Root], facts: Callable[[str], Facts]) -> None:
         self._roots = roots
-        self._inside = InsidePictures(roots, facts, MAX_FILE)
+        self._inside = CheckedPictures(roots, facts, MAX_FILE)
 
     def missing(self, key: str) -> str | None:
         """Why a key has neither a file nor something that should hold its picture; else None."""

@@ -1,11 +1,10 @@
 """Pictures of an index that lie inside tables and tars, and are what was indexed."""
 
-import threading
 from collections.abc import Callable
 
 from clipkit.data.content import content_hash
-from clipkit.data.inside import Pictures, holds_pictures, open_pictures
 from clipkit.errors import DataError, ImageError
+from clipkit.store.pictures import InsidePictures
 from clipkit.store.roots import Root, owner
 from clipkit.web.problems import RequestError
 
@@ -13,7 +12,7 @@ Facts = tuple[int, str | None]
 """Bytes of a picture when it was indexed, and the hash of its content, where that was noted."""
 
 
-class InsidePictures:
+class CheckedPictures:
     """Reads pictures by the keys of an index from the sources that its manifest names.
 
     No part of a key becomes a path, and what is read is checked against the index's record, so
@@ -27,18 +26,13 @@ class InsidePictures:
 
     def __init__(self, roots: list[Root], facts: Callable[[str], Facts], most: int) -> None:
         self._roots, self._facts, self._most = roots, facts, most
-        self._opened: dict[str, Pictures] = {}
-        self._lock = threading.Lock()
-
-    def hold(self, key: str) -> bool:
-        """Whether the picture of a key, if there is any, lies inside something."""
-        root = owner(self._roots, key)
-        return not root.folder and holds_pictures(root.where)
+        self._inside = InsidePictures(roots)
+        self.hold = self._inside.hold
 
     def missing(self, key: str) -> str | None:
         """Why what should hold the picture of a key cannot be opened; None where it can."""
         try:
-            self._open(owner(self._roots, key).where)
+            self._inside.open(key)
         except DataError as error:
             return f"{key} cannot be shown: {error}"
         return None
@@ -54,12 +48,11 @@ class InsidePictures:
         Raises:
             RequestError: it is not there any more (404), or too large (413).
         """
-        root = owner(self._roots, key)
         size, digest = self._facts(key)
         if size > self._most:
             raise RequestError(413, f"{key} has more than {self._most >> 20} MiB")
         try:
-            data = self._open(root.where).read(key[len(root.key("")) :])
+            data = self._inside.read(key)
             same = data is not None and len(data) == size
             if data is not None and same and (digest is None or content_hash(data) == digest):
                 return data
@@ -69,9 +62,3 @@ class InsidePictures:
             404,
             f"what holds {key} has changed since it was indexed; bring the index up to date",
         )
-
-    def _open(self, where: str) -> Pictures:
-        with self._lock:
-            if where not in self._opened:
-                self._opened[where] = open_pictures(where)
-            return self._opened[where]

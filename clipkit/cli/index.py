@@ -16,11 +16,7 @@ from clipkit.cli.output import (
     note_skipped,
     print_facts,
 )
-from clipkit.cli.readable import (
-    describe_calibration,
-    describe_tuning,
-    load_text,
-)
+from clipkit.cli.readable import describe_calibration, describe_tuning, load_text
 from clipkit.cli.sizes import parse_size
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ Only columns of plain values are carried, which filters and tables of hits can u
 truth values, days and times. Text files know no types, so that theirs are found by reading them.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.data.rows import Row, clean_text
+from clipkit.data.rows import Row, chunks, clean_text
 from clipkit.progress import tell
 
 INTEGER, NUMBER, TRUTH = pa.int64(), pa.float64(), pa.bool_()
@@ -51,6 +51,13 @@ class Metadata:
         return pa.schema(
             [(_record_name(name, self.types), kind) for name, kind in self.types.items()]
         )
+
+    def texts(self, records: Sequence[Row]) -> dict[str, pa.Array]:
+        """The columns of a text file's records, as texts that ``read`` converts."""
+        return {
+            name: pa.array([plain_text(record.get(name)) for record in records], TEXT)
+            for name in self.types
+        }
 
     def read(self, batch: pa.RecordBatch) -> pa.StructArray:
         """The columns of a batch as one, null where the batch has none."""
@@ -135,7 +142,7 @@ def infer_types(records: Iterable[Row], *, typed: bool) -> dict[str, pa.DataType
         typed: strings are meant to be strings, as in JSON, unless they are dates.
     """
     found: dict[str, pa.DataType] = {}
-    for chunk in _chunks(records):
+    for chunk in chunks(records, _CHUNK):
         for name in dict.fromkeys(name for record in chunk for name in record):
             kind = _type_of([record.get(name) for record in chunk], typed)
             old = found.get(name, pa.null())
@@ -151,12 +158,6 @@ def plain_text(value: Any) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
     return None if value is None or value != value else clean_text(value) or None
-
-
-def _chunks(records: Iterable[Row]) -> Iterator[list[Row]]:
-    records = iter(records)
-    while chunk := list(islice(records, _CHUNK)):
-        yield chunk
 
 
 def _type_of(values: list[Any], typed: bool) -> pa.DataType:

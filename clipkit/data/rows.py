@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,14 +129,15 @@ def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
 
     schema = features().arrow_schema
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield pa.RecordBatch.from_pylist(chunk, schema)
-            chunk = []
-    if chunk:
+    for chunk in chunks(rows, size):
         yield pa.RecordBatch.from_pylist(chunk, schema)
+
+
+def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Rows, ``size`` of them at a time."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk
 
 
 def in_memory(

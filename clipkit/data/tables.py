@@ -17,6 +17,7 @@ from clipkit.data.rows import (
     Source,
     Wanted,
     as_stream,
+    chunks,
     clean_text,
     fingerprint_of,
     in_memory,
@@ -187,10 +188,8 @@ def _text(form: str, file: Path, wanted: Wanted, skipped: list[Skipped]) -> tupl
 def _arrow(records: Iterable[Row], common: Common) -> Iterator["pa.RecordBatch"]:
     import pyarrow as pa
 
-    from clipkit.data.metadata import plain_text
-
-    records, columns = iter(records), common.columns
-    while chunk := list(islice(records, _CHUNK)):
+    columns = common.columns
+    for chunk in chunks(records, _CHUNK):
         arrays = {}
         for name in columns.used:
             values = [_texts(record.get(name)) for record in chunk]
@@ -199,9 +198,8 @@ def _arrow(records: Iterable[Row], common: Common) -> Iterator["pa.RecordBatch"]
             else:
                 first = [value[0] if value else None for value in values]
                 arrays[name] = pa.array(first, pa.string())
-        for name in common.metadata.types if common.metadata else ():
-            plain = [plain_text(record.get(name)) for record in chunk]
-            arrays[name] = pa.array(plain, pa.string())
+        if common.metadata:
+            arrays |= common.metadata.texts(chunk)
         yield pa.RecordBatch.from_pydict(arrays)
 
 

@@ -6,7 +6,6 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from clipkit.data.rows import (
     Source,
     Wanted,
     as_stream,
+    chunks,
     clean_captions,
     clean_text,
     features,
@@ -125,9 +125,7 @@ class _Reader:
     def _items(self, tar: tarfile.TarFile, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Base name and members by suffix; members of one item follow each other."""
         current, parts = "", dict[str, bytes]()
-        for member in tar:
-            # Reading a stream keeps every header it met; a shard may have a million.
-            tar.members = []  # type: ignore[attr-defined]
+        for member in _headers(tar):
             base, suffix = _parted(member.name)
             if base != current and parts:
                 yield current, parts
@@ -197,8 +195,7 @@ def _json_of(shard: Path) -> Iterator[dict[str, Any]]:
     """The fields beside the images of a shard, past whose images is only stepped."""
     try:
         with tarfile.open(shard, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]
+            for member in _headers(tar):
                 fits = _parted(member.name)[1] == "json" and member.size <= TEXT_LIMIT
                 if fits and _counts(member) and (content := tar.extractfile(member)):
                     try:
@@ -213,14 +210,9 @@ def _to_batches(rows: Iterable[Row], metadata: "Metadata") -> Iterator["pa.Recor
     """As ``to_batches``, with metadata."""
     import pyarrow as pa
 
-    from clipkit.data.metadata import plain_text
-
-    rows, schema = iter(rows), features(metadata.schema).arrow_schema
-    while chunk := list(islice(rows, _CHUNK)):
-        texts = {
-            name: pa.array([plain_text(row["fields"].get(name)) for row in chunk], pa.string())
-            for name in metadata.types
-        }
+    schema = features(metadata.schema).arrow_schema
+    for chunk in chunks(rows, _CHUNK):
+        texts = metadata.texts([row["fields"] for row in chunk])
         told = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
         whole = [{**row, "metadata": one} for row, one in zip(chunk, told, strict=True)]
         yield pa.RecordBatch.from_pylist(whole, schema)
@@ -238,8 +230,7 @@ def find_members(shard: Path) -> dict[str, tuple[int, int]]:
     current, first, place = "", "", (0, 0)
     try:
         with tarfile.open(shard, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]
+            for member in _headers(tar):
                 base, suffix = _parted(member.name)
                 if base != current:
                     if first:
@@ -253,6 +244,13 @@ def find_members(shard: Path) -> dict[str, tuple[int, int]]:
     if first:
         found.setdefault(f"{current}.{first}", place)
     return found
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar, of which it would keep every one; a shard may have a million."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]
+        yield member
 
 
 def _parted(name: str) -> tuple[str, str]:

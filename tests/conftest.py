@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 # Tiny networks are fastest on one thread, and sums come in one order.
@@ -10,6 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from PIL import Image
+
+import clipkit.cli
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -151,3 +154,19 @@ def fails(monkeypatch):
         monkeypatch.setattr(Learner, "take_step", failing)
 
     return fail
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; returns what it printed, as (stdout, stderr)."""
+
+    def run(*words, code=0):
+        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            clipkit.cli.main()
+        printed = capsys.readouterr()
+        assert (end.value.code or 0) == code, printed.err
+        return printed.out, printed.err
+
+    return run

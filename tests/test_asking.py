@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from toys import COLOURS, ColourEncoder, square, write_squares
 
-from clipkit.cli import main
 from clipkit.errors import CaptionError, DataError
 from clipkit.store.query import MINUS, weighted
 from clipkit.store.records import NEAR
@@ -99,22 +98,14 @@ def test_bad_terms_are_refused(searcher):
         searcher.search("red", minus=["red:1"])
 
 
-def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, monkeypatch, capsys):
-    def run(*words, code=0):
-        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert (end.value.code or 0) == code
-        return capsys.readouterr().out
-
+def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, monkeypatch, run):
     index = tmp_path / "index"
     run("index", "build", colour_folder, "--out", index, "--model", tiny_checkpoint)
     import clipkit
 
     searcher = Searcher(VectorIndex.open(index), clipkit.load(tiny_checkpoint))
     picture = colour_folder / "red-0.png"
-    out = run(
+    out, _ = run(
         *("search", index, "red", "--minus", "blue:0.3", "--like", "red-1.png"),
         *("--image", f"{picture}:0.5", "--json", "-k", 4),
     )
@@ -126,7 +117,8 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
 
     (tmp_path / "queries.txt").write_text("red\n\na blue picture\n")
     page = tmp_path / "page.html"
-    out = run("search", index, "--from", tmp_path / "queries.txt", "-k", 2, "--csv", "--html", page)
+    asked = ("search", index, "--from", tmp_path / "queries.txt")
+    out, _ = run(*asked, "-k", 2, "--csv", "--html", page)
     lines = list(csv.DictReader(out.splitlines()))
     queries = ["red", "red", "a blue picture", "a blue picture"]
     assert [line["query"] for line in lines] == queries
@@ -137,14 +129,14 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
     text = page.read_text()
     assert all(key in text for key in expected)
     assert text.count("data:image/jpeg;base64,") == 4
-    out = run("search", index, "--from", tmp_path / "queries.txt", "-k", 1)
+    out, _ = run("search", index, "--from", tmp_path / "queries.txt", "-k", 1)
     assert out.splitlines()[0] == "red:"
     run("search", index, "red", "--from", tmp_path / "queries.txt", code=2)
     run("search", index, code=2)
     run("search", index, "red", "--json", "--show", code=2)
-    table = run("search", index, "red", "-k", 1)
+    table, _ = run("search", index, "red", "-k", 1)
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    out = run("search", index, "red", "-k", 1, "--show")
+    out, _ = run("search", index, "red", "-k", 1, "--show")
     assert out.startswith(table)
     assert "▀" in out.removeprefix(table)

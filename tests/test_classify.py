@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from PIL import Image
 from toys import unit_rows
 
 import clipkit
-from clipkit.cli import main
 from clipkit.config import parse_config
 from clipkit.data.label_set import Label, imagenet_labels, parents, parse_label
 from clipkit.data.prompts import BACKGROUND, read_labels, read_templates
@@ -33,20 +31,6 @@ MODEL = ModelRef("toy", "", "toy", 8)
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint):
     return clipkit.load(tiny_checkpoint)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*words, code=0):
-        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        assert (end.value.code or 0) == code, printed.err
-        return printed.out, printed.err
-
-    return run
 
 
 # Labels

@@ -1,30 +1,12 @@
 """The options of `clipkit embed` and `clipkit index build`, as the command line takes them."""
 
 import json
-import sys
 
 import pytest
 
 import clipkit.model.batches as batches
-from clipkit.cli import main
 from clipkit.store.embeddings import EmbeddingStore
 from clipkit.store.vector_index import VectorIndex
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; returns what it printed, as (stdout, stderr)."""
-
-    def run(*words, code=0):
-        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        assert (end.value.code or 0) == code, printed.err
-        return printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

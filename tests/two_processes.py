@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_chunks import batch, network, prepare
 from test_loss import pairs
+from two_norms import check_norms
 
 from clipkit.model.chunks import backward
 from clipkit.model.distributed import World, join_world
@@ -74,6 +75,7 @@ def main() -> None:
         for chunk in (4, 3, 1):
             check_gradients(world, chunk)
             check_gradients(world, chunk, duplicates="positive")
+        check_norms(world)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def fill_up(
     """Images and tokens of a batch, with blank pairs at the end where a chunk would be missing.
 
     Shares differ where rows are bad, yet what processes do together they must do equally often.
-    The loss is not to see the blanks; batch normalisation does.
+    The loss is not to see the blanks; nor does batch normalisation count them, but on GPUs.
 
     Args:
         batch: n pairs, the share of this process.

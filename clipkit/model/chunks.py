@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.model.network import DualEncoder
+from clipkit.model.normalisation import count_rows
 
 Chunk = tuple[Tensor, Tensor]
 """Images, uint8 [m, 3, height, width], and tokens, int64 [m, 77]."""
@@ -26,6 +27,7 @@ def backward(
     prepare: Callable[[Tensor], Tensor],
     loss_of: Loss,
     seed: int,
+    counted: int | None = None,
 ) -> Tensor:
     """Loss of a whole batch, its gradient added to the parameters' own.
 
@@ -38,6 +40,7 @@ def backward(
         prepare: images to what the image tower expects; called chunk by chunk.
         loss_of: image vectors, caption vectors and scale to the loss, such as ``info_nce``.
         seed: chunk number c draws its dropout from ``seed + c``, the same in both passes.
+        counted: how many of the rows of all chunks are pairs, the rest being blank; None: all.
 
     Returns:
         the loss, float32 [], without a graph.
@@ -46,6 +49,8 @@ def backward(
     def encode(number: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(seed + number)
         images, tokens = chunks[number]
+        if counted is not None:
+            count_rows(network, max(0, counted - number * len(chunks[0][1])))
         encoded: tuple[Tensor, Tensor, Tensor] = network(prepare(images), tokens)
         return encoded
 

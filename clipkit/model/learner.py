@@ -118,7 +118,8 @@ class Learner:
         seed += self.world.rank * (MOST_CHUNKS // self.world.size)
         texts = self._read(tokens, seed)
         chunks = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
-        loss = backward(self.network, chunks, self.normalized, self._loss(batch), seed)
+        loss_of = self._loss(batch)
+        loss = backward(self.network, chunks, self.normalized, loss_of, seed, len(batch))
         sum_gradients(self.network.parameters(), self.world)
         limit = self.config.optim.clip_norm or math.inf
         norm = float(clip_gradients(self.network.parameters(), limit))

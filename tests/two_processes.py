@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_chunks import batch, network, prepare
 from test_loss import pairs
 from two_norms import check_norms
+from two_shards import check_shards
 
 from clipkit.model.chunks import backward
 from clipkit.model.distributed import World, join_world
@@ -76,6 +77,7 @@ def main() -> None:
             check_gradients(world, chunk)
             check_gradients(world, chunk, duplicates="positive")
         check_norms(world)
+        check_shards(world)
 
 
 if __name__ == "__main__":

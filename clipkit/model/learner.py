@@ -75,9 +75,7 @@ class Learner:
             self.network.to(memory_format=torch.channels_last)
         share_statistics(self.network, world)
         if self.sharded:
-            shard(self.network, world, ("encode_images", "encode_tokens"))
-            # A block's weights are gathered when the block itself is called.
-            self.network.runs_images = self.network.runs_texts = False
+            shard(self.network, world)
         self.network.to(self.device)  # the shards are there already, block by block
         self.optimizer = build_optimizer(towers.clip, config.optim)
         self.captions: CaptionFeatures | None = None

@@ -14,15 +14,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clipkit.errors import ConfigError
 from clipkit.model.distributed import World
+from clipkit.model.network import DualEncoder
+from clipkit.model.transformer import PACKED, offer_packed
+
+METHODS = ("encode_images", "encode_tokens", PACKED)
+"""What is called on a network or its blocks beside ``forward``, and gathers weights likewise."""
 
 
-def shard(network: nn.Module, world: World, methods: tuple[str, ...]) -> None:
+def shard(network: DualEncoder, world: World) -> None:
     """Deal a network's weights out over the processes, block by block, in place.
 
     Args:
         network: on its device, the same in every process.
         world: the processes.
-        methods: names of what may be called on it beside ``forward``.
 
     Raises:
         ConfigError: torch is too old.
@@ -35,13 +39,17 @@ def shard(network: nn.Module, world: World, methods: tuple[str, ...]) -> None:
             "leave train.shard out"
         ) from None
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in _blocks(network):
+    offer_packed(network)
+    blocks = list(_blocks(network))
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     # The temperature is one number, which cannot be dealt out, and the loss asks for it.
     numbers = {parameter for parameter in network.parameters() if not parameter.ndim}
     fully_shard(network, mesh=mesh, ignored_params=numbers)
-    for name in methods:
-        register_fsdp_forward_method(network, name)
+    for module in (*blocks, network):
+        for name in METHODS:
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,6 +7,8 @@ its class token. The patch embedding is one matrix product. What remains runs in
 """
 
 from collections.abc import Sequence
+from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.model.packing import Packing, Part, spread, take
+
+PACKED = "run_packed"
+"""Method of a block to be called for its packed pass, where ``offer_packed`` has given it one."""
 
 
 def runs_image_tower(visual: nn.Module) -> bool:
@@ -133,13 +138,33 @@ def _transform(
 ) -> Tensor:
     """All blocks: float32 [tokens, width] to the same, or to [len(read), width] of those read."""
     last = len(transformer.resblocks) - 1
+    again = transformer.grad_checkpointing and torch.is_grad_enabled()
     for number, block in enumerate(transformer.resblocks):
-        rows = read if number == last else None
-        if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(_block, block, x, packing, dtype, rows, causal, use_reentrant=False)
-        else:
-            x = _block(block, x, packing, dtype, rows, causal)
+        run = getattr(block, PACKED, None) or partial(_run, block)
+        x = run(x, packing, dtype, read if number == last else None, causal, again)
     return x
+
+
+def offer_packed(network: nn.Module) -> None:
+    """Give every block its packed pass as a method: FSDP gathers weights when one is called."""
+    for module in network.modules():
+        if type(module) is ResidualAttentionBlock:
+            setattr(module, PACKED, MethodType(_run, module))
+
+
+def _run(
+    block: Any,
+    x: Tensor,
+    packing: Packing,
+    dtype: torch.dtype,
+    read: Tensor | None,
+    causal: bool,
+    again: bool,
+) -> Tensor:
+    """``_block``; if ``again``, computed once more in the backward pass instead of kept."""
+    if not again:
+        return _block(block, x, packing, dtype, read, causal)
+    return checkpoint(_block, block, x, packing, dtype, read, causal, use_reentrant=False)
 
 
 def _block(

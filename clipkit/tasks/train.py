@@ -12,6 +12,7 @@ from clipkit.model.board import require_tensorboard
 from clipkit.model.checkpoint import Towers
 from clipkit.model.distributed import World, join_world
 from clipkit.model.doctor import examine, gather
+from clipkit.model.freed_memory import freed_memory_kept
 from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
@@ -88,7 +89,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         )
     if config.train.tensorboard:
         require_tensorboard()
-    with join_world() as world:
+    with join_world() as world, freed_memory_kept():
         return _train(config, out, world, resume=resume)
 
 

@@ -9,7 +9,6 @@ weights, one caption a photo, the same rates step by step, the same crops. Needs
 
 import argparse
 import csv
-import json
 import os
 import random
 import re
@@ -19,6 +18,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from clipkit.model.log import read_log
 
 WARMUP = 5  # steps
 SETTLING = 2  # steps whose time does not count: threads, caches and workers are still starting
@@ -85,8 +86,7 @@ seed = {options.seed}
     )
     command = [sys.executable, "-m", "clipkit", "train", str(config), "--out", str(out / "run")]
     _run(command)
-    lines = map(json.loads, (out / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in read_log(out / "run") if "loss" in line]
     return Curve([s["samples_per_second"] for s in steps], [s["loss"] for s in steps])
 
 

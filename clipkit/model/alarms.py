@@ -58,7 +58,8 @@ class Watch:
                 yield about, alarm
 
     def _take(self, line: Line) -> None:
-        if "loss" not in line:
+        # A step that was left out, whose loss is NaN, tells nothing about what is learned.
+        if not math.isfinite(line.get("loss", math.nan)):
             return
         if self._recent and line["step"] <= self._recent[-1]["step"]:
             self._recent.clear()  # the run went back

@@ -142,9 +142,10 @@ def _duration(seconds: float) -> str:
 def _tiles(outcome: Outcome) -> list[tuple[str, str]]:
     losses = [line for line in outcome.lines if "loss" in line]
     tiles = [("steps", f"{outcome.step:,}")]
+    finite = [line["loss"] for line in losses if math.isfinite(line["loss"])]
     if losses:
         tiles += [
-            ("loss at the end", f"{losses[-1]['loss']:.3f}"),
+            ("loss at the end", f"{finite[-1]:.3f}" if finite else "not finite"),
             ("samples per second", f"{_mean(losses, 'samples_per_second'):,.0f}"),
             ("waiting for data", f"{_mean(losses, 'waiting_for_data'):.0%}"),
         ]

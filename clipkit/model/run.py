@@ -12,7 +12,7 @@ from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write
 from clipkit.model.board import Board
 from clipkit.model.distributed import World
 from clipkit.model.load import checkpoint_step, run_checkpoints
-from clipkit.model.log import LOG_FILE, read_log
+from clipkit.model.log import LOG_FILE, log_line, read_log
 
 CONFIG_FILE = "config.toml"
 SKIPPED_FILE = "skipped.jsonl"
@@ -81,9 +81,9 @@ class RunDirectory:
             )
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to log.jsonl."""
+        """Append one line to log.jsonl; a number that is not finite is null there."""
         with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(log_line(line))
         self.logged += 1
         if self._board:
             self._board.add(line)
@@ -95,7 +95,7 @@ class RunDirectory:
     def rewind(self, logged: int) -> None:
         """Keep the first ``logged`` lines of the log: the steps after them will be taken again."""
         kept = self.lines()[:logged]
-        write_text(self.path / LOG_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path / LOG_FILE, "".join(map(log_line, kept)))
         self.logged = len(kept)
         if self.config.train.tensorboard:
             self._board = Board(

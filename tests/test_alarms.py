@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from PIL import Image
 from test_train import configured
 
 from clipkit.config import parse_config
@@ -15,12 +16,13 @@ GUESS = math.log(64)
 
 
 def line(step, loss=1.0, scale=20.0, waited=0.1):
-    return {"step": step, "loss": loss, "scale": scale, "waiting_for_data": waited, "seconds": 1.0}
+    of_step = {"step": step, "loss": loss, "guess": GUESS, "scale": scale, "seconds": 1.0}
+    return of_step | {"waiting_for_data": waited}
 
 
 def alarms(lines, config=CONFIG, steps=1000, known=()):
     """Step and subject of each alarm."""
-    watch = Watch(config, steps, 64, known)
+    watch = Watch(config, steps, known)
     return [(item["step"], about) for item in lines for about, _ in watch.see(item)]
 
 
@@ -66,6 +68,40 @@ def test_the_clock_ends_the_warm_up_too():
     lines = [line(step, loss=GUESS) | {"seconds": step / 50} for step in range(50, 3001, 50)]
     # Half a minute is step 1500; five lines of the log from there on.
     assert alarms(lines, config, steps=0) == [(1700, "stuck")]
+
+
+def test_lines_of_an_older_log_do_not_count():
+    old = [{k: v for k, v in line(step).items() if k != "guess"} for step in range(10, 201, 10)]
+    lines = [line(step, loss=GUESS) for step in range(210, 401, 10)]
+    assert alarms(lines, known=old) == [(300, "stuck")]
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220)}
+FIVE = COLOURS | {"white": (240, 240, 240), "black": (10, 10, 10)}
+
+
+@pytest.mark.parametrize(("shows", "told"), [(FIVE, []), (dict.fromkeys(FIVE, 0), ["stuck"])])
+def test_few_captions_are_no_reason_not_to_be_told(tmp_path, shows, told):
+    """Forty pictures with five captions, which tell what they show, or of which all are black."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name, colour in shows.items():
+        for number in range(8):
+            Image.new("RGB", (32, 32), colour).save(folder / f"{name}-{number}.png")
+            (folder / f"{name}-{number}.txt").write_text(f"a {name} picture\n")
+    config = configured(
+        folder,
+        data={"held_out_share": 0.0},
+        train={"batch_size": 20, "epochs": 60, "log_steps": 10}
+        | {"eval_epochs": 0, "save_epochs": 0},
+    )
+    lines = read_log(train(config, tmp_path / "run").run)
+    assert [item["about"] for item in lines if "alarm" in item] == told
+    # The like captions of twenty are not each other's negatives: about sixteen others are.
+    steps = [item for item in lines if "loss" in item]
+    assert all(math.log(14) < item["guess"] < math.log(18) for item in steps)
+    # By ln(20) nobody would have been told.
+    assert steps[-1]["loss"] < 0.98 * math.log(20)
 
 
 def test_an_alarm_is_told_and_logged(colour_folder, tmp_path, capsys):

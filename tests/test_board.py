@@ -10,7 +10,7 @@ from clipkit.model.loop import TrainingLoop
 from clipkit.model.run import read_log
 from clipkit.tasks.train import train
 
-SCALARS = ("loss", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
+SCALARS = ("loss", "guess", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
 
 
 def assert_board_shows_the_log(run, lines):

@@ -112,10 +112,10 @@ def test_readers_pass_over_what_has_no_number(colour_folder, tmp_path, fails):
 def test_an_alarm_goes_by_the_steps_that_count():
     """Every other step left out: those between are stuck all the same, told when ten are seen."""
     settings = {"optim": {"warmup": 0.0}, "train": {"log_steps": 10, "batch_size": 64}}
-    watch = Watch(parse_config(settings), 1000, 64, ())
+    watch = Watch(parse_config(settings), 1000, ())
     told = []
     for step in range(10, 601, 10):
-        loss = math.log(64) if step % 20 else math.nan
-        line = {"step": step, "loss": loss, "scale": 20.0, "waiting_for_data": 0.0, "seconds": 1.0}
-        told += [(step, about) for about, _ in watch.see(line)]
+        loss = 4.0 if step % 20 else math.nan
+        line = {"step": step, "loss": loss, "guess": 4.0, "scale": 20.0, "seconds": 1.0}
+        told += [(step, about) for about, _ in watch.see(line | {"waiting_for_data": 0.0})]
     assert told == [(190, "stuck")]

@@ -68,7 +68,7 @@ def outcome(folder, **changes):
     recall = {f"{way}_r{k}": 0.25 for way in WAYS for k in (1, 5, 10)}
     lines = [
         {"step": 8, "held_out": recall},
-        {"step": 10, "loss": 2.0, "lr": 1e-3, "scale": 14.0, "grad_norm": 3.0}
+        {"step": 10, "loss": 2.0, "guess": 2.5, "lr": 1e-3, "scale": 14.0, "grad_norm": 3.0}
         | {"samples_per_second": 80.0, "waiting_for_data": 0.25, "seconds": 1.0},
         {"step": 10, "about": "stuck", "alarm": EVIL},
         {"step": 10, "about": "return", "alarm": "back", "back_to": 4},
@@ -104,6 +104,19 @@ def test_the_page_is_well_formed_and_escaped(colour_folder, tmp_path):
         *("2.000", "80", "25%", "25.0%", "8.3%", "step 10", "back", "50.0% at step 8"),
     ):
         assert shown in text, shown
+
+
+def test_the_line_of_guessing_follows_the_log(colour_folder, tmp_path):
+    source = open_source(colour_folder)
+    known = outcome(tmp_path)
+    older = [{k: v for k, v in line.items() if k != "guess"} for line in known.lines]
+    config = configured(colour_folder)
+    pages = [
+        run_page(config, outcome(tmp_path, lines=lines), source, source)
+        for lines in (known.lines, older)
+    ]
+    assert [page.guessing_loss for page in pages] == [2.5, None]
+    assert [">guessing</text>" in render_run(page) for page in pages] == [True, False]
 
 
 def test_settings_that_differ():

@@ -1,5 +1,6 @@
 """What test_distributed.py has torchrun start: values of two processes against those of one."""
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from two_shards import check_shards
 from clipkit.model.chunks import backward
 from clipkit.model.distributed import World, join_world
 from clipkit.model.gradients import sum_gradients
-from clipkit.model.loss import info_nce
+from clipkit.model.loss import guessing_loss, info_nce
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 GROUPS = torch.tensor([[0, 0], [0, 1], [1, 1], [2, 2], [3, 3], [3, 3], [4, 0]])
@@ -39,6 +40,15 @@ def check_loss(world: World, first: int, tile: int, **choice) -> None:
     for part, one in zip(parts, whole[:2], strict=True):
         torch.testing.assert_close(part.grad, one.grad[own], **CLOSE)
     torch.testing.assert_close(world.add(scale.grad), whole[2].grad, **CLOSE)
+
+
+def check_guess(world: World, first: int) -> None:
+    """The same of the loss of guessing."""
+    own = slice(0, first) if world.rank == 0 else slice(first, 7)
+    wanted = guessing_loss(GROUPS, weights=WEIGHTS)
+    found = guessing_loss(GROUPS[own], weights=WEIGHTS[own], world=world)
+    assert abs(found - wanted) < 1e-6
+    assert guessing_loss(GROUPS[own], duplicates="ignore", world=world) == math.log(7)
 
 
 def check_gradients(world: World, chunk: int, **choice) -> None:
@@ -67,6 +77,7 @@ def main() -> None:
         assert world.exchange({"rank": world.rank, "text": "ü"})[1] == {"rank": 1, "text": "ü"}
         assert world.ask_first(world.rank) == 0
         for first in (4, 3, 6, 7, 0):
+            check_guess(world, first)
             for tile in (1, 3, 100):
                 check_loss(world, first, tile)
                 for duplicates in ("mask", "positive", "ignore"):

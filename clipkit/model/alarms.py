@@ -26,12 +26,11 @@ class Watch:
     Args:
         config: of the run.
         steps: of the whole run; 0 where only the clock ends it.
-        pairs: in a batch.
         lines: of the log so far.
     """
 
-    def __init__(self, config: TrainConfig, steps: int, pairs: int, lines: Iterable[Line]) -> None:
-        self.config, self.steps, self.pairs = config, steps, pairs
+    def __init__(self, config: TrainConfig, steps: int, lines: Iterable[Line]) -> None:
+        self.config, self.steps = config, steps
         count = max(FEWEST_LINES, math.ceil(WINDOW_STEPS / config.train.log_steps))
         self._recent: deque[Line] = deque(maxlen=count)
         self._said: set[str] = set()
@@ -58,8 +57,9 @@ class Watch:
                 yield about, alarm
 
     def _take(self, line: Line) -> None:
-        # A step that was left out, whose loss is NaN, tells nothing about what is learned.
-        if not math.isfinite(line.get("loss", math.nan)):
+        # A step that was left out, whose loss is NaN, tells nothing about what is learned; what
+        # guessing gives stands in no older log.
+        if "guess" not in line or not math.isfinite(line["loss"]):
             return
         if self._recent and line["step"] <= self._recent[-1]["step"]:
             self._recent.clear()  # the run went back
@@ -72,17 +72,17 @@ class Watch:
         return int(self._recent[-1]["step"] - self._recent[0]["step"])
 
     def _stuck(self) -> str:
-        loss, guess = self._mean("loss"), math.log(self.pairs)
+        loss, guess = self._mean("loss"), self._mean("guess")
         first, minutes = self._recent[0], self.config.train.minutes
         done = share_done(first["step"], self.steps, first["seconds"], minutes)
         if done < self.config.optim.warmup or not loss >= STUCK * guess:
             return ""
         return (
             f"after the warm-up the loss has averaged {loss:.3f} for {self._span()} steps, and "
-            f"guessing among {self.pairs} pairs gives {guess:.3f}: nothing is learned; likely "
-            f"causes are a rate too high or too low (optim.lr is {self.config.optim.lr:g}), "
-            "captions that do not belong to their images or are all alike (see clipkit data "
-            "check), frozen towers, or a temperature far off (optim.temperature is "
+            f"guessing gives {guess:.3f} on the same batches: nothing is learned; likely causes "
+            f"are a rate too high or too low (optim.lr is {self.config.optim.lr:g}), captions "
+            "that do not belong to their images or are all alike (see clipkit data check), frozen "
+            "towers, or a temperature far off (optim.temperature is "
             f"{self.config.optim.temperature:g})"
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from clipkit.errors import MissingExtraError
 
 BOARD = "tensorboard"
-_SCALARS = ("loss", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
+_SCALARS = ("loss", "guess", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
 
 
 def require_tensorboard() -> Any:

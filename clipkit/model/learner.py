@@ -20,7 +20,7 @@ from clipkit.model.distributed import World
 from clipkit.model.drop_tokens import drop_tokens
 from clipkit.model.gradients import clip_gradients, sum_gradients
 from clipkit.model.groups import pair_groups
-from clipkit.model.loss import info_nce
+from clipkit.model.loss import guessing_loss, info_nce
 from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.normalisation import share_statistics
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
@@ -149,6 +149,15 @@ class Learner:
         )
         # The blank pairs at the end do not count.
         return lambda images, texts, scale: loss(images[:n], texts[:n], scale)
+
+    def guess(self, batch: PairBatch) -> float:
+        """The loss of a model that guesses on a batch. All processes must ask."""
+        return guessing_loss(
+            pair_groups(batch.keys, batch.tokens),
+            weights=batch.weights,
+            duplicates=self.config.train.duplicates,
+            world=self.world,
+        )
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it.

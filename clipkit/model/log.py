@@ -6,6 +6,7 @@ a file with one: such a number is written as null, and read as NaN.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def mean_guess(lines: Sequence[dict[str, Any]]) -> float | None:
+    """What guessing comes to on the batches of a log, on average; None where it does not tell."""
+    guesses = [line["guess"] for line in lines if "guess" in line]
+    return math.fsum(guesses) / len(guesses) if guesses else None
 
 
 def _finite(value: Any) -> Any:

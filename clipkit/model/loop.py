@@ -66,9 +66,7 @@ class TrainingLoop:
         self._stand(state)
         self.seconds = state.get("seconds", 0.0)
         run.rewind(state.get("logged", 0))
-        rows = config.train.batch_size if loader.source.streaming else len(loader.source.rows)
-        pairs = min(config.train.batch_size, rows)
-        self.watch = Watch(config, steps, pairs, run.lines())
+        self.watch = Watch(config, steps, run.lines())
 
     def _stand(self, state: dict[str, Any]) -> None:
         """Stand where a training state says; at the start for an empty one."""
@@ -112,7 +110,7 @@ class TrainingLoop:
             bar.update()
             # Interrupted or not, a run logs and measures at the same steps.
             if self.finished or self.step % self.config.train.log_steps == 0:
-                bar.set_postfix_str(self._log(report, meter))
+                bar.set_postfix_str(self._log(report, batch, meter))
             if health.bad_in_a_row == health.skipped_steps == 1:
                 self._alarm("skipped", FIRST_BAD.format(step=self.step))
             if self.finished:
@@ -144,7 +142,7 @@ class TrainingLoop:
         minutes = self.config.train.minutes
         return share_done(self.step + ahead, self.steps, self.seconds, minutes)
 
-    def _log(self, report: StepReport, meter: Meter) -> str:
+    def _log(self, report: StepReport, batch: PairBatch, meter: Meter) -> str:
         """Write a line of the log; the same in short for the progress bar."""
         loss = float(report.loss)
         speed, waited = meter.read()
@@ -152,6 +150,7 @@ class TrainingLoop:
             "step": self.step,
             "epoch": self.epoch,
             "loss": loss,
+            "guess": self.learner.guess(batch),
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "scale": float(self.learner.network.scale.detach()),

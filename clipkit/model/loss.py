@@ -1,5 +1,6 @@
 """Symmetric InfoNCE, the contrastive loss of CLIP, without a matrix of all pairs in memory."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,23 +57,36 @@ def info_nce(
         float []; differentiable once, with respect to images, texts and scale.
     """
     shares = world.shares(len(images))
-    if duplicates == "ignore":
-        groups = None
     if groups is not None:
-        groups = groups[:, None] if groups.ndim == 1 else groups
-        groups = _repeated(world.gather(groups, shares)).to(images.device)
-    mass = images.new_ones(sum(shares))
-    if weights is not None:
-        mass = world.gather(weights, shares).to(mass)
-        mass = mass / mass.mean()  # no weights are weights of 1
+        groups = None if duplicates == "ignore" else _repeated(groups, world, shares)
+    mass = _mass(weights, world, shares, images)
     targets = None
-    if groups is not None and not groups.shape[1]:
-        groups = None
-    elif groups is not None and duplicates == "positive":
-        targets = mass / _counts(groups)
+    if groups is not None:
+        groups = groups.to(images.device)
+        targets = mass / _counts(groups) if duplicates == "positive" else None
     batch = _Batch(mass, groups, targets, tile, world, shares)
     loss: Tensor = _TiledInfoNCE.apply(images, texts, scale, batch)
     return loss
+
+
+def guessing_loss(
+    groups: Tensor,
+    *,
+    weights: Tensor | None = None,
+    duplicates: Literal["mask", "positive", "ignore"] = "mask",
+    world: World = ALONE,
+) -> float:
+    """``info_nce`` of a model that tells no pair from another: all logits are equal.
+
+    Each pair chooses among as many as are not masked for it. Targets, however many, change nothing:
+    the mean of equal logarithms is the same. Arguments as of ``info_nce``, on the CPU.
+    """
+    shares = world.shares(len(groups))
+    repeated = _repeated(groups, world, shares) if duplicates == "mask" else None
+    if repeated is None:
+        return math.log(sum(shares))
+    choices = len(repeated) + 1 - _counts(repeated).double()
+    return float((_mass(weights, world, shares, choices) * choices.log()).mean())
 
 
 @dataclass(frozen=True)
@@ -118,10 +132,20 @@ class _TiledInfoNCE(torch.autograd.Function):
         return of_images.mul_(weight * scale), of_texts.mul_(weight * scale), of_scale, None
 
 
-def _repeated(groups: Tensor) -> Tensor:
-    """The columns in which some pairs agree: most batches hold no image twice."""
+def _repeated(groups: Tensor, world: World, shares: list[int]) -> Tensor | None:
+    """Everyone's columns in which some pairs agree, int64 [N, 1 or 2]; None if in none they do."""
+    groups = world.gather(groups[:, None] if groups.ndim == 1 else groups, shares)
     ordered = groups.sort(dim=0).values
-    return groups[:, (ordered[1:] == ordered[:-1]).any(dim=0)]
+    repeated = groups[:, (ordered[1:] == ordered[:-1]).any(dim=0)]
+    return repeated if repeated.shape[1] else None  # most batches hold no image twice
+
+
+def _mass(weights: Tensor | None, world: World, shares: list[int], like: Tensor) -> Tensor:
+    """What each pair of all counts for, 1 on average, float [N]."""
+    if weights is None:
+        return like.new_ones(sum(shares))
+    mass = world.gather(weights, shares).to(like)
+    return mass / mass.mean()
 
 
 def _counts(groups: Tensor) -> Tensor:

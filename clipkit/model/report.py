@@ -14,6 +14,7 @@ import torch
 from clipkit import __version__
 from clipkit.config import TrainConfig
 from clipkit.data.sources import Source
+from clipkit.model.log import mean_guess
 from clipkit.model.run import SKIPPED_FILE
 from clipkit.model.tokenizer import CONTEXT, CutReport, shorten
 from clipkit.pages.parts import Figure
@@ -79,7 +80,7 @@ def run_page(
         recall=_recall(outcome.recall, held_out),
         best=_best(outcome),
         lines=outcome.lines,
-        guessing_loss=math.log(batch),
+        guessing_loss=mean_guess(outcome.lines),
         data=_data(config, outcome, pairs, held_out),
         skipped=list(outcome.skipped.items())[:_EXAMPLES],
         skipped_file=SKIPPED_FILE,

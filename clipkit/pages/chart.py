@@ -38,7 +38,7 @@ def chart(
     unit: str,
     scale: Scale,
     *,
-    level: tuple[str, float] | None = None,
+    level: tuple[str, float | None] = ("", None),
     small: bool = False,
 ) -> str:
     """Draw curves over a common x.
@@ -47,7 +47,7 @@ def chart(
         series: at most three.
         unit: of x.
         scale: of y.
-        level: name and height of a dashed line.
+        level: name and height of a dashed line; without a height there is none.
         small: for a third of the width of a page.
     """
     width, height = (360, 200) if small else (720, 260)
@@ -55,18 +55,19 @@ def chart(
     drawn = [point for parts in lines for part in parts for point in part]
     if not drawn:
         return '<p class="soft">The log holds no such values.</p>'
-    values = [y for _, y in drawn] + ([level[1]] if level else [])
+    name, dashed = level
+    values = [y for _, y in drawn] + ([] if dashed is None else [dashed])
     bottom, top = _range(values, scale)
     start, end = min(x for x, _ in drawn), max(x for x, _ in drawn)
     start, end = min(0.0, start), end if end > start else start + 1
     frame = _Frame(start, end, bottom, top, width, height)
     parts = [*_grid(frame, unit, scale.log)]
-    if level:
-        y = frame.y(level[1])
+    if dashed is not None:
+        y = frame.y(dashed)
         parts.append(
             f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
             'stroke="var(--soft)" stroke-dasharray="5 5"/>'
-            f'<text x="{width - _RIGHT}" y="{y - 6:.1f}" text-anchor="end">{escape(level[0])}'
+            f'<text x="{width - _RIGHT}" y="{y - 6:.1f}" text-anchor="end">{escape(name)}'
             "</text>"
         )
     for colour, one in zip(_COLOURS, lines, strict=False):

@@ -42,7 +42,7 @@ class Page:
         lead: the sentence below it.
         figures: what was measured.
         curve: minutes and loss of the training.
-        guessing_loss: the loss of a model that guesses.
+        guessing_loss: the loss of a model that guesses; None where it is not known.
         searches: queries and what they found.
         classified: pictures and their labels.
         commands: what each step does, and the command for it.
@@ -54,7 +54,7 @@ class Page:
     lead: str
     figures: Sequence[Figure]
     curve: Sequence[tuple[float, float]]
-    guessing_loss: float
+    guessing_loss: float | None
     searches: Sequence[Found]
     classified: Sequence[Classified]
     commands: Sequence[tuple[str, str]]

@@ -23,7 +23,7 @@ class RunPage:
         recall: what was measured last on the held-out pairs.
         best: a sentence about the best measurement; empty if there was none.
         lines: of the log.
-        guessing_loss: the loss of a model that guesses.
+        guessing_loss: the loss of a model that guesses; None where it is not known.
         data: sentences about what was trained on, cut and held out.
         skipped: a few keys and reasons of images that were not used; the rest is in the file.
         skipped_file: its name, for a link.
@@ -39,7 +39,7 @@ class RunPage:
     recall: Sequence[Figure]
     best: str
     lines: Sequence[Line]
-    guessing_loss: float
+    guessing_loss: float | None
     data: Sequence[str]
     skipped: Sequence[tuple[str, str]]
     skipped_file: str

@@ -1,6 +1,5 @@
 """What the page of ``clipkit demo`` says: from the facts of a finished demo to a Page."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -9,7 +8,7 @@ from pathlib import Path
 from clipkit.config import TrainConfig
 from clipkit.data.emoji import LABELS, UNSEEN, EmojiFacts
 from clipkit.manifest import Manifest, read_manifest
-from clipkit.model.log import read_log
+from clipkit.model.log import mean_guess, read_log
 from clipkit.model.report import machine
 from clipkit.pages.demo import Classified, Found, Page
 from clipkit.pages.parts import Figure
@@ -51,8 +50,7 @@ def demo_page(shown: Path, config: TrainConfig, facts: EmojiFacts, measured: Mea
             for key, name in _names(facts).items()
         ],
         curve=[(line["seconds"] / 60, line["loss"]) for line in losses],
-        # Among n pairs a guess is right once in n times.
-        guessing_loss=math.log(min(config.train.batch_size, facts.train)),
+        guessing_loss=mean_guess(losses),
         searches=measured.searches,
         classified=measured.classified,
         commands=_commands(shown),

@@ -1,5 +1,7 @@
 """Locked towers: what stays frozen, and that stored features change nothing but the speed."""
 
+import shutil
+
 import numpy as np
 import open_clip
 import pytest
@@ -13,7 +15,11 @@ import clipkit
 from clipkit.config import parse_config
 from clipkit.errors import ConfigError
 from clipkit.manifest import read_manifest
+from clipkit.metrics import retrieval_recall
+from clipkit.model.encode_pairs import encode_pairs
+from clipkit.model.held_out import HeldOut
 from clipkit.model.learner import Learner
+from clipkit.model.network import DualEncoder
 from clipkit.model.run import read_log
 from clipkit.model.towers import build_towers
 from clipkit.tasks.train import train
@@ -175,17 +181,17 @@ def test_features_are_found_again_and_made_anew_for_other_weights(squares, tmp_p
     config = settings(squares, locked_image(weights), data=place)
     train(config, tmp_path / "one")
     made = sorted((tmp_path / "kept").iterdir())
-    stamp = (made[0] / "features.npy").stat().st_mtime_ns
+    stamps = [(path / "features.npy").stat().st_mtime_ns for path in made]
     train(config, tmp_path / "two")
     assert sorted((tmp_path / "kept").iterdir()) == made
-    assert (made[0] / "features.npy").stat().st_mtime_ns == stamp
+    assert [(path / "features.npy").stat().st_mtime_ns for path in made] == stamps
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    manifest = read_manifest(made[0], "features")
-    assert manifest.count == 9  # a quarter of twelve is held out
+    # A quarter of twelve is held out, and has features of its own.
+    assert sorted(read_manifest(path, "features").count for path in made) == [3, 9]
     other = tmp_path / "other.safetensors"
     save_file({name: t + 1 if t.ndim == 4 else t for name, t in load_file(weights).items()}, other)
     train(settings(squares, locked_image(other), data=place), tmp_path / "three")
-    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert len(list((tmp_path / "kept").iterdir())) == 4
 
 
 def test_an_unreadable_image_is_left_out_of_features_too(squares, tmp_path, weights):
@@ -193,6 +199,61 @@ def test_an_unreadable_image_is_left_out_of_features_too(squares, tmp_path, weig
     data = {"held_out_share": 0.0, "skip_limit": 0.5}
     result = train(settings(squares, locked_image(weights), data=data), tmp_path / "run")
     assert result.skipped == {"red-0.png": "is not an image of a known format"}
+
+
+@pytest.fixture
+def held_out(squares, tmp_path):
+    """Pictures to measure on: one is broken, one has no caption, one a caption that is cut."""
+    folder = tmp_path / "held"
+    shutil.copytree(squares, folder)
+    (folder / "red-0.png").write_bytes(b"no image")
+    (folder / "green-0.txt").unlink()
+    (folder / "blue-0.txt").write_text("blue. " * 100 + "\na picture\n")
+    return folder
+
+
+@pytest.mark.parametrize("tower", ["trunk", "image", "text"])
+def test_measuring_from_features_gives_the_vectors_of_the_tower(
+    squares, held_out, tmp_path, weights, start, tower, monkeypatch
+):
+    whole = {"start": str(start), "lock": [tower]}
+    model = locked_image(weights) if tower == "trunk" else whole
+    encode, seen = HeldOut.encode, []
+
+    def compared(self, encoder):
+        found = encode(self, encoder)
+        wanted = encode_pairs(encoder, self.source, workers=1, progress=False)
+        np.testing.assert_allclose(found.images, wanted.images, atol=1e-6)
+        np.testing.assert_allclose(found.captions, wanted.captions, atol=1e-6)
+        for name in ("owners", "keys", "texts", "labels", "skipped", "report"):
+            np.testing.assert_equal(getattr(found, name), getattr(wanted, name), name)
+        ours, theirs = (retrieval_recall(x.images, x.captions, x.owners) for x in (found, wanted))
+        assert ours == theirs
+        seen.append((self.images is not None, self.captions is not None, len(found.skipped)))
+        return found
+
+    monkeypatch.setattr(HeldOut, "encode", compared)
+    data = {"held_out": str(held_out), "long_captions": "split", "feature_views": 2}
+    train(settings(squares, model, data=data, train={"epochs": 2}), tmp_path / "run")
+    assert set(seen) == {(tower != "text", tower == "text", 2)}
+    assert len(seen) == 2  # after each epoch
+
+
+def test_the_locked_tower_sees_each_picture_once(squares, tmp_path, weights, monkeypatch):
+    features, seen = DualEncoder.features, []
+
+    def counted(self, tower, given):
+        seen.append(len(given))
+        return features(self, tower, given)
+
+    def refused(*_):
+        raise AssertionError("the whole tower was run")
+
+    monkeypatch.setattr(DualEncoder, "features", counted)
+    monkeypatch.setattr(DualEncoder, "encode_images", refused)
+    result = train(settings(squares, locked_image(weights)), tmp_path / "run")
+    assert sum("held_out" in line for line in read_log(result.run)) == 4
+    assert sum(seen) == 12
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ def encode_pairs(
     limit: int | None = None,
     progress: bool = True,
     with_captions: bool = True,
+    known: Callable[[Row], Vectors | None] | None = None,
+    known_captions: Callable[[Sequence[str], CutReport], Vectors] | None = None,
 ) -> EncodedPairs:
     """Encode every image and every caption of a source.
 
@@ -124,6 +126,9 @@ def encode_pairs(
         limit: read at most so many rows.
         progress: show a bar on stderr.
         with_captions: encode the captions too, and leave out images that have none.
+        known: as in ``encoded_batches``.
+        known_captions: gives captions' vectors, float32 [m, dim], and counts what is cut of them,
+            in place of the encoder.
 
     Raises:
         DataError: not one image can be read, or there is no caption where captions are wanted.
@@ -146,6 +151,7 @@ def encode_pairs(
             batch_size=batch_size,
             workers=workers,
             on_skip=unused.__setitem__,
+            known=known,
         ):
             vectors.append(part)
             rows += encoded
@@ -154,15 +160,19 @@ def encode_pairs(
         raise no_captions(source)
     if not rows:
         raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
-    captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
-    texts = [text for _, text in captions] if with_captions else []
+    pairs = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
+    texts = [text for _, text in pairs] if with_captions else []
     # Only now, for a stream learns what it left out while it is read.
     skipped = {item.key: item.reason for item in source.skipped} | unused
     report = CutReport()
+    if known_captions:
+        captions = known_captions(texts, report)
+    else:
+        captions = encoder.encode_captions(texts, report=report)
     return EncodedPairs(
         images=np.concatenate(vectors),
-        captions=encoder.encode_captions(texts, report=report),
-        owners=np.array([i for i, _ in captions], np.int64),
+        captions=captions,
+        owners=np.array([i for i, _ in pairs], np.int64),
         keys=[row["key"] for row in rows],
         texts=texts,
         labels=[row["label"] for row in rows],

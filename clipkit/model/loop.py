@@ -10,13 +10,12 @@ from tqdm import tqdm
 
 from clipkit.config import TrainConfig
 from clipkit.data.pairs import PairBatch, PairLoader
-from clipkit.data.sources import Source
 from clipkit.errors import DataError
 from clipkit.manifest import Manifest, ModelRef, write_text
 from clipkit.metrics import retrieval_recall
 from clipkit.model.alarms import Watch
 from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.encode_pairs import encode_pairs
+from clipkit.model.held_out import HeldOut
 from clipkit.model.learner import Learner, StepReport
 from clipkit.model.recovery import go_back, place_to_return, require_finite_steps
 from clipkit.model.report import REPORT_FILE, Outcome, run_page
@@ -51,7 +50,7 @@ class TrainingLoop:
         run: RunDirectory,
         learner: Learner,
         loader: PairLoader,
-        held_out: Source | None,
+        held_out: HeldOut | None,
         steps: int,
         cut: CutReport,
     ) -> None:
@@ -187,9 +186,7 @@ class TrainingLoop:
         recall = {}
         # The others wait, unless their parts of the weights are needed.
         if self.world.is_first or self.learner.sharded:
-            encoder = self.learner.towers.encoder(self.learner.network)
-            workers = self.loader.workers
-            pairs = encode_pairs(encoder, self.held_out, workers=workers, progress=False)
+            pairs = self.held_out.encode(self.learner.towers.encoder(self.learner.network))
             recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
         self.recall = self.world.ask_first(recall)
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
@@ -256,7 +253,8 @@ class TrainingLoop:
             skipped=self.skipped(),
             skipped_steps=self.learner.health.skipped_steps,
         )
-        page = run_page(self.config, outcome, self.loader.source, self.held_out)
+        held_out = self.held_out.source if self.held_out else None
+        page = run_page(self.config, outcome, self.loader.source, held_out)
         write_text(self.run.path / REPORT_FILE, render_run(page))
 
     def close(self, findings: Sequence[str]) -> None:

@@ -62,18 +62,29 @@ def uses_features(config: TrainConfig, source: Source) -> bool:
     return True
 
 
-def image_features(
+def locked_features(
     network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
-) -> Features:
-    """Features of the images of a source, of one or several views each.
+) -> tuple[Features | None, CaptionFeatures | None]:
+    """Features of the images and of the captions of a source, of those towers that are locked.
 
     Args:
-        network: holds the locked image tower.
-        towers: its preprocessing.
-        config: of the run: views, augmentation, seed, precision.
+        network: holds the locked towers.
+        towers: their preprocessing.
+        config: of the run: views, augmentation, seed, precision, and what is done to long captions.
         source: a table.
         folder: where features are stored.
     """
+    made_of = (network, towers, config, source, folder)
+    return (
+        _image_features(*made_of) if "image" in network.locked else None,
+        _caption_features(*made_of) if "text" in network.locked else None,
+    )
+
+
+def _image_features(
+    network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
+) -> Features:
+    """Of the images of a source, of one or several views each."""
     maker = _ImageMaker(network, towers, config, source)
     views = config.data.feature_views
     facts = {"views": views, "precision": network.precision, "data": source.fingerprint}
@@ -85,10 +96,10 @@ def image_features(
     return stored_features(folder, "image", model, facts, source.rows["key"], maker.encode)
 
 
-def caption_features(
+def _caption_features(
     network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
 ) -> CaptionFeatures:
-    """Features of the captions of a source, each once; arguments as of ``image_features``."""
+    """Of the captions of a source, each once."""
     blank = tokenize("")[0]  # stands in where a process has no pair
     captions = {_key(blank): blank}
     for batch in source.rows.select_columns("captions").iter(batch_size=1000):

@@ -63,6 +63,13 @@ def count_cut_captions(source: Source, config: DataConfig, cut: CutReport) -> No
         raise no_captions(source)
 
 
+def require_captions(source: Source) -> None:
+    """Raise DataError for a table without a single caption."""
+    batches = source.rows.select_columns("captions").iter(batch_size=1000)
+    if not any(any(batch["captions"]) for batch in batches):
+        raise no_captions(source)
+
+
 def _policy(config: DataConfig) -> Literal["cut", "error"]:
     return "error" if config.long_captions == "error" else "cut"
 

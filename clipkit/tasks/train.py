@@ -13,11 +13,12 @@ from clipkit.model.checkpoint import Towers
 from clipkit.model.distributed import World, join_world
 from clipkit.model.doctor import examine, gather
 from clipkit.model.freed_memory import freed_memory_kept
+from clipkit.model.held_out import HeldOut
 from clipkit.model.learner import Learner
 from clipkit.model.loop import TrainingLoop
 from clipkit.model.precision import resolve_precision
 from clipkit.model.run import CONFIG_FILE, open_run
-from clipkit.model.stored import caption_features, image_features, uses_features
+from clipkit.model.stored import locked_features, uses_features
 from clipkit.model.tokenizer import CutReport
 from clipkit.model.towers import build_towers
 from clipkit.model.training_data import (
@@ -25,6 +26,7 @@ from clipkit.model.training_data import (
     open_training_data,
     pair_loader,
     picture_cache,
+    require_captions,
 )
 from clipkit.pages.cards import card
 from clipkit.pages.parts import bullets
@@ -101,7 +103,7 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
         count_cut_captions(training, config.data, cut)
     if world.is_first and held_out and not held_out.streaming:
         # Without captions it could not be measured on, which is better known before training.
-        count_cut_captions(held_out, replace(config.data, long_captions="cut"), CutReport())
+        require_captions(held_out)
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     config = _with_precision(config, out, towers, world, resume)
     learner = Learner(towers, config, world)
@@ -119,13 +121,14 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
     with open_run(out, config, world, resume=resume) as run:
         for finding in findings:
             tell(f"warning: {finding}")
+        measured = HeldOut(held_out, loader.workers) if held_out else None
         for turn in (world.is_first, not world.is_first) if stored else ():
             if turn:  # first the one that writes, then those that only read
-                _store_features(config, learner, loader, run.path)
+                measured = _store_features(config, learner, loader, measured, run.path)
             world.ask_first(None)
         if not loader.features:
             loader.cache = picture_cache(config, loader, run.path)
-        loop = TrainingLoop(config, run, learner, loader, held_out, steps, cut)
+        loop = TrainingLoop(config, run, learner, loader, measured, steps, cut)
         with catch_interrupts(patient=world.size > 1) as interrupted:
             try:
                 loop.run_steps(interrupted)
@@ -159,14 +162,20 @@ def _require_shareable(config: LoopConfig, world: World) -> None:
         )
 
 
-def _store_features(config: TrainConfig, learner: Learner, loader: PairLoader, run: Path) -> None:
-    """Run the locked tower once and let the steps read what it made."""
+def _store_features(
+    config: TrainConfig, learner: Learner, loader: PairLoader, held_out: HeldOut | None, run: Path
+) -> HeldOut | None:
+    """Run the locked tower once and let steps and measurements read what it made."""
     folder = Path(config.data.features) if config.data.features else run / "features"
-    made_of = (learner.network, learner.towers, config, loader.source, folder)
-    if "image" in learner.network.locked:
-        loader.features = image_features(*made_of)
-    captions = caption_features(*made_of) if "text" in learner.network.locked else None
+    network, towers = learner.network, learner.towers
+    loader.features, captions = locked_features(network, towers, config, loader.source, folder)
     learner.use_features(captions)
+    if held_out is None or held_out.source.streaming:
+        return held_out
+    # What is measured on is neither augmented nor split.
+    plain = replace(config, data=replace(config.data, feature_views=1, long_captions="cut"))
+    images, captions = locked_features(network, towers, plain, held_out.source, folder)
+    return replace(held_out, images=images, captions=captions)
 
 
 def _with_precision(

@@ -133,6 +133,25 @@ def test_shards_are_worth_the_whole(colour_folder, tmp_path):
     assert clipkit.load(tmp_path / "two").dim == 32
 
 
+@pytest.mark.slow
+def test_a_stream_goes_on_with_another_number(colour_folder, tmp_path):
+    """One process, then two in the middle of an epoch, then one again."""
+    config = configured(
+        colour_folder,
+        data={"streaming": "yes", "held_out_share": 0.0},
+        train=SHARED | {"steps": 14, "save_epochs": 0.2},
+    )
+    train(config, tmp_path / "whole")
+    cut_short(tmp_path / "whole", tmp_path / "two", 4)
+    said, code = end(train_with_two(config, tmp_path / "two", "--resume"))
+    assert code == 0, said
+    assert "read again" not in said
+    assert_like(tmp_path / "two", tmp_path / "whole")
+    cut_short(tmp_path / "two", tmp_path / "one", 8)
+    train(config, tmp_path / "one", resume=True)
+    assert_like(tmp_path / "one", tmp_path / "whole")
+
+
 def ranks(process):
     """Process numbers of the two, by rank."""
     found = {}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clipkit.data.pairs import PairLoader
 from clipkit.data.sources import open_source
+from clipkit.data.stream import table_stream
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, SkipLimitError
 
@@ -47,8 +48,8 @@ def row(number, *, image=None, captions=None):
 def source(rows, *, streaming=False):
     columns = {name: [row[name] for row in rows] for name in FEATURES}
     table = datasets.Dataset.from_dict(columns, features=FEATURES)
-    rows = table.to_iterable_dataset() if streaming else table
-    return SimpleNamespace(spec="toy", rows=rows, streaming=streaming)
+    rows = table_stream(table) if streaming else table
+    return SimpleNamespace(spec="toy", rows=rows, streaming=streaming, fingerprint="0")
 
 
 def preprocess(image, generator):
@@ -218,7 +219,7 @@ def test_too_many_bad_rows_stop(streaming):
 def test_the_limit_is_met_at_the_same_batch_after_a_resume(streaming):
     # More bad rows than may be, but never many after the middle of the epoch.
     rows = source([row(n, image=b"" if n % 4 == 0 else None) for n in range(1200)])
-    rows.rows = rows.rows.to_iterable_dataset() if streaming else rows.rows
+    rows.rows = table_stream(rows.rows) if streaming else rows.rows
     rows.streaming = streaming
     whole = loader(rows, skip_limit=0.2, workers=0)
     states, found = [], []

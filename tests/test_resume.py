@@ -14,7 +14,6 @@ from conftest import COLOURS
 from PIL import Image
 from test_train import assert_same_run, configured
 
-from clipkit.data import pairs
 from clipkit.manifest import ArtifactWriter, read_manifest
 from clipkit.model.checkpoint import load_training_state
 from clipkit.model.learner import Learner
@@ -151,8 +150,9 @@ def facts(run):
 
 
 def check(source, kind, workers, tmp_path, monkeypatch):
-    # So small that the buffer of a short stream lets rows go before its end.
-    monkeypatch.setattr(pairs, "SHUFFLE_BUFFER", 7)
+    # So small that a short stream lets rows go before its end, and wait for later ones.
+    for setting, value in {"PART": 3, "WAITS": 3, "LANES": 2}.items():
+        monkeypatch.setattr(f"clipkit.data.stream.{setting}", value)
     (tmp_path / "data").mkdir()
     config = configured(
         source(tmp_path / "data"),

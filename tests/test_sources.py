@@ -359,7 +359,7 @@ def test_several_parquet_files(tmp_path):
     for spec in ("p-*.parquet", "p-{0..2}.parquet"):
         assert told(open_source(tmp_path / spec)) == expected
     stream = open_source(tmp_path / "p-*.parquet", streaming=True)
-    assert stream.rows.num_shards == 3
+    assert len(stream.rows.shards) == 3
     assert colours(stream) == [COLOURS[name] for name in "abc"]
 
 
@@ -464,8 +464,8 @@ def test_tars_stream(tmp_path):
 def test_tars_can_be_dealt_out(tmp_path):
     expected = shards(tmp_path)
     rows = open_source(tmp_path / "s-*.tar").rows
-    assert rows.num_shards == 3
-    dealt = [row["key"] for index in range(3) for row in rows.shard(3, index)]
+    assert len(rows.shards) == 3
+    dealt = [row["key"] for shard in rows.shards for row, _ in rows.rows(shard)]
     assert dealt == [key for key, _, _ in expected]
 
 

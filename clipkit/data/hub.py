@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.columns import Common
-from clipkit.data.rows import Skips, Source, Wanted, as_stream, fingerprint_of, in_memory
+from clipkit.data.rows import Skips, Source, Wanted, fingerprint_of, in_memory
+from clipkit.data.stream import Position, Stream, table_batches
 from clipkit.data.tables import columns_of
 from clipkit.errors import DataError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 HUB = "hf:"
-_CHUNK = 1000  # rows, as many as the library writes in one piece
+_CHUNK = 64  # rows of a stream held at a time, pictures and all
 
 
 def is_saved(path: Path) -> bool:
@@ -103,27 +104,33 @@ def _common(
     columns = columns_of(known.arrow_schema, wanted, spec)
     types = {part.name: part.type for part in known.arrow_schema}
     more = columns.metadata([types], spec) if wanted.metadata else None
-    common = Common(columns, root or Path.cwd(), Skips(), metadata=more)
-    rows = rows.select_columns(common.used).with_format("arrow")
     width = len(str(max(len(rows) - 1, 0))) if held else 8
+    common = Common(columns, root or Path.cwd(), Skips(), width, metadata=more)
+    rows = rows.select_columns(common.used).with_format("arrow")
 
-    def read(shards: list[int]) -> Iterator["pa.RecordBatch"]:
-        for shard in shards:
-            part = rows if held else rows.shard(shard_count, shard)
-            prefix = "" if held else f"{shard:05d}-"
-            own, first = replace(common, width=width, prefix=prefix), 0
-            for table in part.iter(_CHUNK):
-                for batch in table.to_batches():
-                    yield own.batch(batch, first)
-                    first += len(batch)
+    def read(shard: int, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
+        if held:
+            for batch, end in table_batches(rows, at or 0):
+                yield common.batch(batch, end - len(batch)), end
+            return
+        state, first = at or (None, 0)
+        part = rows.shard(shard_count, shard)
+        if hasattr(part, "reshard"):
+            part = part.reshard()  # a Parquet file can be begun at any of its row groups
+        if state:
+            part.load_state_dict(state)
+        own = replace(common, prefix=f"{shard:05d}-")
+        for table in part.iter(_CHUNK):
+            [batch] = table.combine_chunks().to_batches()
+            after = [part.state_dict(), first + len(batch)]
+            yield own.batch(batch, first), after
+            first += len(batch)
 
     shard_count = 1 if held else rows.num_shards
     prints = fingerprint_of([], spec if not held else rows._fingerprint, wanted)
-    result: Any
-    if streaming or not held:
-        result = as_stream(read, list(range(shard_count)), common.told)
-    else:
-        result = in_memory(read([0]), prints, common.skipped, common.told)
+    result: Any = Stream(read, list(range(shard_count)))
+    if held and not streaming:
+        result = in_memory(result.batches(), prints, common.skipped, common.told)
     return Source(spec, kind, result, root, prints, common.skipped)
 
 

@@ -16,7 +16,8 @@ from clipkit.data.lookup import Lookup
 from clipkit.data.rows import Wanted, clean_text
 from clipkit.data.sources import find_files, open_source
 from clipkit.data.tables import Group, ParquetRows
-from clipkit.data.tars import find_members, root_of_tars
+from clipkit.data.tar_members import find_members
+from clipkit.data.tars import root_of_tars
 from clipkit.errors import DataError
 
 ROWS = 16
@@ -96,7 +97,7 @@ class _TablePictures:
 
         try:
             for group in self._groups_of(key):
-                for batch in self._rows.batches(group, ROWS):
+                for batch, _ in self._rows.batches(group, ROWS):
                     keys = batch.column("key").to_pylist()
                     if key in keys:
                         image = batch.column("image")[keys.index(key)].as_py()

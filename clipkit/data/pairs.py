@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from clipkit.data.rows import usable
 from clipkit.data.sampling import CaptionLengths, Sampler, first_turn, stable_hash
 from clipkit.data.share import Share
 from clipkit.data.sources import Source, row_image
+from clipkit.data.stream_batches import stream_batches
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError, SkipLimitError
 
 Row = dict[str, Any]
 
-SHUFFLE_BUFFER = 1000  # rows of a stream, still encoded: about 100 MB of photos
 # Rows a thread reads at a time: one look-up in the table for all of them, yet enough parts in a
 # batch to keep every thread busy.
 _CHUNK = 16
@@ -63,10 +62,14 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows, or their numbers in the table, that one thread reads; ``last`` ends a batch."""
+    """Rows, or their numbers in the table, that one thread reads; ``last`` ends a batch.
+
+    Of a stream, ``place`` is where the next batch begins.
+    """
 
     rows: Sequence[Any]
     last: bool
+    place: dict[str, Any] | None
 
 
 @dataclass
@@ -121,6 +124,7 @@ class PairLoader:
     def __post_init__(self) -> None:
         self._lookup: Lookup | None = None
         self._sampler: Sampler | None = None
+        self._place: dict[str, Any] | None = None
         if self.source.streaming:
             return
         rows = len(self.source.rows)
@@ -136,20 +140,22 @@ class PairLoader:
 
     def state(self) -> dict[str, Any]:
         """What the rest of an epoch needs to know of the batches before, for a checkpoint."""
-        return {"skipped": self.skipped, "seen": self.seen, "bad": self.bad}
+        told = {"skipped": self.skipped, "seen": self.seen, "bad": self.bad}
+        return told | ({"place": self._place} if self._place else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave."""
         self.skipped.update(state["skipped"])
         self.seen, self.bad = state["seen"], state["bad"]
+        self._place = state.get("place")  # not there: of a table, or of an earlier version
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The batches of an epoch from number ``start`` on.
 
         An incomplete last batch is dropped, unless it is the only one. A row that is bad (its
         image cannot be read, it has no caption) is missing from its batch and listed in
-        ``skipped``. A stream is shuffled within a buffer of 1,000 rows, and its ``start`` is
-        reached by passing over the rows before.
+        ``skipped``. A stream goes on at ``start`` by reading the few rows before that wait with
+        the next ones, where ``restore`` has brought its place, and else all rows before.
 
         Raises:
             SkipLimitError: more than ``skip_limit`` of the rows seen, or a whole batch, are bad.
@@ -158,7 +164,7 @@ class PairLoader:
         # One whole batch ahead, so that decoding goes on while the step of the last one runs.
         ahead = -(-self.batch_size // _CHUNK) + 2 * self.workers
         work = map_ordered(
-            lambda chunk: (self._read(chunk, epoch), chunk.last),
+            lambda chunk: (self._read(chunk, epoch), chunk),
             chunks,
             workers=self.workers,
             ahead=ahead,
@@ -166,39 +172,31 @@ class PairLoader:
         if not start:
             self.seen = self.bad = 0
         batch: list[_Pair | Skipped] = []
-        for results, last in work:
+        for results, chunk in work:
             batch += results
-            if last:
+            if chunk.last:
                 pairs = [one for one in batch if isinstance(one, _Pair)]
                 self._count(len(pairs), [one for one in batch if isinstance(one, Skipped)])
-                batch = []
+                batch, self._place = [], chunk.place
                 yield self._collate(pairs)
 
     def _chunks(self, epoch: int, start: int) -> Iterator[_Chunk]:
-        for rows in self._plan(epoch, start) if self._sampler else self._stream(epoch, start):
+        plan: Iterator[tuple[Sequence[Any], dict[str, Any] | None]]
+        if self._sampler:
+            plan = self._plan(epoch, start)
+        else:
+            plan = stream_batches(
+                self.source, self.batch_size, self.seed, epoch, start, self._place
+            )
+        for rows, place in plan:
             own: Sequence[Any] = rows[self.share.rank :: self.share.size]
             for i in range(0, len(own) or 1, _CHUNK):  # an empty share is one empty chunk
-                yield _Chunk(own[i : i + _CHUNK], last=i + _CHUNK >= len(own))
+                yield _Chunk(own[i : i + _CHUNK], last=i + _CHUNK >= len(own), place=place)
 
-    def _plan(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+    def _plan(self, epoch: int, start: int) -> Iterator[tuple[list[tuple[int, int]], None]]:
         """Batches of row numbers, each with how often the run has drawn the row before."""
         for draws in self._sampler.plan(epoch)[start:] if self._sampler else ():
-            yield [(row, before) for row, before in draws.tolist()]
-
-    def _stream(self, epoch: int, start: int) -> Iterator[list[Row]]:
-        """Batches of rows; those before ``start`` are read from disk again but not decoded.
-
-        The state that `datasets` offers for its streams is of no use here: it does not hold the
-        rows in the shuffle buffer, and fills it anew when it is loaded.
-        """
-        seed = stable_hash(self.seed, epoch) % 2**32
-        rows = self.source.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        stream = iter(rows.skip(start * self.batch_size))
-        for number in count(start):
-            batch = list(islice(stream, self.batch_size))
-            if not batch or (number and len(batch) < self.batch_size):
-                return
-            yield batch
+            yield [(row, before) for row, before in draws.tolist()], None
 
     def _read(self, chunk: _Chunk, epoch: int) -> list[_Pair | Skipped]:
         if self._lookup is None:

@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -15,9 +15,10 @@ from clipkit.errors import DataError, ImageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, Features
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 MEMORY_LIMIT = 2 << 30  # bytes; what is larger streams unless told otherwise
 _LOST = "\ufffd"  # what stands where bytes were not UTF-8
 
@@ -56,7 +57,8 @@ class Source:
     Attributes:
         spec: what was asked for.
         kind: image, folder, sidecars, classes, metadata, csv, jsonl, parquet, tars, saved or hub.
-        rows: with the columns ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
+        rows: a ``Dataset``, or a ``Stream`` where they can only be read in order; with the columns
+            ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
             (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``, and
             ``metadata: dict`` where a table has any and it was asked for.
         root: the directory that paths and keys are relative to; None for the hub.
@@ -66,7 +68,7 @@ class Source:
 
     spec: str
     kind: str
-    rows: "Dataset | IterableDataset"
+    rows: Any
     root: Path | None
     fingerprint: str
     skipped: list[Skipped]
@@ -133,7 +135,7 @@ def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
         yield pa.RecordBatch.from_pylist(chunk, schema)
 
 
-def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def chunks(rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Rows, ``size`` of them at a time."""
     rows = iter(rows)
     while chunk := list(islice(rows, size)):
@@ -189,42 +191,6 @@ def in_memory(
     if metadata is not None:
         columns.append(pa.chunked_array(told, schema.field("metadata").type))
     return Dataset(pa.table(columns, schema=schema), fingerprint=fingerprint)
-
-
-def as_stream(
-    read: Callable[[list[Any]], Iterator["pa.RecordBatch"]],
-    shards: list[Any],
-    metadata: "pa.Schema | None" = None,
-) -> "IterableDataset":
-    """A stream over shards, which ``datasets`` may shuffle and deal out.
-
-    Rows of the same image file are merged where they follow each other; beyond that, keys are not
-    checked, which would take memory without bound.
-    """
-    from datasets import IterableDataset
-
-    def generate(shards: list[Any]) -> Iterator[Row]:
-        return merge_neighbours(row for batch in read(shards) for row in batch.to_pylist())
-
-    return IterableDataset.from_generator(
-        generate, features=features(metadata), gen_kwargs={"shards": shards}
-    )
-
-
-def merge_neighbours(rows: Iterable[Row]) -> Iterator[Row]:
-    """Join rows that follow each other and name the same image file."""
-    held: Row | None = None
-    for row in rows:
-        path = row["image"]["path"]
-        if held is not None and path is not None and held["image"]["path"] == path:
-            held["captions"] += row["captions"]
-            held["label"] = held["label"] or row["label"]
-            continue
-        if held is not None:
-            yield held
-        held = row
-    if held is not None:
-        yield held
 
 
 def clean_captions(values: Any, key: str, skipped: list[Skipped]) -> list[str]:

@@ -10,6 +10,7 @@ from clipkit.data.folders import open_folder, open_image
 from clipkit.data.hub import HUB, is_saved, open_hub, open_saved
 from clipkit.data.images import SUFFIXES, is_utf8, printable
 from clipkit.data.rows import Row, Source, Wanted, no_captions, row_image, row_record, row_source
+from clipkit.data.stream import table_stream
 from clipkit.data.tables import TABLES, open_table
 from clipkit.data.tars import expand, open_tars
 from clipkit.errors import DataError
@@ -47,7 +48,7 @@ def open_source(
     text = os.fspath(spec)
     source = _open(text, Wanted(image, caption, label, metadata), streaming)
     if streaming and not source.streaming:
-        source = replace(source, rows=source.rows.to_iterable_dataset())
+        source = replace(source, rows=table_stream(source.rows))
     if not source.streaming and not len(source.rows):
         first = source.skipped[0] if source.skipped else None
         why = f"{first.key} {first.reason}" if first else "it has no rows"

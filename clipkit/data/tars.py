@@ -4,26 +4,35 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.columns import CAPTION, LABEL
-from clipkit.data.images import SUFFIXES, Skipped, is_utf8, printable
+from clipkit.data.images import Skipped, is_utf8, printable
 from clipkit.data.rows import (
     Row,
     Skips,
     Source,
     Wanted,
-    as_stream,
     chunks,
     clean_captions,
     clean_text,
     features,
     fingerprint_of,
     in_memory,
-    to_batches,
+)
+from clipkit.data.stream import Position, Stream
+from clipkit.data.tar_members import (
+    IMAGE_LIMIT,
+    TEXT_LIMIT,
+    TEXTS,
+    Keys,
+    counts,
+    headers,
+    open_at,
+    parted,
 )
 from clipkit.errors import DataError
 
@@ -32,10 +41,7 @@ if TYPE_CHECKING:
 
     from clipkit.data.metadata import Metadata
 
-IMAGE_LIMIT = 256 << 20  # bytes of one member
-TEXT_LIMIT = 1 << 20
 MAX_SHARDS = 1_000_000
-_TEXTS = ("txt", "json", "cls")
 _CHUNK = 16  # rows, images and all, held at a time
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -75,15 +81,13 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
     more = _find_metadata(files, wanted) if wanted.metadata else None
 
-    def read(shards: list[Path]) -> Iterator["pa.RecordBatch"]:
-        rows = (row for shard in shards for row in reader.rows(shard))
-        return to_batches(rows, _CHUNK) if more is None else _to_batches(rows, more)
+    def read(shard: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
+        for chunk in chunks(reader.rows(shard, at), _CHUNK):
+            yield _to_batch([row for row, _ in chunk], more), chunk[-1][1]
 
-    told = more and more.schema
-    held = streaming is False
-    rows: Any = (
-        in_memory(read(files), prints, skipped, told) if held else as_stream(read, files, told)
-    )
+    rows: Any = Stream(read, files)
+    if streaming is False:
+        rows = in_memory(rows.batches(), prints, skipped, more and more.schema)
     return Source(str(files[0]), "tars", rows, root, prints, skipped)
 
 
@@ -98,52 +102,58 @@ class _Reader:
     wanted: Wanted
     skipped: list[Skipped]
 
-    def rows(self, shard: Path) -> Iterator[Row]:
-        """The rows of one shard, as far as it can be read."""
+    def rows(self, shard: Path, at: Position) -> Iterator[tuple[Row, Position]]:
+        """The rows of one shard from a position on, as far as it can be read.
+
+        Each comes with the position after it: the offset of the next item's header, the largest of
+        the keys so far and how many they are, and what global headers say (POSIX pax).
+        """
         name = shard.relative_to(self.root).as_posix()
-        seen: set[str] = set()
+        offset, largest, count, told = at or (0, "", 0, {})
+        keys = Keys(shard, name, offset, largest, count)
         try:
-            with tarfile.open(shard, "r|") as tar:
-                for base, parts in self._items(tar, name):
+            with shard.open("rb") as stream, open_at(stream, offset, told) as tar:
+                for base, parts, end in self._items(tar, name):
                     row = self._row(f"{name}/{base}", parts)
                     if row is None:
                         continue
-                    if row["key"] in seen:
+                    if not keys.add(row["key"]):
                         self._skip(row["key"], "its key is taken by an earlier image")
                         continue
-                    seen.add(row["key"])
-                    yield row
+                    yield row, [end, keys.largest, keys.count, dict(tar.pax_headers)]
             if not _has_end_mark(shard):
                 self._skip(name, "has no end mark and may be truncated; all in it was read")
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             state = "is damaged or truncated" if shard.is_file() else "does not exist"
-            self._skip(name, f"{state}, {len(seen)} images of it were read: {error}")
+            self._skip(name, f"{state}, {keys.count} images of it were read: {error}")
 
     def _skip(self, key: str, reason: str) -> None:
         self.skipped.append(Skipped(printable(key), reason))
 
-    def _items(self, tar: tarfile.TarFile, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Base name and members by suffix; members of one item follow each other."""
+    def _items(
+        self, tar: tarfile.TarFile, name: str
+    ) -> Iterator[tuple[str, dict[str, bytes], int]]:
+        """Base name, members by suffix, and end; members of one item follow each other."""
         current, parts = "", dict[str, bytes]()
-        for member in _headers(tar):
-            base, suffix = _parted(member.name)
+        for member in headers(tar):
+            base, suffix = parted(member.name)
             if base != current and parts:
-                yield current, parts
+                yield current, parts, member.offset
             if base != current:
                 current, parts = base, {}
-            if not _counts(member):
+            if not counts(member):
                 continue
-            limit = TEXT_LIMIT if suffix in _TEXTS else IMAGE_LIMIT
+            limit = TEXT_LIMIT if suffix in TEXTS else IMAGE_LIMIT
             if member.size > limit:
                 self._skip(f"{name}/{member.name}", f"has {member.size} bytes, over {limit}")
                 continue
             content = tar.extractfile(member)
             parts[suffix] = content.read() if content else b""
         if parts:
-            yield current, parts
+            yield current, parts, tar.offset
 
     def _row(self, base: str, parts: dict[str, bytes]) -> Row | None:
-        suffix = next((suffix for suffix in parts if suffix not in _TEXTS), None)
+        suffix = next((suffix for suffix in parts if suffix not in TEXTS), None)
         if suffix is None:
             self._skip(base, "has no image beside it")
             return None
@@ -195,9 +205,9 @@ def _json_of(shard: Path) -> Iterator[dict[str, Any]]:
     """The fields beside the images of a shard, past whose images is only stepped."""
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in _headers(tar):
-                fits = _parted(member.name)[1] == "json" and member.size <= TEXT_LIMIT
-                if fits and _counts(member) and (content := tar.extractfile(member)):
+            for member in headers(tar):
+                fits = parted(member.name)[1] == "json" and member.size <= TEXT_LIMIT
+                if fits and counts(member) and (content := tar.extractfile(member)):
                     try:
                         yield _parsed(content.read())
                     except (ValueError, RecursionError):
@@ -206,64 +216,16 @@ def _json_of(shard: Path) -> Iterator[dict[str, Any]]:
         return  # the same
 
 
-def _to_batches(rows: Iterable[Row], metadata: "Metadata") -> Iterator["pa.RecordBatch"]:
-    """As ``to_batches``, with metadata."""
+def _to_batch(rows: list[Row], metadata: "Metadata | None") -> "pa.RecordBatch":
+    """Rows in the common columns, with their metadata if any is wanted."""
     import pyarrow as pa
 
-    schema = features(metadata.schema).arrow_schema
-    for chunk in chunks(rows, _CHUNK):
-        texts = metadata.texts([row["fields"] for row in chunk])
-        told = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
-        whole = [{**row, "metadata": one} for row, one in zip(chunk, told, strict=True)]
-        yield pa.RecordBatch.from_pylist(whole, schema)
-
-
-def find_members(shard: Path) -> dict[str, tuple[int, int]]:
-    """Where the image of each item of a shard lies, by ``BASE.SUFFIX``: its offset and bytes.
-
-    The items are those of ``open_tars``; nothing but the headers is read.
-
-    Raises:
-        DataError: it is damaged, or not there.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    current, first, place = "", "", (0, 0)
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in _headers(tar):
-                base, suffix = _parted(member.name)
-                if base != current:
-                    if first:
-                        found.setdefault(f"{current}.{first}", place)
-                    current, first = base, ""
-                plain = _counts(member) and not member.issparse() and member.size <= IMAGE_LIMIT
-                if plain and suffix not in _TEXTS and first in ("", suffix):
-                    first, place = suffix, (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{shard} cannot be read: {error}; put it back as it was") from None
-    if first:
-        found.setdefault(f"{current}.{first}", place)
-    return found
-
-
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar, of which it would keep every one; a shard may have a million."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]
-        yield member
-
-
-def _parted(name: str) -> tuple[str, str]:
-    """The base name of a member, up to the first dot of its file's name, and its suffix."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def _counts(member: tarfile.TarInfo) -> bool:
-    base, suffix = _parted(member.name)
-    known = suffix in _TEXTS or f".{suffix}" in SUFFIXES
-    return known and member.isreg() and bool(base) and not base.endswith("/")
+    if metadata is None:
+        return pa.RecordBatch.from_pylist(rows, features().arrow_schema)
+    texts = metadata.texts([row["fields"] for row in rows])
+    told = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
+    whole = [{**row, "metadata": one} for row, one in zip(rows, told, strict=True)]
+    return pa.RecordBatch.from_pylist(whole, features(metadata.schema).arrow_schema)
 
 
 def _field(fields: dict[str, Any], given: str | None, usual: tuple[str, ...]) -> Any:

@@ -12,9 +12,8 @@ import argparse
 import io
 import multiprocessing
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -25,10 +24,10 @@ import open_clip
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from measuring import Times, image_flops, in_turn, matrix_peaks, share_of_peak, spread
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipkit.config import parse_config
 from clipkit.manifest import ModelRef
@@ -49,19 +48,6 @@ CONVOLUTIONAL = {
     },
     "text": {"width": 64, "heads": 1, "layers": 1},
 }
-Times = dict[str, list[float]]
-
-
-def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> Times:
-    """Seconds of each run, round by round, after one that does not count."""
-    times: Times = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def show(times: Times, items: int, unit: str, peer: str = "open_clip") -> None:
@@ -69,12 +55,8 @@ def show(times: Times, items: int, unit: str, peer: str = "open_clip") -> None:
     for name, seconds in times.items():
         ratios = [theirs / ours for theirs, ours in zip(times[peer], seconds, strict=True)]
         rate = items / statistics.median(seconds)
-        beside = "" if name == peer else f"  {_spread(ratios)} times {peer}"
+        beside = "" if name == peer else f"  {spread(ratios)} times {peer}"
         print(f"  {name:24} {rate:10.1f} {unit}/s{beside}")
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 MANY = 20
@@ -163,9 +145,7 @@ def bench_images(
     name: str, clip: Any, images: Tensor, peaks: dict[str, float], rounds: int
 ) -> None:
     """Images already preprocessed, in batches of 64, and what share of the peak each reaches."""
-    with FlopCounterMode(display=False) as counter:  # without gradients it would miss attention's
-        clip.encode_image(images[:1])
-    work = counter.get_total_flops()
+    work = image_flops(clip)
     print(f"images, {name}, {len(images)} photos, {work / 1e9:.2f} GFLOP each")
     encoders = {asked: encoder(clip, asked) for asked in ("fp32", "auto", "bf16")}
 
@@ -185,17 +165,13 @@ def bench_images(
     show(times, len(images), "images")
     rates = {run: work * len(images) / statistics.median(times[run]) for run in times}
     limit = peaks["bf16"] / rates["open_clip"]
-    print(f"  open_clip reaches {_share(rates['open_clip'], peaks, 'fp32')}; ", end="")
+    print(f"  open_clip reaches {share_of_peak(rates['open_clip'], peaks, 'fp32')}; ", end="")
     print(f"at the peak in bf16 an encoder would be {limit:.2f} times as fast")
     wanted = theirs()
     for asked, ours in encoders.items():
         label = _label(asked, ours, "image")
-        share = _share(rates[label], peaks, ours.network.precision)
+        share = share_of_peak(rates[label], peaks, ours.network.precision)
         compare(label, ours.encode_images(images), wanted, f", {share}")
-
-
-def _share(rate: float, peaks: dict[str, float], precision: str) -> str:
-    return f"{rate / peaks[precision]:.0%} of the peak in {precision}"
 
 
 def compare(name: str, ours: NDArray[np.float32], wanted: Tensor, more: str = "") -> None:
@@ -209,24 +185,6 @@ def compare(name: str, ours: NDArray[np.float32], wanted: Tensor, more: str = ""
         f"  {name:24} worst cosine {plain:.6f}, about the mean {float(about.min()):.5f}, "
         f"largest difference {worst:.1e}{more}"
     )
-
-
-def matrix_peaks(rounds: int) -> dict[str, float]:
-    """FLOP a second of the fastest product of the sizes in a ViT-B, by precision."""
-    peaks = {"fp32": 0.0, "bf16": 0.0}
-    for tokens, width, out in ((3200, 768, 3072), (3200, 3072, 768), (2048, 2048, 2048)):
-        runs = {}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            x, weight = (torch.ones(n, width, dtype=dtype) for n in (tokens, out))
-            runs[name] = lambda x=x, weight=weight: F.linear(x, weight)
-        for name, seconds in in_turn(runs, 3 * rounds).items():
-            peaks[name] = max(peaks[name], 2 * tokens * width * out / min(seconds))
-    ratio = peaks["bf16"] / peaks["fp32"]
-    print(
-        f"fastest matrix products: {peaks['fp32'] / 1e12:.2f} TFLOP/s in fp32, "
-        f"{peaks['bf16'] / 1e12:.2f} in bf16, {ratio:.2f} times as many"
-    )
-    return peaks
 
 
 def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:

@@ -11,14 +11,14 @@ clipkit. Only training counts as time. Needs the `demo` and `bench` extras.
 import argparse
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+
+from measuring import run_command
 
 from clipkit.config import TrainConfig, dump_config
 from clipkit.data.emoji import write_sets
@@ -54,7 +54,7 @@ def write_pairs(folder: Path) -> tuple[Path, Path]:
 def measure(checkpoint: Path, unseen: Path) -> float:
     """Recall of one checkpoint on the unseen drawings."""
     command = ["eval", "retrieval", str(unseen), "--model", str(checkpoint), "--json"]
-    printed = _run([sys.executable, "-m", "clipkit", *command])[0]
+    printed = run_command([sys.executable, "-m", "clipkit", *command])[0]
     return float(json.loads(printed.strip().splitlines()[-1])[METRIC])
 
 
@@ -63,7 +63,7 @@ def run_ours(config: TrainConfig, unseen: Path, out: Path) -> Points:
     out.mkdir()
     (out / "config.toml").write_text(dump_config(config), encoding="utf-8")
     command = [sys.executable, "-m", "clipkit", "train", str(out / "config.toml")]
-    _run([*command, "--out", str(out / "run")])
+    run_command([*command, "--out", str(out / "run")])
     seconds = {line["step"]: line["seconds"] for line in read_log(out / "run") if "loss" in line}
     steps = sorted(int(path.name[5:]) for path in (out / "run").glob("step-*"))
     return [(seconds[step], measure(out / "run" / f"step-{step}", unseen)) for step in steps]
@@ -89,7 +89,7 @@ def run_theirs(
     command += ["--beta1", "0.9", "--beta2", "0.98", "--eps", "1e-6", "--grad-clip-norm", "1.0"]
     command += ["--aug-cfg", f"scale=({low}, {high})", f"ratio={config.augment.crop_ratio}"]
     command += ["--logs", str(out), "--name", "run", "--log-every-n-steps", "10", *words]
-    text = _run(command)[1]
+    text = run_command(command)[1]
     start = datetime.fromisoformat(_START.findall(text)[0].replace(",", "T"))
     ends = {int(epoch): stamp for stamp, epoch in _LINE.findall(text)}
     points = []
@@ -103,13 +103,6 @@ def run_theirs(
         seconds = (datetime.fromisoformat(stamp.replace(",", "T")) - start).total_seconds()
         points.append((seconds, measure(folder, unseen)))
     return points
-
-
-def _run(command: list[str]) -> tuple[str, str]:
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout, done.stdout + done.stderr
 
 
 def show(curves: dict[str, Points], target: float) -> None:

@@ -2,22 +2,32 @@
 
 python scripts/bench_train.py ../shared/data/flickr8k-224-train.parquet --batch-size 64 --steps 12
 python scripts/bench_train.py PAIRS --batch-size 64 --steps 90 --rounds 1   # for the curves
+bash scripts/gpu_checks.sh   # what a GPU does with batches of 4,096
 
 Each run is a process of its own through the project's own command line: the same towers from random
 weights, one caption a photo, the same rates step by step, the same crops. Needs the `bench` extra.
+
+A table with fewer photos than batch × steps gives each photo again with its next caption, and when
+all captions are read, from the first on; each row is a file of its own, and then clipkit counts
+duplicates as negatives, as the peer always does. Beside samples a second stands the share of the
+machine's fastest matrix product, measured just before: of each the FLOPs that its samples need
+(forward 2 for a product and its sum, backward twice that, captions at their real length), whatever
+it computes beside them, such as padding or a second forward pass, and whatever it skips.
 """
 
 import argparse
-import csv
-import os
-import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from measuring import matrix_peaks, run_command, share_of_peak, spread, training_flops
+from train_pairs import write_pairs
 
 from clipkit.model.log import read_log
 
@@ -28,34 +38,23 @@ _LINE = re.compile(r"Batch \(t\): [\d.]+, ([\d.]+)/s.* Loss: ([\d.]+)")
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run came to, step by step: samples a second, and the loss."""
+    """What a run came to, step by step: samples a second and the loss; its arithmetic.
+
+    Attributes:
+        counted: the steps whose speed counts: those of the last epoch, but for the first ones.
+        waited: share of the time in those steps spent waiting for data, where it is known.
+    """
 
     speeds: list[float]
     losses: list[float]
+    precision: str
+    counted: slice
+    waited: float | None = None
 
     @property
     def speed(self) -> float:
         """Samples a second in the middle step of those that count."""
-        return statistics.median(self.speeds[SETTLING:])
-
-
-def write_pairs(source: Path, folder: Path, count: int) -> Path:
-    """JPEG files and a CSV of `count` photos, one caption each, which both sides read."""
-    import pyarrow.parquet as pq
-
-    generator = random.Random(0)
-    table = pq.read_table(source, columns=["image", "captions"])
-    if len(table) < count:
-        sys.exit(f"error: {source} has {len(table)} photos, {count} are needed; take fewer --steps")
-    rows = table.take(generator.sample(range(len(table)), count)).to_pylist()
-    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["image", "caption"])
-        for number, row in enumerate(rows):
-            photo = folder / f"{number:05}.jpg"
-            photo.write_bytes(row["image"]["bytes"])
-            writer.writerow([photo, generator.choice(row["captions"])])
-    return folder / "pairs.csv"
+        return statistics.median(self.speeds[self.counted])
 
 
 def run_ours(pairs: Path, out: Path, options: argparse.Namespace, precision: str) -> Curve:
@@ -72,11 +71,13 @@ held_out_share = 0.0
 [augment]
 crop_scale = [0.9, 1.0]
 [optim]
-warmup = {WARMUP / options.steps}
+warmup = {WARMUP / (options.steps * options.epochs)}
 [train]
 batch_size = {options.batch_size}
-epochs = 1
+chunk_size = {options.chunk_size}
+epochs = {options.epochs}
 precision = "{precision}"
+duplicates = "{options.duplicates}"
 eval_epochs = 0.0
 save_epochs = 0.0
 log_steps = 1
@@ -85,13 +86,23 @@ seed = {options.seed}
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "clipkit", "train", str(config), "--out", str(out / "run")]
-    _run(command)
+    command += [word for setting in options.set for word in ("--set", setting)]
+    run_command(command, environment(options))
     steps = [line for line in read_log(out / "run") if "loss" in line]
-    return Curve([s["samples_per_second"] for s in steps], [s["loss"] for s in steps])
+    resolved = tomllib.loads((out / "run" / "config.toml").read_text(encoding="utf-8"))
+    counted = counted_steps(options)
+    return Curve(
+        [step["samples_per_second"] for step in steps],
+        [step["loss"] for step in steps],
+        resolved["train"]["precision"],
+        counted,
+        statistics.mean(step["waiting_for_data"] for step in steps[counted]),
+    )
 
 
 def run_theirs(pairs: Path, out: Path, options: argparse.Namespace, precision: str) -> Curve:
-    """`open_clip_train`."""
+    """`open_clip_train`; a batch in parts is what it calls accumulation."""
+    part = options.their_chunk_size or options.batch_size
     settings = {
         "train-data": pairs,
         "dataset-type": "csv",
@@ -99,14 +110,15 @@ def run_theirs(pairs: Path, out: Path, options: argparse.Namespace, precision: s
         "csv-caption-key": "caption",
         "csv-separator": ",",
         "model": options.model,
-        "batch-size": options.batch_size,
-        "epochs": 1,
+        "batch-size": part,
+        "accum-freq": options.batch_size // part,
+        "epochs": options.epochs,
         "lr": 5e-4,
         "wd": 0.2,
         "warmup": WARMUP,
         "grad-clip-norm": 1.0,
         "precision": precision,
-        "device": "cpu",
+        "device": options.device,
         "workers": options.workers,
         "seed": options.seed,
         "log-every-n-steps": 1,
@@ -115,16 +127,20 @@ def run_theirs(pairs: Path, out: Path, options: argparse.Namespace, precision: s
         "name": "run",
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    text = _run([sys.executable, "-m", "open_clip_train.main", *words])
-    found = [(float(speed), float(loss)) for speed, loss in _LINE.findall(text)]
-    return Curve([speed for speed, _ in found], [loss for _, loss in found])
+    text = run_command([sys.executable, "-m", "open_clip_train.main", *words], environment(options))
+    found = [(float(speed), float(loss)) for speed, loss in _LINE.findall(text[1])]
+    speeds, losses = ([one[i] for one in found] for i in (0, 1))
+    return Curve(speeds, losses, precision.removeprefix("amp_"), counted_steps(options))
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout + done.stderr
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """That of both, in which a GPU that is not meant is not seen."""
+    return {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def counted_steps(options: argparse.Namespace) -> slice:
+    """Steps whose speed counts: of the last epoch, by which caches are full, and settled."""
+    return slice((options.epochs - 1) * options.steps + (options.epochs == 1) * SETTLING, None)
 
 
 RUNNERS = {
@@ -134,22 +150,28 @@ RUNNERS = {
 }
 
 
-def show_ratios(curves: dict[str, list[Curve]]) -> None:
-    """Samples a second of each, and ours over theirs round by round."""
+def show_ratios(curves: dict[str, list[Curve]], work: float, peaks: dict[str, float]) -> None:
+    """Samples a second of each, of what share of the peak, and ours over theirs round by round.
+
+    Args:
+        curves: of each runner, one a round.
+        work: FLOPs of a sample.
+        peaks: FLOP a second of matrix products, by precision.
+    """
     for name, rounds in curves.items():
         speeds = [curve.speed for curve in rounds]
+        middle = statistics.median(speeds)
+        waited = [curve.waited for curve in rounds if curve.waited is not None]
         print(
-            f"{name:20} {statistics.median(speeds):7.1f} samples/s "
-            f"({min(speeds):.1f}–{max(speeds):.1f})"
+            f"{name:20} {middle:8.1f} samples/s ({min(speeds):.1f}–{max(speeds):.1f}), "
+            f"{share_of_peak(middle * work, peaks, rounds[0].precision)}"
+            + (f", {statistics.mean(waited):.0%} of the time waiting for data" if waited else "")
         )
     for name, rounds in curves.items():
-        if name != "clipkit":
+        if name != "clipkit" and "clipkit" in curves:
             pairs = zip(curves["clipkit"], rounds, strict=True)
             ratios = [ours.speed / theirs.speed for ours, theirs in pairs]
-            print(
-                f"clipkit over {name:20} {statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f}–{max(ratios):.2f})"
-            )
+            print(f"clipkit over {name:20} {spread(ratios)}")
 
 
 def show_losses(curves: dict[str, list[Curve]], windows: int = 10) -> None:
@@ -162,24 +184,65 @@ def show_losses(curves: dict[str, list[Curve]], windows: int = 10) -> None:
         print(f"{start:4}–{start + width - 1:<6} " + "  ".join(f"{mean:20.3f}" for mean in means))
 
 
-def main() -> None:
-    """Run all in turn and print speeds, ratios and curves."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def work_of(model: str, captions: Sequence[str]) -> float:
+    """FLOPs of one sample in a step of training, captions at their real length."""
+    from clipkit.config import parse_config
+    from clipkit.model.tokenizer import CutReport, tokenize
+    from clipkit.model.towers import build_towers
+
+    clip = build_towers(parse_config({"model": {"name": model}}).model, 0.07, seed=0).clip
+    lengths = tokenize(captions, report=CutReport()).argmax(axis=1) + 1
+    work = training_flops(clip, lengths.tolist())
+    print(f"captions of {lengths.mean():.1f} tokens in the mean; {work / 1e9:.1f} GFLOP a sample")
+    return work
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, those of the command line if no words are given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", type=Path, help="Parquet with images and captions")
     parser.add_argument("--model", default="ViT-S-32")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=12, help="in an epoch")
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="of more than one the last one's speed counts"
+    )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    parser.add_argument("--chunk-size", type=int, default=0, help="clipkit's; 0: the whole batch")
+    parser.add_argument(
+        "--their-chunk-size", type=int, default=0, help="pairs that open_clip encodes at once"
+    )
     parser.add_argument("--workers", type=int, default=2, help="open_clip's loader processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", action="append", default=[], help="clipkit's, such as data.cache=yes"
+    )
     parser.add_argument("--only", choices=list(RUNNERS), nargs="*", default=list(RUNNERS))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    if options.their_chunk_size and options.batch_size % options.their_chunk_size:
+        parser.error("--batch-size must be a multiple of --their-chunk-size")
+    return options
+
+
+def main() -> None:
+    """Run all in turn and print speeds, ratios and curves."""
+    options = parse()
     curves: dict[str, list[Curve]] = {name: [] for name in options.only}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "photos").mkdir()
         count = options.batch_size * options.steps
-        pairs = write_pairs(options.pairs, folder / "photos", count)
+        pairs, captions, repeats = write_pairs(options.pairs, folder / "photos", count)
+        options.duplicates = "ignore" if repeats else "mask"
+        work = work_of(options.model, captions)
+        peaks = matrix_peaks(5, options.device)
         for number in range(options.rounds):
             for name in options.only:
                 runner, precision = RUNNERS[name]
@@ -187,8 +250,7 @@ def main() -> None:
                     runner(pairs, folder / f"{name.replace(' ', '-')}-{number}", options, precision)
                 )
                 print(f"round {number + 1}: {name} {curves[name][-1].speed:.1f} samples/s")
-    if "clipkit" in curves:
-        show_ratios(curves)
+    show_ratios(curves, work, peaks)
     show_losses(curves)
 
 

@@ -1,0 +1,54 @@
+"""Photos and captions as files that clipkit and open_clip_train both read, for bench_train.py."""
+
+import csv
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+
+def draw_rows(
+    captions: Sequence[Sequence[str]], count: int, generator: random.Random
+) -> list[tuple[int, str]]:
+    """Photo and caption of each of `count` rows; every photo comes before one comes again.
+
+    Args:
+        captions: of each photo, at least one.
+        count: how many rows.
+        generator: the source of randomness.
+    """
+    turns = [generator.sample(of_photo, len(of_photo)) for of_photo in captions]
+    rows: list[tuple[int, str]] = []
+    turn = 0
+    while len(rows) < count:
+        photos = generator.sample(range(len(captions)), min(len(captions), count - len(rows)))
+        rows += [(photo, turns[photo][turn % len(turns[photo])]) for photo in photos]
+        turn += 1
+    return rows
+
+
+def write_pairs(source: Path, folder: Path, count: int) -> tuple[Path, list[str], bool]:
+    """JPEG files and a CSV of `count` rows, which both sides read.
+
+    Returns:
+        the CSV, the captions of its rows, and whether a photo comes in it more than once.
+    """
+    table = pq.read_table(source, columns=["image", "captions"])
+    table = table.filter([bool(captions) for captions in table["captions"].to_pylist()])
+    rows = draw_rows(table["captions"].to_pylist(), count, random.Random(0))
+    print(f"{count} rows of {len(table)} photos: {-(-count // len(table))} of one photo at most")
+    images, files = table["image"], {}
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "caption"])
+        for number, (photo, caption) in enumerate(rows):
+            file = folder / f"{number:06}.jpg"
+            if photo in files:
+                file.hardlink_to(files[photo])
+            else:
+                file.write_bytes(images[photo].as_py()["bytes"])
+                files[photo] = file
+            writer.writerow([file, caption])
+    repeats = count > len(table)
+    return folder / "pairs.csv", [caption for _, caption in rows], repeats

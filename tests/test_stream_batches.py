@@ -104,6 +104,13 @@ def test_a_source_that_has_changed_is_read_again(shards, tmp_path, capsys):
     assert "as it is now" in capsys.readouterr().err
 
 
+def test_a_place_of_parts_of_another_size_is_not_taken(shards, monkeypatch, capsys):
+    _, states = read(shards)
+    monkeypatch.setattr("clipkit.data.stream.PART", 9)
+    assert same(read(shards, start=20, state=states[19])[0], read(shards)[0][20:])
+    assert "are read again" in capsys.readouterr().err
+
+
 def test_what_was_left_out_is_counted_once(shards):
     found, states = read(shards)
     assert states[-1]["bad"] == 2

@@ -125,6 +125,11 @@ def table_batches(rows: "Dataset", start: int) -> Iterator[tuple["pa.RecordBatch
             yield batch, start
 
 
+def shuffle_sizes() -> list[int]:
+    """What a state of a shuffled stream holds for, and no other sizes."""
+    return [LANES, PART, WAITS]
+
+
 class _Lanes:
     """Rows of several shards at once, one of each in turn, for ever the same from a state on."""
 

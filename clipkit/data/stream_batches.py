@@ -6,7 +6,7 @@ from itertools import count, islice
 from typing import Any
 
 from clipkit.data.rows import Row, Source
-from clipkit.data.stream import Shuffled
+from clipkit.data.stream import Shuffled, shuffle_sizes
 from clipkit.progress import speaks, tell
 
 _PASSING = (
@@ -32,9 +32,10 @@ def stream_batches(
         epoch: its number.
         start: the batch to begin with.
         place: that of the batch before. Where it is another one's, of another version of the
-            source or missing, the rows before are read and passed over, and a person is told so.
+            source or of clipkit, or missing, the rows before are read and passed over, and a person
+            is told so.
     """
-    about = {"source": source.fingerprint, "epoch": epoch}
+    about = {"source": source.fingerprint, "epoch": epoch, "sizes": shuffle_sizes()}
     place = place or {}
     known = all(place.get(name) == value for name, value in (about | {"batch": start}).items())
     shuffled = Shuffled(source.rows, seed, epoch, place["rows"] if known else None)

@@ -43,7 +43,7 @@ def _pairs(n: int, size: tuple[int, int]) -> Any:
     """Noise, and captions of 8 to 23 tokens."""
     import torch
 
-    from clipkit.data.pairs import PairBatch
+    from clipkit.data.collate import PairBatch
 
     images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
     tokens = torch.randint(1, 40_000, (n, 77))

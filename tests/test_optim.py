@@ -6,7 +6,7 @@ from conftest import tiny_model
 from torch import nn
 
 from clipkit.config import parse_config
-from clipkit.data.pairs import PairBatch
+from clipkit.data.collate import PairBatch
 from clipkit.errors import ConfigError
 from clipkit.model.checkpoint import save_checkpoint
 from clipkit.model.distributed import World

@@ -10,7 +10,7 @@ from test_kept import steps
 from test_train import assert_same_run, configured, curve, last_weights
 
 from clipkit.config import parse_config
-from clipkit.data.pairs import PairBatch
+from clipkit.data.collate import PairBatch
 from clipkit.errors import TrainingError
 from clipkit.model import learner as learning
 from clipkit.model.distributed import World

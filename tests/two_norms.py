@@ -6,7 +6,7 @@ from test_chunks import RESNET, batch, network
 from torch import nn
 
 from clipkit.config import LoopConfig
-from clipkit.data.pairs import PairBatch
+from clipkit.data.collate import PairBatch
 from clipkit.model.blanks import fill_up
 from clipkit.model.chunks import backward
 from clipkit.model.distributed import World

@@ -1,16 +1,15 @@
 """Image–caption pairs as batches, the same ones whenever asked."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from clipkit.data.cache import PictureCache
+from clipkit.data.collate import Gathered, Pair, PairBatch
 from clipkit.data.features import Features
 from clipkit.data.images import Reduction, Skipped
 from clipkit.data.lookup import Lookup
@@ -30,34 +29,6 @@ Row = dict[str, Any]
 _CHUNK = 16
 # Fewer rows than this say little about the share that is bad.
 _FEW = 1000
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """What the training loop eats.
-
-    Attributes:
-        images: uint8 [n, 3, height, width]; or stored features of them, float32 [n, …].
-        tokens: int64 [n, 77].
-        keys: of the images.
-        weights: of the pairs in the loss, float32 [n]; None where all weigh the same.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    keys: list[str]
-    weights: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    key: str
-    image: NDArray[Any]
-    caption: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -93,6 +64,7 @@ class PairLoader:
         weights: of the pairs of a label in the loss; 1 for labels not named.
         cache: where decoded pictures of a table are kept, if anywhere.
         features: of the images, where they are stored: then no picture is read.
+        pinned: put pictures into memory that a CUDA device can fetch by itself.
         share: the part of each batch that this process reads; the batches are those of one that
             reads alone, and so is what is skipped.
         skipped: rows that were left out, key to reason.
@@ -116,6 +88,7 @@ class PairLoader:
     weights: Mapping[str, float] = field(default_factory=dict)
     cache: PictureCache | None = None
     features: Features | None = None
+    pinned: bool = False
     share: Share = field(default_factory=Share)
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     seen: int = field(default=0, init=False)
@@ -171,14 +144,17 @@ class PairLoader:
         )
         if not start:
             self.seen = self.bad = 0
-        batch: list[_Pair | Skipped] = []
-        for results, chunk in work:
-            batch += results
-            if chunk.last:
-                pairs = [one for one in batch if isinstance(one, _Pair)]
-                self._count(len(pairs), [one for one in batch if isinstance(one, Skipped)])
-                batch, self._place = [], chunk.place
-                yield self._collate(pairs)
+        # The next batch is put together meanwhile, for which a GPU would wait.
+        ready = map_ordered(
+            lambda one: (Gathered.of(one[0], self._nothing(), pinned=self.pinned), one[1]),
+            _joined(work),
+            workers=min(self.workers, 1),
+            ahead=2,
+        )
+        for batch, place in ready:
+            self._count(len(batch.keys), batch.bad)
+            self._place = place
+            yield batch.read(self.tokenize, weighted=bool(self.weights))
 
     def _chunks(self, epoch: int, start: int) -> Iterator[_Chunk]:
         plan: Iterator[tuple[Sequence[Any], dict[str, Any] | None]]
@@ -198,12 +174,12 @@ class PairLoader:
         for draws in self._sampler.plan(epoch)[start:] if self._sampler else ():
             yield [(row, before) for row, before in draws.tolist()], None
 
-    def _read(self, chunk: _Chunk, epoch: int) -> list[_Pair | Skipped]:
+    def _read(self, chunk: _Chunk, epoch: int) -> list[Pair | Skipped]:
         if self._lookup is None:
             return [self._pair(row, None, epoch) for row in chunk.rows]
         return [self._pair(self._lookup.texts(n), n, before) for n, before in chunk.rows]
 
-    def _pair(self, row: Row, number: int | None, before: int) -> _Pair | Skipped:
+    def _pair(self, row: Row, number: int | None, before: int) -> Pair | Skipped:
         key = row["key"]
         captions = usable(row["captions"])
         if not captions:
@@ -217,7 +193,7 @@ class PairLoader:
         except ImageError as error:
             return Skipped(key, str(error))
         weight = self.weights.get(row["label"] or "", 1.0)
-        return _Pair(key, image, self._caption(key, captions, before), weight)
+        return Pair(key, image, self._caption(key, captions, before), weight)
 
     def _picture(self, row: Row, number: int | None) -> Pixels:
         if number is None or self._lookup is None:
@@ -240,16 +216,6 @@ class PairLoader:
             return caption
         pieces = self.split(caption)
         return pieces[turn // len(captions) % len(pieces)]
-
-    def _collate(self, pairs: list[_Pair]) -> PairBatch:
-        images = torch.from_numpy(np.stack([pair.image for pair in pairs] or [self._nothing()]))
-        images = images[: len(pairs)]
-        tokens = torch.from_numpy(self.tokenize([pair.caption for pair in pairs]))
-        weights = torch.tensor([pair.weight for pair in pairs]) if self.weights else None
-        if self.features is None:
-            # A view: channels stay last in memory, as convolutions like them.
-            images = images.permute(0, 3, 1, 2)
-        return PairBatch(images, tokens, [pair.key for pair in pairs], weights)
 
     def _nothing(self) -> NDArray[Any]:
         """What has the form of an image, for a share of a batch without any."""
@@ -282,3 +248,15 @@ class PairLoader:
             f"{key}: {reason}), expected {allowed}; mend what `clipkit data check` lists, or allow "
             "more"
         )
+
+
+def _joined(
+    chunks: Iterable[tuple[list[Pair | Skipped], _Chunk]],
+) -> Iterator[tuple[list[Pair | Skipped], dict[str, Any] | None]]:
+    """The rows of whole batches, and where the next one begins."""
+    batch: list[Pair | Skipped] = []
+    for rows, chunk in chunks:
+        batch += rows
+        if chunk.last:
+            yield batch, chunk.place
+            batch = []

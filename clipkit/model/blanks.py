@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clipkit.config import LoopConfig
-from clipkit.data.pairs import PairBatch
+from clipkit.data.collate import PairBatch
 from clipkit.model.distributed import World
 from clipkit.model.tokenizer import tokenize
 

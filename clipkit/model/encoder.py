@@ -143,6 +143,6 @@ class Encoder:
         cuts = np.flatnonzero(np.diff((np.cumsum(run) - 1) // most)) + 1
         vectors = np.empty((len(tokens), self.dim), np.float32)
         for rows in np.split(order, cuts):
-            part = torch.from_numpy(tokens[rows]).to(self.device)
-            vectors[rows] = self.network.encode_tokens(part).cpu().numpy()
+            part = self.network.encode_tokens(torch.from_numpy(tokens[rows]))
+            vectors[rows] = part.cpu().numpy()
         return vectors

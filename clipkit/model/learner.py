@@ -3,7 +3,6 @@
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit.config import TrainConfig
-from clipkit.data.pairs import PairBatch
+from clipkit.data.collate import PairBatch
 from clipkit.model.blanks import fill_up
 from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
 from clipkit.model.chunks import Loss, backward
@@ -29,6 +28,7 @@ from clipkit.model.sharding import load_optimizer, load_weights, shard, whole_st
 from clipkit.model.stored import CaptionFeatures
 from clipkit.model.tower_options import checkpoint_gradients, require_compiler
 from clipkit.model.towers import build_towers
+from clipkit.model.transfer import send
 
 MOST_CHUNKS = 65_536
 """Seeds set aside for the chunks of a step."""
@@ -39,13 +39,13 @@ class StepReport:
     """What one step did.
 
     Attributes:
-        loss: of the batch, float32 [].
+        loss: of the batch.
         grad_norm: norm of the whole gradient before clipping; if it or the loss is not finite, the
             step was left out.
         lr: the learning rate used where nothing scales it down.
     """
 
-    loss: Tensor
+    loss: float
     grad_norm: float
     lr: float
 
@@ -108,7 +108,6 @@ class Learner:
         self.network.train()
         self._statistics.keep()
         images, tokens = fill_up(batch, self.config.train, self.world, self.towers.image_size)
-        tokens = tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.chunk_size or len(tokens)
         # Each step draws from a seed of its own, so that a resumed run draws the same.
@@ -120,35 +119,41 @@ class Learner:
         loss = backward(self.network, chunks, self.normalized, loss_of, seed, len(batch))
         sum_gradients(self.network.parameters(), self.world)
         limit = self.config.optim.clip_norm or math.inf
-        norm = float(clip_gradients(self.network.parameters(), limit))
-        finite = math.isfinite(norm) and math.isfinite(float(loss))
+        norm = clip_gradients(self.network.parameters(), limit)
+        # In one piece, for a GPU is waited for.
+        loss_found, norm_found = torch.stack([loss.double(), norm.double()]).tolist()
+        finite = math.isfinite(loss_found) and math.isfinite(norm_found)
         if finite:
             self.optimizer.step()
             self.towers.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
         else:
             self._statistics.put_back()
         self.health.note(step + 1, finite)
-        return StepReport(loss, norm, rate)
+        return StepReport(loss_found, norm_found, rate)
 
     def _read(self, tokens: Tensor, seed: int) -> Tensor:
         """What the text tower reads of captions, int64 [n, 77]; or their stored features."""
         if self.captions:
-            return self.captions.of(tokens).to(self.device)
+            return send(self.captions.of(tokens), self.device)
         share = self.config.augment.drop_tokens
         return drop_tokens(tokens, share, torch.Generator().manual_seed(seed)) if share else tokens
 
     def _loss(self, batch: PairBatch) -> Loss:
         """The loss of a batch, of which only the vectors and the scale are missing."""
-        n = len(batch)
-        loss = partial(
-            info_nce,
-            groups=pair_groups(batch.keys, batch.tokens),
-            weights=batch.weights,
-            duplicates=self.config.train.duplicates,
-            world=self.world,
-        )
-        # The blank pairs at the end do not count.
-        return lambda images, texts, scale: loss(images[:n], texts[:n], scale)
+        n = len(batch)  # the blank pairs at the end do not count
+
+        def loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+            return info_nce(
+                images[:n],
+                texts[:n],
+                scale,
+                groups=pair_groups(batch.keys, batch.tokens),  # now, while a GPU encodes
+                weights=batch.weights,
+                duplicates=self.config.train.duplicates,
+                world=self.world,
+            )
+
+        return loss
 
     def guess(self, batch: PairBatch) -> float:
         """The loss of a model that guesses on a batch. All processes must ask."""
@@ -165,10 +170,10 @@ class Learner:
         Stored features are so already.
         """
         if "image" in self.network.given_features:
-            return images.to(self.device, non_blocking=True)
+            return send(images, self.device)
         # Channels stay last in memory, as they come: so convolutions and patch embeddings like it.
-        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return images.float().sub_(self._mean).div_(self._std)
+        images = send(images, self.device).to(torch.float32, memory_format=torch.channels_last)
+        return images.sub_(self._mean).div_(self._std)
 
     def state(self) -> dict[str, Any]:
         """The optimiser's state and counts; weights are saved beside it. All processes must ask."""

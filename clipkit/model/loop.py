@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from clipkit.config import TrainConfig
-from clipkit.data.pairs import PairBatch, PairLoader
+from clipkit.data.collate import PairBatch
+from clipkit.data.pairs import PairLoader
 from clipkit.errors import DataError
 from clipkit.manifest import Manifest, ModelRef, write_text
 from clipkit.metrics import retrieval_recall
@@ -143,12 +144,11 @@ class TrainingLoop:
 
     def _log(self, report: StepReport, batch: PairBatch, meter: Meter) -> str:
         """Write a line of the log; the same in short for the progress bar."""
-        loss = float(report.loss)
         speed, waited = meter.read()
         line = {
             "step": self.step,
             "epoch": self.epoch,
-            "loss": loss,
+            "loss": report.loss,
             "guess": self.learner.guess(batch),
             "grad_norm": report.grad_norm,
             "lr": report.lr,
@@ -160,7 +160,7 @@ class TrainingLoop:
         self.run.log(line)
         for about, alarm in self.watch.see(line):
             self._alarm(about, alarm)
-        return f"loss {loss:.3f}, {speed:.0f} samples/s"
+        return f"loss {report.loss:.3f}, {speed:.0f} samples/s"
 
     def _alarm(self, about: str, sentence: str, **more: int) -> None:
         """Tell a person, and the log."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clipkit.model import transformer
 from clipkit.model.locked import LockedTower
 from clipkit.model.tokenizer import CONTEXT, VOCAB
+from clipkit.model.transfer import send
 
 
 class DualEncoder(nn.Module):
@@ -98,11 +99,15 @@ class DualEncoder(nn.Module):
         return self._unit(project(images))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """int64 [n, 77] to unit vectors, float32 [n, dim]; nothing behind the end tokens is run."""
+        """int64 [n, 77], best on the CPU, to unit vectors, float32 [n, dim].
+
+        Nothing behind the end tokens is run.
+        """
         if not self._compiled or not self.training:
             return self._unit(self._project_tokens(tokens))
         longest = int(tokens.argmax(dim=1).max()) + 1
-        return self._unit(self._compiled[1](tokens[:, : padded_length(longest)]))
+        cut = tokens[:, : padded_length(longest)]
+        return self._unit(self._compiled[1](send(cut, self.clip.logit_scale.device)))
 
     def encode_features(self, tower: str, features: Tensor) -> Tensor:
         """Features of a locked tower, float32 [n, …], to unit vectors, float32 [n, dim]."""
@@ -134,6 +139,7 @@ class DualEncoder(nn.Module):
         if self.runs_texts:
             text = getattr(self.clip, "text", self.clip)
             return transformer.encode_tokens(text, tokens, self._dtype("text"))
+        tokens = send(tokens, self.clip.logit_scale.device)
         with self._autocast("text", tokens.device):
             projected: Tensor = self.clip.encode_text(tokens)
         return projected

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipkit.model.transfer import send
+
 PARTS_FROM = 64
 """Captions from which on attention pads them in parts of like length; fewer gain nothing."""
 PARTS = 4
@@ -53,20 +55,21 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
-        """Lay out sequences of these lengths, which should be sorted, on a device."""
-        sizes = torch.tensor(lengths, device=device)
+        """Lay out sequences of these lengths, which should be sorted, for a device."""
+        sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes
-        positions = torch.arange(sum(lengths), device=device) - starts.repeat_interleave(sizes)
+        positions = torch.arange(sum(lengths)) - starts.repeat_interleave(sizes)
         cuts = 1 if len(lengths) < PARTS_FROM else PARTS
         share = -(-len(lengths) // cuts)
         chunks = [lengths[i : i + share] for i in range(0, len(lengths), share)]
         tokens = [sum(chunk) for chunk in chunks]
         firsts = accumulate(tokens, initial=0)
         parts = [
-            _part(chunk, positions[first : first + count])
+            _part(chunk, positions[first : first + count], device)
             for chunk, first, count in zip(chunks, firsts, tokens, strict=False)
         ]
-        return cls(parts, positions, starts, starts + sizes - 1)
+        numbers = (positions, starts, starts + sizes - 1)
+        return cls(parts, *(send(tensor, device) for tensor in numbers))
 
     @classmethod
     def even(cls, count: int, length: int, device: torch.device) -> "Packing":
@@ -85,14 +88,15 @@ class Packing:
         return cls([part], even.positions, even.starts, even.starts + lengths - 1)
 
 
-def _part(lengths: Sequence[int], positions: Tensor) -> Part:
+def _part(lengths: Sequence[int], positions: Tensor, device: torch.device) -> Part:
     count, longest, tokens = len(lengths), max(lengths), sum(lengths)
     if tokens == count * longest:
         return Part(count, longest, tokens, None, None)
-    sizes = torch.tensor(lengths, device=positions.device)
-    rows = torch.arange(count, device=positions.device).repeat_interleave(sizes)
-    valid = torch.arange(longest, device=positions.device) < sizes[:, None]
-    return Part(count, longest, tokens, rows * longest + positions, valid[:, None, None])
+    sizes = torch.tensor(lengths)
+    rows = torch.arange(count).repeat_interleave(sizes)
+    valid = torch.arange(longest) < sizes[:, None]
+    places = send(rows * longest + positions, device)
+    return Part(count, longest, tokens, places, send(valid[:, None, None], device))
 
 
 class _Take(torch.autograd.Function):

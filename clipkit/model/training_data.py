@@ -106,6 +106,7 @@ def pair_loader(
         classes=class_numbers(source) if config.data.balance == "label" else None,
         lengths=caption_lengths(source, config.train.seed) if config.train.like_length else None,
         weights=config.data.caption_weights,
+        pinned=world.device.type == "cuda",
         share=Share(world.rank, world.size, world.exchange),
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.model.packing import Packing, Part, spread, take
+from clipkit.model.transfer import send
 
 PACKED = "run_packed"
 """Method of a block to be called for its packed pass, where ``offer_packed`` has given it one."""
@@ -90,13 +91,16 @@ def encode_tokens(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         text: open_clip's ``TextTransformer``, or a ``CLIP``, which holds the same parts.
-        tokens: captions with their end tokens.
+        tokens: captions with their end tokens, best on the CPU.
         dtype: of the matrix products.
     """
+    # Lengths and places are worked out on the CPU: to ask a GPU is to wait for all that it does.
+    device, tokens = text.positional_embedding.device, tokens.cpu()
     lengths, order = _lengths(tokens).sort(stable=True)
-    packing = Packing.of(lengths.tolist(), tokens.device)
-    kept = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    return _encode_packed(text, tokens[order][kept], packing, dtype)[order.argsort()]
+    packing = Packing.of(lengths.tolist(), device)
+    kept = torch.arange(tokens.shape[1]) < lengths[:, None]
+    encoded = _encode_packed(text, send(tokens[order][kept], device), packing, dtype)
+    return encoded[send(order.argsort(), device)]
 
 
 def encode_padded(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -180,3 +180,18 @@ def test_guessing_is_the_loss_of_vectors_that_tell_nothing(name, weights, duplic
     wanted = textbook(0 * images, 0 * texts, scale, known, weights, duplicates)
     found = guessing_loss(groups, weights=weights, duplicates=duplicates)
     assert found == pytest.approx(wanted.item(), abs=1e-7)
+
+
+def test_equal_captions_as_targets_come_to_the_same_as_negatives():
+    """Their vectors are equal, so that a pair's own caption has the logit of each of its likes."""
+    groups = torch.tensor(GROUPS["captions"])
+    found = []
+    for duplicates in ("positive", "ignore", "mask"):
+        images, texts, scale = pairs(7)
+        captions = texts[:4].detach().requires_grad_()
+        loss = info_nce(images, captions[groups], scale, groups, duplicates=duplicates)
+        loss.backward()
+        found.append((loss.detach(), images.grad, captions.grad, scale.grad))
+    for one, other in zip(*found[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert (found[2][0] - found[1][0]).abs() > 0.01

@@ -223,7 +223,9 @@ class LoopConfig:
     duplicates: Literal["mask", "positive", "ignore"] = "mask"
     """Pairs of a batch with the same image or the same caption: not each other's negatives, each
     other's targets, or negatives like all others. Case, spacing and final punctuation of captions
-    do not count."""
+    do not count. Equal captions have equal vectors, so that by them alone "positive" comes to the
+    same gradient as "ignore"; it differs where an image comes twice in a batch, or where
+    `augment.drop_tokens` makes equal captions differ."""
     like_length: bool = False
     """Whether batches are made of captions of like length, so that the text tower reads less
     padding: pairs are shuffled, sorted among 32 batches, and the batches shuffled. The other

@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import re
 
 import pytest
 
@@ -32,10 +34,28 @@ def test_resolved_toml_reads_back_equal(tmp_path):
         ({"data": {"workers": "many"}}, "data.workers is"),
         ({"augment": {"crop_scale": [0.2, 1.5]}}, "augment.crop_scale"),
         ({"train": {"precision": "fp8"}}, "'bf16'"),
+        ({"augment": {"flip": True}}, "augment.flip is true; input should be a number"),
+        ({"augment": {"crop_scale": [True, 1]}}, "augment.crop_scale is true"),
+        ({"augment": {"crop_scale": [1.0, 0.5]}}, "crop_scale is [1, 0.5].*smaller.*first"),
+        ({"augment": {"crop_scale": [0, 0]}}, "crop_scale is [0, 0].*above 0"),
+        ({"augment": {"crop_ratio": [2, 1]}}, "crop_ratio is [2, 1].*smaller.*first"),
+        ({"augment": {"crop_scale": [0.5]}}, "expected more values in the list"),
+        ({"optim": {"lr": math.inf}}, "optim.lr is Infinity; input should be a finite number"),
+        ({"train": {"save_epochs": math.inf}}, "save_epochs is Infinity; .*finite"),
+        ({"train": {"seed": -1}}, "train.seed is -1"),
+        ({"train": {"seed": 2**70}}, "train.seed is"),
+        ({"optim": {"temperature": 1e-4}}, "optim.temperature is 0.0001.*0.01"),
+        ({"optim": {"temperature": 7}}, "optim.temperature is 7"),
+        ({"model": {"mean": [123.7, 116.3, 103.5]}}, "model.mean is 123.7"),
+        ({"model": {"std": [0, 0, 0]}}, "model.std is 0; input should be greater than 0"),
+        ({"model": {"embed_dim": -4}}, "model.embed_dim is -4"),
+        ({"model": {"lock": "image"}}, 'lock is "image"; expected a list in brackets'),
+        ({"data": {"workers": 10**9}}, "data.workers is 1000000000"),
+        ({"train": 5}, "train is 5; expected a section"),
     ],
 )
 def test_mistakes_are_named(content, sentence):
-    with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.sub(r"([(\[\]])", r"\\\1", sentence)):
         parse_config(content)
 
 
@@ -43,6 +63,43 @@ def test_mistakes_are_named(content, sentence):
 def test_an_override_needs_section_and_key(tmp_path, override):
     with pytest.raises(ConfigError, match="section.key=value"):
         load_config(write(tmp_path, ""), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.train=2024", "2024"),
+        ("data.train=2024-01-31", "2024-01-31"),
+        ("data.train=true", "true"),
+        ("data.train=a,b = [c]", "a,b = [c]"),
+        ('data.train="2024"', "2024"),
+        ("data.train=C:\\new photos", "C:\\new photos"),
+        ("data.workers=3", 3),
+        ("optim.lr=.001", 0.001),
+        ("train.compile=true", True),
+        ('model.lock=["image"]', ("image",)),
+        ("model.vision.layers=[1, 2]", {"layers": [1, 2]}),
+        ("model.vision={layers = 3}", {"layers": 3}),
+        ("data.caption_weights.dog=2", {"dog": 2.0}),
+        ("data.caption_weights.big dog=2", {"big dog": 2.0}),
+        ('data.caption_weights."big.dog"=2', {"big.dog": 2.0}),
+    ],
+)
+def test_overrides_are_toml_or_text(tmp_path, override, value):
+    config = dataclasses.asdict(load_config(write(tmp_path, ""), [override]))
+    section, key = override.partition("=")[0].split(".")[:2]
+    assert config[section][key] == value
+
+
+def test_a_file_from_windows(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_bytes(b"\xef\xbb\xbf[train]\r\nepochs = 3\r\n")
+    assert load_config(file).train.epochs == 3
+    file.write_text('[data]\ntrain = "C:\\photos"\n')
+    with pytest.raises(ConfigError, match="backslashes in 'single quotes'"):
+        load_config(file)
+    file.write_text("[data]\ntrain = 'C:\\photos'\n")
+    assert load_config(file).data.train == "C:\\photos"
 
 
 def test_files_that_cannot_be_read(tmp_path):

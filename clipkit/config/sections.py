@@ -7,14 +7,25 @@ A TOML file has one table per section: ``[model]``, ``[data]``, ``[augment]``, `
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from clipkit.errors import ConfigError
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+
+def _no_truth(value: Any) -> Any:
+    """Refuse true and false, which would count as 1 and 0: `flip = true` would mirror them all."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+Number = Annotated[float, BeforeValidator(_no_truth)]
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=1)]
 Metric = Literal[
     "",
     "text_to_image_r1",
@@ -33,7 +44,7 @@ class ModelConfig:
     __pydantic_config__ = _STRICT
     name: str = ""
     """An open_clip model name, such as "ViT-S-32"; built with random weights."""
-    embed_dim: int = 0
+    embed_dim: Annotated[Whole, Field(ge=0)] = 0
     """Width of the shared vector space, for own towers."""
     vision: dict[str, Any] = field(default_factory=dict)
     """Own image tower: open_clip's `vision_cfg` fields (image_size, layers, width, patch_size, or
@@ -52,13 +63,13 @@ class ModelConfig:
     """Towers that are not trained: those parts of them whose weights were loaded. With `start`
     that is the whole tower; with `image_weights` all but the projection into the shared space,
     which starts from random weights (LiT, Zhai et al. 2022)."""
-    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patch_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of each training picture's patches that the image tower does not see, chosen anew each
     time (FLIP): 0.5 halves its work at little loss. For vision transformers."""
-    mean: tuple[float, float, float] | tuple[()] = ()
+    mean: tuple[Share, Share, Share] | tuple[()] = ()
     """Mean of the image channels in [0, 1], subtracted from images. Empty: timm's for
     `image_weights = "pretrained"`, else OpenAI CLIP's."""
-    std: tuple[float, float, float] | tuple[()] = ()
+    std: tuple[Positive, Positive, Positive] | tuple[()] = ()
     """Standard deviation of the image channels in [0, 1], by which images are divided; empty: as
     for `mean`."""
 
@@ -72,7 +83,7 @@ class DataConfig:
     """DATA to train on: folder, CSV/TSV, JSONL, Parquet, WebDataset tars, `hf:org/name:split`."""
     held_out: str = ""
     """DATA for retrieval during training; empty: a share of the training pairs is held out."""
-    held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    held_out_share: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     """Share of the training images held out when `held_out` is empty, at most 1,000 images."""
     image_column: str = ""
     """Column of the images; empty: found by its usual names."""
@@ -105,11 +116,11 @@ class DataConfig:
     features: str = ""
     """Directory for the features of locked towers, each stored once and used again by every run
     with the same tower and data; empty: `features` in the run's own directory."""
-    feature_views: Annotated[int, Field(ge=0)] = 1
+    feature_views: Annotated[Whole, Field(ge=0)] = 1
     """Views of each image that a locked image tower makes features of: the first is the one that
     evaluation sees, further ones are augmented; each epoch draws one. What is stored cannot be
     augmented anew: 0 stores nothing and runs locked towers in every step."""
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    workers: Annotated[Whole, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     """Threads that decode images; auto: one per core, at most 16."""
 
 
@@ -128,11 +139,20 @@ class AugmentConfig:
     """Largest relative change of brightness, contrast and saturation."""
     grayscale: Share = 0.0
     """Probability of a grey image."""
-    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    rotate: Annotated[Number, Field(ge=0, le=180)] = 0.0
     """Largest rotation, in degrees either way; corners are filled with the image's edge colour."""
-    drop_tokens: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_tokens: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Probability that a token of a training caption is left out. For few captions, which a text
     tower would else learn by heart."""
+
+    def __post_init__(self) -> None:
+        """Refuse ranges that are none."""
+        for name, (low, high) in (("scale", self.crop_scale), ("ratio", self.crop_ratio)):
+            if low > high or not high:
+                raise ConfigError(
+                    f"augment.crop_{name} is [{low:g}, {high:g}], expected the smaller of two "
+                    "numbers first, and the larger above 0; put them in order"
+                )
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ class OptimConfig:
     lion, adafactor, muon, …; all are in `timm.optim.list_optimizers()`."""
     lr: Positive = 5e-4
     """Peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.2
     """Weight decay, as the optimiser understands it (decoupled in adamw, added to the gradient in
     sgd; sgdw decouples it); never applied to gains, biases and the temperature."""
     momentum: Share | Literal["auto"] = "auto"
@@ -156,7 +176,7 @@ class OptimConfig:
     """Decay of the second moment; auto: 0.98 in adamw, elsewhere the optimiser's own default."""
     eps: Positive | Literal["auto"] = "auto"
     """The optimiser's epsilon; auto: 1e-6 in adamw, elsewhere the optimiser's own default."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate for each layer further down a tower; what pools and projects at
     the top, and the temperature, learn at the full rate. 1: all layers do."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -167,10 +187,10 @@ class OptimConfig:
     """Share of the run over which the learning rate climbs from zero."""
     cooldown: Share = 0.0
     """Share of the run, at its end, over which the learning rate falls in a line to zero."""
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip_norm: Annotated[Number, Field(ge=0)] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
-    temperature: Positive = 0.07
-    """Initial temperature; its inverse, the logit scale, is learned and clamped at 100."""
+    temperature: Annotated[Number, Field(ge=0.01, le=1)] = 0.07
+    """Initial temperature; its inverse, the logit scale, is learned and clamped to 1 to 100."""
 
     def __post_init__(self) -> None:
         """Refuse fields that contradict one another."""
@@ -196,16 +216,16 @@ class LoopConfig:
     """How long and how to train."""
 
     __pydantic_config__ = _STRICT
-    batch_size: Annotated[int, Field(ge=2)] = 256
+    batch_size: Annotated[Whole, Field(ge=2)] = 256
     """Pairs per step, over all processes; each pair's negatives are the others of its batch."""
-    chunk_size: Annotated[int, Field(ge=0)] = 0
+    chunk_size: Annotated[Whole, Field(ge=0)] = 0
     """Pairs a process encodes at once, for batches larger than memory: the gradient stays that of
     the whole batch, each step takes a second forward pass. 0: its whole share of the batch."""
     epochs: Count = 32
     """Passes over the training pairs."""
-    steps: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[Whole, Field(ge=0)] = 0
     """Steps in all, instead of `epochs`; 0: `epochs` decides. Streams of unknown length need it."""
-    minutes: Annotated[float, Field(ge=0)] = 0.0
+    minutes: Annotated[Number, Field(ge=0)] = 0.0
     """Stop after this long, with the schedule fitted to the time; 0: no limit. A run ended by the
     clock cannot be repeated step for step."""
     grad_checkpointing: bool = False
@@ -230,24 +250,24 @@ class LoopConfig:
     """Whether batches are made of captions of like length, so that the text tower reads less
     padding: pairs are shuffled, sorted among 32 batches, and the batches shuffled. The other
     captions of a batch are then of like length too. For tables, not streams."""
-    seed: int = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, order, caption choice and augmentation."""
-    eval_epochs: Annotated[float, Field(ge=0)] = 1.0
+    eval_epochs: Annotated[Number, Field(ge=0)] = 1.0
     """Epochs between two measurements of held-out retrieval; 0: only at the end."""
-    save_epochs: Annotated[float, Field(ge=0)] = 1.0
+    save_epochs: Annotated[Number, Field(ge=0)] = 1.0
     """Epochs between two checkpoints; 0: only at the end."""
     keep: Count = 2
     """How many of the latest checkpoints to keep, beside those of `keep_every` and `best`."""
-    keep_every: Annotated[int, Field(ge=0)] = 0
+    keep_every: Annotated[Whole, Field(ge=0)] = 0
     """Steps between two checkpoints that are kept for good; 0: none are."""
     best: Metric = "text_to_image_r1"
     """Held-out metric by which the best checkpoint so far is kept; "": it is not."""
     bad_steps: Count = 20
     """So many steps in a row without a finite loss and gradient (each is left out and counted)
     send the run back to its last good checkpoint."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Annotated[Whole, Field(ge=0)] = 3
     """How often it may go back before it ends with an error."""
-    retry_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    retry_rate: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """Factor on the learning rate each time it goes back."""
     log_steps: Count = 10
     """Steps between two lines of log.jsonl."""

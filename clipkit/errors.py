@@ -20,6 +20,11 @@ Each message is one sentence for a person: what was found, what was expected, ho
 command line prints it and exits 1; any other exception is a bug and shows its traceback.
 """
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk has no room."""
+
 
 class ClipkitError(Exception):
     """Base of every error that clipkit raises on purpose."""

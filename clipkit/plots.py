@@ -58,7 +58,7 @@ def plot_run(lines: Sequence[LogLine], title: str) -> Drawing:
     left, right = figure.subplots(1, 2)
     losses = [line for line in lines if "loss" in line]
     left.plot([line["step"] for line in losses], [line["loss"] for line in losses], color="#1f6feb")
-    left.set(xlabel="step", ylabel="InfoNCE loss", title=title)
+    left.set(xlabel="step", ylabel="InfoNCE loss", title=as_text(title))
     measured = [line for line in lines if "held_out" in line]
     for name, colour in (("text_to_image", "#d1242f"), ("image_to_text", "#1a7f37")):
         for k, style in ((1, "-"), (5, "--"), (10, ":")):
@@ -94,6 +94,7 @@ def plot_runs(logs: Mapping[str, Sequence[LogLine]], by: Literal["step", "time"]
         colour = f"C{number % 10}"
         x, loss = curve(lines, by, lambda line: line.get("loss"))
         panels[0].plot(x, loss, color=colour, alpha=0.25, linewidth=0.8)
+        name = as_text(name)
         panels[0].plot(x, smooth(loss), color=colour, label=name)
         for direction, style in (("text_to_image", "-"), ("image_to_text", ":")):
             at, recall = curve(lines, by, lambda line, d=direction: _recall(line, d))  # type: ignore[misc]
@@ -244,6 +245,12 @@ def curve(
         x.append(place)
         y.append(number)
     return x, y
+
+
+def as_text(name: str) -> str:
+    """A name as matplotlib is to write it: no formula between dollars, and never left out."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -83,7 +83,11 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220)}
 @pytest.fixture
 def colour_folder(tmp_path) -> Path:
     """Twelve pictures of three colours with sidecar captions: red-0.png, red-0.txt, …"""
-    folder = tmp_path / "colours"
+    return write_colours(tmp_path / "colours")
+
+
+def write_colours(folder: Path) -> Path:
+    """Write them into a new folder."""
     folder.mkdir()
     for name, colour in COLOURS.items():
         for number in range(4):

@@ -55,7 +55,9 @@ def test_rates_out_of_range(name, rate, doubtful):
     [
         (FINE, {"optim": {"warmup": 1.0}}, "100% of the run (1000 of 1000 steps)"),
         (replace(FINE, steps=0), {"optim": {"warmup": 0.5}}, "50% of the run, so"),
+        (replace(FINE, steps=1), {}, "the run is one step"),
         (replace(FINE, pairs=200), {}, "batch_size is 256, and there are 200 pairs"),
+        (replace(FINE, captions=1), {}, "all captions of the 10000 images are the same"),
         (replace(FINE, captions=10), {}, "10 different captions among 10000 images"),
         (replace(FINE, cut=CutReport(1000, 30, 400)), {}, "3.0% of the captions (30 of 1,000)"),
         (
@@ -132,7 +134,7 @@ def test_missing_and_empty_files_are_passed_over(colour_folder):
 
 def test_a_run_is_warned_and_goes_on(colour_folder, tmp_path, capsys):
     config = configured(
-        colour_folder, data={"held_out": str(colour_folder)}, train={"epochs": 1, "batch_size": 64}
+        colour_folder, data={"held_out": str(colour_folder)}, train={"epochs": 2, "batch_size": 64}
     )
     result = train(config, tmp_path / "run")
     assert result.finished

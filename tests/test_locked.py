@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import assert_same_run, last_weights
+from test_train import assert_same_run, configured, last_weights
 
 import clipkit
 from clipkit.config import parse_config
@@ -277,6 +277,13 @@ def test_impossible_locks(start, weights, model, sentence):
     model = {k: known.get(v, v) if isinstance(v, str) else v for k, v in model.items()}
     with pytest.raises(ConfigError, match=sentence):
         build_towers(parse_config({"model": model}).model, 0.07, 0)
+
+
+@pytest.mark.parametrize("data", [{"features": "there"}, {"feature_views": 2}])
+def test_features_of_no_locked_tower_are_refused(squares, tmp_path, data):
+    with pytest.raises(ConfigError, match="none is locked; leave them out"):
+        train(configured(squares, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stream_is_refused_unless_the_tower_runs_in_every_step(squares, tmp_path, weights):

@@ -124,7 +124,11 @@ def test_every_optimizer_learns_and_resumes_bit_for_bit(name):
         assert not torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+FEW = ("adamw", "sgd", "muon")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in optimizer_names() if name not in FEW]
+
+
+@pytest.mark.parametrize("name", [*FEW, *REST])
 def test_a_learner_resumes_bit_for_bit(tmp_path, name):
     settings = {"model": tiny_model(), "optim": {"name": name, "layer_decay": 0.7}}
     config = parse_config(settings | {"train": {"precision": "fp32"}})

@@ -1,6 +1,8 @@
 """Steps without a finite gradient: left out without a trace, then back to a good checkpoint."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -106,6 +108,32 @@ def test_a_run_that_went_back_resumes_as_if_never_interrupted(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("at", [pytest.param(5, marks=pytest.mark.slow), 7])
+def test_an_interrupt_does_not_change_where_a_run_goes_back(
+    colour_folder, tmp_path, fails, monkeypatch, at
+):
+    # Saved every three steps; 9 to 11 fail, so that it goes back to step 6.
+    fails(lambda number, rate: rate == 1 and number >= 9)
+    config = configured(colour_folder, train=settings(save_minutes=0))
+    train(config, tmp_path / "whole")
+    between = TrainingLoop._between_steps
+
+    def interrupting(loop):
+        if loop.step == at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        between(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_between_steps", interrupting)
+        assert train(config, tmp_path / "run").step == at
+    assert steps(tmp_path / "run")[-1] == at
+    # Now one that the clock wants at each step, too.
+    often = configured(colour_folder, train=settings(save_minutes=1e-9))
+    train(often, tmp_path / "run", resume=True)
+    assert steps(tmp_path / "run") == steps(tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
     colour_folder, tmp_path, fails, monkeypatch
 ):
@@ -120,6 +148,38 @@ def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
     assert curve(run)[number + 1 :] == curve(tmp_path / "half")
     ours, theirs = last_weights(run), last_weights(tmp_path / "half")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("at", [3, 12])
+def test_weights_that_a_measurement_finds_broken_send_it_back(
+    colour_folder, tmp_path, monkeypatch, at
+):
+    """A step with a finite gradient that leaves no finite weights, before a measurement."""
+    take_step = Learner.take_step
+
+    def breaking(self, batch, step, progress):
+        report = take_step(self, batch, step, progress)
+        if step + 1 == at and self.health.rate == 1:
+            self.network.clip.visual.proj.data.fill_(math.inf)
+        return report
+
+    monkeypatch.setattr(Learner, "take_step", breaking)
+    config = configured(colour_folder, train=settings(eval_epochs=1))
+    run = train(config, tmp_path / "run").run
+    lines = read_log(run)
+    (back,) = [line for line in lines if "back_to" in line]
+    assert (back["step"], back["back_to"]) == (at, max(0, at - 3))
+    assert f"the vectors of held-out pairs are not finite after step {at}" in back["alarm"]
+    assert [line["step"] for line in lines if "held_out" in line] == [3, 6, 9, 12]
+    assert all(torch.isfinite(tensor).all() for tensor in last_weights(run).values())
+
+
+def test_the_factor_on_the_rate_can_be_chosen(colour_folder, tmp_path, fails):
+    fails(lambda number, rate: rate == 1 and number >= 5)
+    config = configured(colour_folder, train=settings(retry_rate=0.25))
+    lines = read_log(train(config, tmp_path / "run").run)
+    rates = [line["lr"] for line in lines if line["step"] == 4 and "loss" in line]
+    assert rates[1] == rates[0] / 4
 
 
 def test_the_checkpoint_to_go_back_to_is_not_pruned(colour_folder, tmp_path, fails):

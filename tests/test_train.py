@@ -203,6 +203,19 @@ def test_a_streams_long_captions_are_counted_too(colour_folder, tmp_path):
         )
 
 
+def test_columns_of_any_name_are_trained_on(colour_folder, tmp_path):
+    rows = "".join(f"{name}-{n}.png,a {name} thing,{name}\n" for name in COLOURS for n in range(4))
+    (colour_folder / "t.csv").write_text("bild,worte,sorte\n" + rows)
+    data = {"image_column": "bild", "caption_column": "worte", "label_column": "sorte"}
+    config = configured(
+        colour_folder / "t.csv", data=data | {"balance": "label"}, train={"epochs": 1}
+    )
+    assert train(config, tmp_path / "run").finished
+    for column in data:
+        with pytest.raises(DataError, match="bild, worte, sorte|no label"):
+            train(configured(config.data.train, data=data | {column: "no"}), tmp_path / column)
+
+
 def test_out_that_is_taken(colour_folder, tmp_path):
     config = configured(colour_folder, train={"epochs": 1})
     train(config, tmp_path / "run")
@@ -262,6 +275,12 @@ def test_a_run_can_start_from_another(colour_folder, tmp_path):
         (tiny_model() | {"text": {"wdith": 3}}, "did you mean width"),
         (tiny_model() | {"text": {"context_length": 64}}, "its context is 64"),
         (tiny_model() | {"vision": {"timm_model_name": "resnet0"}}, "cannot build"),
+        (tiny_model() | {"text": {"width": 32, "heads": 0, "layers": 1}}, "cannot build"),
+        (tiny_model() | {"vision": {"layers": [1], "width": 8}}, "cannot build.*mend"),
+        (tiny_model() | {"vision": {"patch_size": 0}}, "cannot build.*mend"),
+        (tiny_model() | {"vision": {"image_size": -32}}, "image_size is -32 and patch"),
+        (tiny_model() | {"vision": {"image_size": 8, "patch_size": 16}}, "8 and patch_size 16"),
+        ({"start": "x", "mean": [0.5, 0.5, 0.5]}, "leave model.mean"),
     ],
 )
 def test_impossible_towers(colour_folder, tmp_path, model, sentence):

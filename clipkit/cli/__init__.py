@@ -34,7 +34,7 @@ from clipkit.cli import (
     upkeep,
 )
 from clipkit.cli.output import note
-from clipkit.errors import ClipkitError
+from clipkit.errors import FULL, ClipkitError
 
 _FORBIDDEN = (
     errno.EACCES,
@@ -117,7 +117,7 @@ def main() -> None:
     except ClipkitError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             _fail(
                 f"the disk is full ({error.filename or 'while writing'}); what was finished before "
                 "is kept: make room and run the same command again"

@@ -1,5 +1,6 @@
 """clipkit train."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,11 +44,9 @@ def train(
     if result.cut.cut:
         note(result.cut.render())
     if not result.finished:
-        overrides = "".join(f" --set {setting}" for setting in settings or [])
-        note(
-            f"stopped at step {result.step}, saved; go on with: "
-            f"clipkit train {config}{overrides} --out {out} --resume"
-        )
+        overrides = [word for setting in settings or [] for word in ("--set", setting)]
+        words = ["clipkit", "train", str(config), *overrides, "--out", str(out), "--resume"]
+        note(f"stopped at step {result.step}, saved; go on with: {shlex.join(words)}")
         raise typer.Exit(130)
     print_facts(
         [

@@ -253,9 +253,12 @@ class LoopConfig:
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, order, caption choice and augmentation."""
     eval_epochs: Annotated[Number, Field(ge=0)] = 1.0
-    """Epochs between two measurements of held-out retrieval; 0: only at the end."""
+    """Epochs between two measurements of held-out retrieval; 0: only at the end. Of a stream 1,000
+    steps count as an epoch."""
     save_epochs: Annotated[Number, Field(ge=0)] = 1.0
-    """Epochs between two checkpoints; 0: only at the end."""
+    """Epochs between two checkpoints, counted likewise; 0: only at the end."""
+    save_minutes: Annotated[Number, Field(ge=0)] = 30.0
+    """Minutes after which a checkpoint is due in any case; 0: never."""
     keep: Count = 2
     """How many of the latest checkpoints to keep, beside those of `keep_every` and `best`."""
     keep_every: Annotated[Whole, Field(ge=0)] = 0

@@ -128,11 +128,30 @@ def load_training_state(path: Path) -> dict[str, Any]:
     """The ``training_state.pt`` of a checkpoint; raises ArtifactError if it cannot be read."""
     try:
         state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ArtifactError(
-            f"{path / STATE} cannot be read ({error}); resume from an earlier step or start anew"
-        ) from None
+    except pickle.UnpicklingError:
+        raise damaged(path / STATE, "it would run code, or is cut short") from None
+    except Exception as error:  # damaged bytes make it raise nearly anything
+        raise damaged(path / STATE, error) from None
     return state
+
+
+def damaged(file: Path, error: object) -> ArtifactError:
+    """The error for a checkpoint of which a file is not what was saved."""
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return ArtifactError(
+        f"{file} cannot be read ({reason}); remove {file.parent} to go on from the checkpoint "
+        "before it"
+    )
+
+
+def is_step(path: Path) -> bool:
+    """Whether a path has the name of a run's checkpoint, and not that of a copy of one."""
+    return path.name.removeprefix("step-").isdecimal()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint, which its name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def vector_dim(clip: Any) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from clipkit.config import TrainConfig
 from clipkit.data.leaks import Shared, shared_images
 from clipkit.data.sources import Source
-from clipkit.errors import DataError
+from clipkit.model.optim import learning_rate
 from clipkit.model.tokenizer import CONTEXT, CutReport
 
 SANE_RATES = {
@@ -45,18 +45,9 @@ class Facts:
 def gather(
     config: TrainConfig, training: Source, held_out: Source | None, steps: int, cut: CutReport
 ) -> Facts:
-    """Look at what a run is about to be trained on.
-
-    Raises:
-        DataError: there is one pair only, from which nothing can be told apart.
-    """
+    """Look at what a run is about to be trained on."""
     if training.streaming:
         return Facts(None, steps, None, cut, None)
-    if len(training.rows) < 2:
-        raise DataError(
-            f"{config.data.train} leaves one pair to train on, expected at least 2: each is told "
-            "apart from the others; add pairs, or lower data.held_out_share"
-        )
     distinct = {
         hash(text)
         for batch in training.rows.select_columns("captions").iter(batch_size=1000)
@@ -88,6 +79,11 @@ def _schedule(config: TrainConfig, facts: Facts) -> Iterator[str]:
             "that it ends about when the learning rate has come up; lower optim.warmup, a share "
             "of the run, or train longer (train.epochs)"
         )
+    if facts.steps == 1 and not learning_rate(1.0, optim):
+        yield (
+            "the run is one step, the last one, for which the schedule gives a learning rate of "
+            "0, so that nothing is learned; raise train.epochs, or lower train.batch_size"
+        )
 
 
 def _batch(config: TrainConfig, facts: Facts) -> Iterator[str]:
@@ -97,6 +93,11 @@ def _batch(config: TrainConfig, facts: Facts) -> Iterator[str]:
             f"train.batch_size is {size}, and there are {facts.pairs} pairs to train on: every "
             "step takes all of them, so that an epoch is one step; lower train.batch_size, or "
             "raise train.epochs"
+        )
+    elif facts.captions == 1:
+        yield (
+            f"all captions of the {facts.pairs} images are the same, so that nothing tells them "
+            "apart and nothing can be learned; write captions that do"
         )
     elif facts.captions is not None and facts.captions < size:
         yield (

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit.config import TrainConfig
 from clipkit.data.collate import PairBatch
 from clipkit.model.blanks import fill_up
-from clipkit.model.checkpoint import WEIGHTS, Towers, load_training_state
+from clipkit.model.checkpoint import STATE, WEIGHTS, Towers, damaged, load_training_state
 from clipkit.model.chunks import Loss, backward
 from clipkit.model.distributed import World
 from clipkit.model.drop_tokens import drop_tokens
@@ -189,11 +190,21 @@ class Learner:
         return self._whole
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
-        """Take over weights and state of a checkpoint; returns its whole training state."""
-        load_weights(self.towers.clip, load_file(checkpoint / WEIGHTS))
+        """Take over weights and state of a checkpoint; returns its whole training state.
+
+        Raises:
+            ArtifactError: it is damaged, or of another model.
+        """
         state = load_training_state(checkpoint)
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.health = Health(**state["health"])
+        try:
+            load_weights(self.towers.clip, load_file(checkpoint / WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise damaged(checkpoint / WEIGHTS, error) from None
+        try:
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.health = Health(**state["health"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(checkpoint / STATE, error) from None
         return state
 
     def start_over(self) -> dict[str, Any]:

@@ -24,7 +24,14 @@ from safetensors import SafetensorError
 from clipkit.data.preprocess import Preprocess
 from clipkit.errors import ModelError
 from clipkit.manifest import MANIFEST, ModelRef, is_complete, read_manifest
-from clipkit.model.checkpoint import CONFIG, WEIGHTS, fingerprint, vector_dim
+from clipkit.model.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    checkpoint_step,
+    fingerprint,
+    is_step,
+    vector_dim,
+)
 from clipkit.model.encoder import Encoder
 from clipkit.model.network import why_unsuitable
 from clipkit.model.prepare import DEFAULT_PRECISION, Precision, prepare
@@ -192,13 +199,8 @@ def best_checkpoint(run: Path) -> Path:
 
 def run_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, in order of their steps."""
-    found = [p for p in run.glob("step-*") if (p / MANIFEST).is_file()]
+    found = [p for p in run.glob("step-*") if is_step(p) and (p / MANIFEST).is_file()]
     return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint, which its name says."""
-    return int(path.name.removeprefix("step-"))
 
 
 def model_config(name: str) -> dict[str, Any]:

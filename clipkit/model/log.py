@@ -22,11 +22,14 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl, null as NaN; a line torn by a crash is left out."""
     file = run / LOG_FILE
     lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for one in text.splitlines():
         try:
-            lines.append(json.loads(text, object_pairs_hook=_numbers))
+            line = json.loads(one, object_pairs_hook=_numbers)
         except ValueError:
             continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines
 
 

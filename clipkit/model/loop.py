@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from clipkit.config import TrainConfig
@@ -18,18 +19,15 @@ from clipkit.model.alarms import Watch
 from clipkit.model.checkpoint import save_checkpoint
 from clipkit.model.held_out import HeldOut
 from clipkit.model.learner import Learner, StepReport
-from clipkit.model.recovery import go_back, place_to_return, require_finite_steps
+from clipkit.model.recovery import FIRST_BAD, go_back, place_to_return, require_finite_steps
 from clipkit.model.report import REPORT_FILE, Outcome, run_page
 from clipkit.model.run import RunDirectory
+from clipkit.model.timetable import Timetable
 from clipkit.model.tokenizer import CutReport
+from clipkit.model.training_data import other_data
 from clipkit.pages.run import render_run
 from clipkit.plots import plot_run
 from clipkit.progress import Meter, share_done, tell
-
-FIRST_BAD = (
-    "the loss or its gradient is not finite, so step {step} changed nothing and the run goes on; "
-    "`skipped_steps` counts such steps"
-)
 
 
 class TrainingLoop:
@@ -60,16 +58,20 @@ class TrainingLoop:
         self.held_out, self.steps, self.cut = held_out, steps, cut
         self.cut_by_all = cut
         self.step = self.epoch = self.batch = 0
-        self.seconds = 0.0
-        self.finished = False
         state = learner.restore(run.checkpoint) if run.checkpoint else {}
         self._stand(state)
         self.seconds = state.get("seconds", 0.0)
+        epoch = loader.batches_per_epoch
+        self.timetable = Timetable(config.train, epoch, steps, self.seconds)
+        self.finished = self._progress() >= 1
         run.rewind(state.get("logged", 0))
+        if found := other_data(state, loader.source):
+            self._alarm("data", found)
         self.watch = Watch(config, steps, run.lines())
 
     def _stand(self, state: dict[str, Any]) -> None:
         """Stand where a training state says; at the start for an empty one."""
+        self.broken = False
         self.step, self.epoch, self.batch = (state.get(k, 0) for k in ("step", "epoch", "batch"))
         self.recall: dict[str, float] = state.get("recall", {})
         self.best: dict[str, Any] = state.get("best", {})
@@ -79,7 +81,12 @@ class TrainingLoop:
             self.cut.include(state["cut"])
 
     def run_steps(self, interrupted: list[int]) -> None:
-        """Take the steps that are left, until the end or until something is ``interrupted``."""
+        """Take the steps that are left, until the end or until something is ``interrupted``.
+
+        At the end the run is measured; one that was killed after its last checkpoint is there.
+        """
+        if self.finished:
+            return
         self._started = time.perf_counter() - self.seconds
         with tqdm(
             total=self.steps or None,
@@ -89,7 +96,7 @@ class TrainingLoop:
             desc="training",
         ) as bar:
             while not self._take_steps(bar, interrupted):
-                state, sentence = go_back(self.run, self.learner, self.step)
+                state, sentence = go_back(self.run, self.learner, self.step, self.broken)
                 self._alarm("return", sentence, back_to=state.get("step", 0))
                 self._stand(state)
                 bar.update(self.step - bar.n)
@@ -118,11 +125,12 @@ class TrainingLoop:
             if health.bad_in_a_row >= self.config.train.bad_steps:
                 return False
             self._between_steps()
-            if stop:
+            if stop or self.broken:
                 break
         if self.finished:
             require_finite_steps(health, f"no finite loss or gradient in {self.step} steps")
-        return True
+            self._measure()
+        return not self.broken
 
     def _batches(self) -> Iterator[PairBatch]:
         """Batches from where the run stands, epoch after epoch."""
@@ -169,26 +177,29 @@ class TrainingLoop:
         self.run.log({"step": self.step, "about": about, "alarm": sentence, **more})
 
     def _between_steps(self) -> None:
-        is_best = self._due(self.config.train.eval_epochs) and self._measure()
-        every = self.config.train.keep_every
-        kept = every and self.step % every == 0
-        if is_best or kept or self._due(self.config.train.save_epochs):
-            self._save()
-
-    def _due(self, epochs: float) -> bool:
-        every = epochs * (self.loader.batches_per_epoch or self.steps)
-        return every > 0 and self.step % max(1, round(every)) == 0
+        is_best = self.timetable.measures(self.step) and self._measure()
+        planned = is_best or self.timetable.saves(self.step)
+        if not self.broken and (planned or self.timetable.is_late(self.seconds)):
+            self._save(planned)
 
     def _measure(self) -> bool:
-        """Recall on the held-out pairs, into the log; whether it is the best so far."""
+        """Recall on the held-out pairs, into the log; whether it is the best so far.
+
+        A model whose vectors are not finite is ``broken``, and its run has to go back.
+        """
         if self.held_out is None:
             return False
         recall = {}
         # The others wait, unless their parts of the weights are needed.
         if self.world.is_first or self.learner.sharded:
             pairs = self.held_out.encode(self.learner.towers.encoder(self.learner.network))
-            recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
-        self.recall = self.world.ask_first(recall)
+            if np.isfinite(pairs.images).all() and np.isfinite(pairs.captions).all():
+                recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
+        recall = self.world.ask_first(recall)
+        self.broken = not recall
+        if self.broken:
+            return False
+        self.recall = recall
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
         metric = self.config.train.best
         if not metric or self.recall[metric] <= self.best.get("value", -math.inf):
@@ -196,8 +207,9 @@ class TrainingLoop:
         self.best = {"step": self.step, "metric": metric, "value": self.recall[metric]}
         return True
 
-    def _save(self) -> ModelRef | None:
-        """Write a checkpoint; None on processes that do not write."""
+    def _save(self, planned: bool) -> ModelRef | None:
+        """Write a checkpoint, planned or interim; None on processes that do not write."""
+        interim = self.timetable.note(self.step, self.seconds, planned)
         self.cut_by_all = CutReport()
         for told in self.world.exchange(asdict(self.cut)):
             self.cut_by_all.include(told)
@@ -209,6 +221,7 @@ class TrainingLoop:
             "recall": self.recall,
             "best": self.best,
             "logged": self.run.logged,
+            "source": self.loader.source.fingerprint,
             # What a stream left out so far it would learn again only by reading it all again.
             "data": self.loader.state() | {"skipped": self.skipped()},
             "cut": asdict(self.cut_by_all),
@@ -220,7 +233,13 @@ class TrainingLoop:
             self.run.step_path(self.step),
             towers,
             state,
-            {"step": self.step, "epoch": self.epoch, "held_out": self.recall, "best": self.best},
+            {
+                "step": self.step,
+                "epoch": self.epoch,
+                "held_out": self.recall,
+                "best": self.best,
+                "interim": interim,
+            },
         )
         self.run.prune({self.best.get("step"), place_to_return(self.run, self.learner.health)})
         return model
@@ -258,10 +277,8 @@ class TrainingLoop:
         write_text(self.run.path / REPORT_FILE, render_run(page))
 
     def close(self, findings: Sequence[str]) -> None:
-        """End a run: measure, save and draw; a run that came to its end gets its manifest."""
-        if self.finished:
-            self._measure()
-        model = self._save()
+        """End a run: save and draw; a run that came to its end gets its manifest."""
+        model = self._save(planned=self.finished)
         if model is None:
             return
         plot_run(self.run.lines(), self.run.path.name).save(self.run.path / "curve.png")

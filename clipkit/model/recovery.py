@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.errors import TrainingError
-from clipkit.model.load import checkpoint_step, run_checkpoints
-from clipkit.model.run import RunDirectory
+from clipkit.model.checkpoint import checkpoint_step
+from clipkit.model.load import run_checkpoints
+from clipkit.model.run import RunDirectory, planned_checkpoints
 
 if TYPE_CHECKING:
     from clipkit.model.learner import Learner
+
+FIRST_BAD = (
+    "the loss or its gradient is not finite, so step {step} changed nothing and the run goes on; "
+    "`skipped_steps` counts such steps"
+)
 
 
 @dataclass
@@ -65,7 +71,9 @@ class Statistics:
             torch._foreach_copy_(self._live, self._kept)
 
 
-def go_back(run: RunDirectory, learner: "Learner", step: int) -> tuple[dict[str, Any], str]:
+def go_back(
+    run: RunDirectory, learner: "Learner", step: int, broken: bool
+) -> tuple[dict[str, Any], str]:
     """Take a run back to its last good checkpoint, with a lower learning rate.
 
     A checkpoint from which no step with a finite gradient was taken may hold the very weights that
@@ -76,6 +84,7 @@ def go_back(run: RunDirectory, learner: "Learner", step: int) -> tuple[dict[str,
         run: its directory.
         learner: what is trained; its weights, optimiser and health are changed.
         step: the last step taken.
+        broken: it is the vectors of held-out pairs that are not finite.
 
     Returns:
         the training state of that checkpoint (empty for the initial weights), and a sentence
@@ -87,6 +96,8 @@ def go_back(run: RunDirectory, learner: "Learner", step: int) -> tuple[dict[str,
     """
     config, health = learner.config.train, learner.health
     what = f"no finite loss or gradient in the {health.bad_in_a_row} steps up to step {step}"
+    if broken:
+        what = f"the vectors of held-out pairs are not finite after step {step}"
     require_finite_steps(health, what)
     if health.returns >= config.retries:
         raise TrainingError(
@@ -96,8 +107,9 @@ def go_back(run: RunDirectory, learner: "Learner", step: int) -> tuple[dict[str,
             f"(with model.start={run.path} it goes on from the last checkpoint)"
         )
     good = good_checkpoints(run, health)
-    for path in run_checkpoints(run.path)[len(good) :]:
-        run.remove(path)
+    for path in run_checkpoints(run.path):
+        if path not in good:
+            run.remove(path)
     name = learner.world.ask_first(good[-1].name if good else "")
     state = learner.restore(run.path / name) if name else learner.start_over()
     learner.health = replace(
@@ -122,8 +134,9 @@ def place_to_return(run: RunDirectory, health: Health) -> int | None:
 
 
 def good_checkpoints(run: RunDirectory, health: Health) -> list[Path]:
-    """The checkpoints of a run from which a step with a finite gradient was taken."""
-    return [path for path in run_checkpoints(run.path) if checkpoint_step(path) < health.last_good]
+    """The planned checkpoints of a run from which a step with a finite gradient was taken."""
+    planned = planned_checkpoints(run.path)
+    return [path for path in planned if checkpoint_step(path) < health.last_good]
 
 
 def require_finite_steps(health: Health, what: str) -> None:

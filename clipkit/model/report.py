@@ -1,8 +1,10 @@
 """The report of a run, ``report.html``: from what a run knows to its page."""
 
+import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -209,12 +211,19 @@ def _data(
     return facts
 
 
+def _quoted(text: str) -> str:
+    """A text as Python and TOML write it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _commands(outcome: Outcome) -> list[tuple[str, str]]:
-    run = outcome.path.name
+    name = outcome.path.name
+    run = shlex.quote(name)
+    config = shlex.quote(f"{name}/config.toml")
     goes_on = (
         []
         if outcome.state == "finished"
-        else [("Go on with it:", f"clipkit train {run}/config.toml --out {run} --resume")]
+        else [("Go on with it:", f"clipkit train {config} --out {run} --resume")]
     )
     return [
         *goes_on,
@@ -229,8 +238,8 @@ def _commands(outcome: Outcome) -> list[tuple[str, str]]:
         ),
         (
             "In Python, with clipkit and with open_clip alone:",
-            f'encoder = clipkit.load("{run}")\n'
-            f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{run}/step-'
-            f'{outcome.step}")',
+            f"encoder = clipkit.load({_quoted(name)})\n"
+            "model, _, preprocess = open_clip.create_model_and_transforms("
+            f"{_quoted(f'local-dir:{name}/step-{outcome.step}')})",
         ),
     ]

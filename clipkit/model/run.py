@@ -3,19 +3,41 @@
 import json
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from clipkit.config import TrainConfig, dump_config, load_config
+from clipkit.data.images import is_utf8, printable
 from clipkit.errors import ArtifactError, ConfigError
-from clipkit.manifest import MANIFEST, DirectoryLock, Manifest, sync_tree, write_json, write_text
+from clipkit.manifest import (
+    MANIFEST,
+    DirectoryLock,
+    Manifest,
+    is_complete,
+    read_manifest,
+    sync_tree,
+    write_json,
+    write_text,
+)
 from clipkit.model.board import Board
+from clipkit.model.checkpoint import checkpoint_step, is_step
 from clipkit.model.distributed import World
-from clipkit.model.load import checkpoint_step, run_checkpoints
+from clipkit.model.load import run_checkpoints
 from clipkit.model.log import LOG_FILE, log_line, read_log
 
 CONFIG_FILE = "config.toml"
 SKIPPED_FILE = "skipped.jsonl"
+CHANGEABLE = (
+    "data.workers",
+    "data.cache",
+    "data.skip_limit",
+    "train.keep",
+    "train.keep_every",
+    "train.save_minutes",
+    "train.tensorboard",
+)
+"""Fields that may be others when a run goes on: what it learns does not depend on them."""
 
 
 class RunDirectory:
@@ -35,15 +57,19 @@ class RunDirectory:
     def __init__(self, path: Path, config: TrainConfig, *, resume: bool) -> None:
         self.path = path.absolute()
         self.config = config
+        if not is_utf8(path):
+            raise ArtifactError(
+                f"the path {printable(path)} is not UTF-8, as manifests are; name another --out"
+            )
         if resume:
             self._require_same_config()
         else:
             self._refuse_taken()
         self._lock = DirectoryLock(self.path / ".lock", self.path)
         try:
-            if not resume:
-                write_text(self.path / CONFIG_FILE, dump_config(config))
+            write_text(self.path / CONFIG_FILE, dump_config(config))
             (self.path / MANIFEST).unlink(missing_ok=True)
+            self._clear()
         except OSError:
             self._lock.release()
             raise
@@ -51,6 +77,16 @@ class RunDirectory:
         self.checkpoint = steps[-1] if steps else None
         self.logged = 0
         self._board: Board | None = None
+
+    def _clear(self) -> None:
+        """Remove what a kill left of checkpoints being written or removed, and of kept pictures."""
+        steps = [path for path in self.path.glob("step-*") if is_step(path)]
+        halves = [path for path in steps if not is_complete(path)]
+        for path in (*halves, *self.path.glob(".step-*.partial")):
+            shutil.rmtree(path)
+        for pattern in (".step-*.lock", ".pictures-*"):
+            for path in self.path.glob(pattern):
+                path.unlink()
 
     def _refuse_taken(self) -> None:
         """Raise ArtifactError unless a run may start here: one without a checkpoint is no loss."""
@@ -71,10 +107,14 @@ class RunDirectory:
                 f"{self.path} holds no run to resume ({CONFIG_FILE} is missing); "
                 "start it without --resume"
             )
-        before = load_config(file)
-        if before != self.config:
-            was, now = (dump_config(config).splitlines() for config in (before, self.config))
-            changed = [line for line in now if line not in was]
+        before, now = asdict(load_config(file)), asdict(self.config)
+        changed = [
+            f"{section}.{name} = {value}"
+            for section, values in now.items()
+            for name, value in values.items()
+            if value != before[section][name] and f"{section}.{name}" not in CHANGEABLE
+        ]
+        if changed:
             raise ConfigError(
                 f"{self.path} was started with another configuration (now: {'; '.join(changed)}); "
                 f"resume with {file}, or start a new run"
@@ -121,9 +161,12 @@ class RunDirectory:
             spared: steps to keep beside the latest ones and those of ``keep_every``.
         """
         keep, every = self.config.train.keep, self.config.train.keep_every
-        for path in run_checkpoints(self.path)[:-keep]:
+        paths = run_checkpoints(self.path)
+        planned = planned_checkpoints(self.path)
+        for path in paths[:-1]:
             step = checkpoint_step(path)
-            if step not in spared and not (every and step % every == 0):
+            kept = path in planned[-keep:] or step in spared or (every and step % every == 0)
+            if path not in planned or not kept:
                 self.remove(path)
 
     def remove(self, checkpoint: Path) -> None:
@@ -180,6 +223,12 @@ def open_run(path: Path, config: TrainConfig, world: World, *, resume: bool) -> 
     run = RunDirectory(path, config, resume=resume) if world.is_first else None
     checkpoint = world.ask_first(run.checkpoint.name if run and run.checkpoint else None)
     return run or FollowedRun(path, config, checkpoint)
+
+
+def planned_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run in order, but for an interim one."""
+    paths = run_checkpoints(run)
+    return [p for p in paths if not read_manifest(p, "checkpoint").detail.get("interim")]
 
 
 def _shown(folder: Path) -> list[Path]:

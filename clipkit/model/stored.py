@@ -45,8 +45,14 @@ def uses_features(config: TrainConfig, source: Source) -> bool:
     """Whether locked towers are run once, before training, instead of in every step.
 
     Raises:
-        ConfigError: they shall be, and the training pairs are a stream, or captions are changed.
+        ConfigError: they shall be, and the training pairs are a stream, or captions are changed;
+            or there are none and yet they are set.
     """
+    if not config.model.lock and (config.data.features or config.data.feature_views > 1):
+        raise ConfigError(
+            "data.features and data.feature_views are about locked towers, and none is locked; "
+            "leave them out, or set model.lock"
+        )
     if not (config.model.lock and config.data.feature_views):
         return False
     if source.streaming:

@@ -43,6 +43,11 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
             "[model] needs exactly one of: name (an open_clip model name), start (a MODEL to go on "
             "from), or all of embed_dim, vision and text (own towers)"
         )
+    if config.start and (config.mean or config.std):
+        raise ConfigError(
+            "model.start brings the mean and std it was trained with; leave model.mean and "
+            "model.std empty"
+        )
     if config.start and config.image_weights:
         raise ConfigError(
             "model.start brings its own image tower; leave model.image_weights empty, or build "
@@ -103,6 +108,7 @@ def _own(config: ModelConfig) -> dict[str, Any]:
     _check_keys("model.vision", config.vision, CLIPVisionCfg)
     _check_keys("model.text", config.text, CLIPTextCfg)
     _refuse_idle(config.vision)
+    _require_patches(config.vision)
     text = {"context_length": CONTEXT, "vocab_size": VOCAB, **config.text}
     if reason := why_unsuitable(text):
         raise ConfigError(f"[model.text] cannot be used: {reason}")
@@ -123,6 +129,17 @@ def _refuse_idle(vision: dict[str, Any]) -> None:
             raise ConfigError(f"model.vision.{key} is set, but {towers}; leave it out")
 
 
+def _require_patches(vision: dict[str, Any]) -> None:
+    """Raise ConfigError for images of no size, and of none that a patch fits into."""
+    sizes, patch = vision.get("image_size", 224), vision.get("patch_size", 1)
+    for size in sizes if isinstance(sizes, list) else [sizes]:
+        if not (isinstance(size, int) and isinstance(patch, int) and size >= max(patch, 1)):
+            raise ConfigError(
+                f"model.vision.image_size is {sizes} and patch_size {patch}, expected whole "
+                "numbers of pixels and room for at least one patch; mend them"
+            )
+
+
 def _check_keys(section: str, given: dict[str, Any], known_by: type) -> None:
     known = [f.name for f in fields(known_by)]
     for key in given:
@@ -138,11 +155,16 @@ def _construct(settings: dict[str, Any], pretrained: bool) -> Any:
     kind: type[nn.Module] = CustomTextCLIP if settings.get("custom_text") else open_clip.CLIP
     try:
         return kind(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+    # A width of 0, three layers of a ResNet, a text for a number: it fails in any way.
+    except Exception as error:
         name = settings["vision_cfg"].get("timm_model_name")
         if pretrained and timm.is_model(name):
             raise ModelError(
                 f"timm's weights of {name} cannot be had ({' '.join(str(error).split())[:200]}); "
                 "connect to the network once, or name a file in model.image_weights"
             ) from None
-        raise ConfigError(f"[model] open_clip cannot build these towers: {error}") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"[model] open_clip cannot build these towers ({reason}); mend model.vision and "
+            "model.text"
+        ) from None

@@ -2,7 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from clipkit.data.sampling import CaptionLengths, first_turn
 from clipkit.data.share import Share
 from clipkit.data.sources import Source, no_captions, open_source
 from clipkit.data.workers import worker_count
-from clipkit.errors import ConfigError
+from clipkit.errors import ConfigError, DataError
 from clipkit.model.distributed import World
 from clipkit.model.tokenizer import CutReport, split_caption, tokenize
 
@@ -28,6 +28,9 @@ def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | 
     Args:
         config: where they come from.
         seed: decides which are held out where no held-out set is named.
+
+    Raises:
+        DataError: a table leaves fewer than two pairs, from which nothing can be told apart.
     """
     image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
@@ -35,9 +38,18 @@ def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | 
     training = open_source(
         config.train, image=image, caption=caption, label=label, streaming=streaming
     )
+    held_out: Source | None
     if config.held_out:
-        return training, open_source(config.held_out, image=image, caption=caption)
-    return split_held_out(training, config.held_out_share, seed)
+        held_out = open_source(config.held_out, image=image, caption=caption)
+    else:
+        training, held_out = split_held_out(training, config.held_out_share, seed)
+    if not training.streaming and len(training.rows) < 2:
+        raise DataError(
+            f"{config.train} leaves {'one pair' if training.rows else 'no pair'} to train on, "
+            "expected at least 2: each is told apart from the others; add pairs, or lower "
+            "data.held_out_share"
+        )
+    return training, held_out
 
 
 def count_cut_captions(source: Source, config: DataConfig, cut: CutReport) -> None:
@@ -135,6 +147,22 @@ def caption_lengths(source: Source, seed: int) -> CaptionLengths:
     count = np.array(counts, np.int64)
     first = np.cumsum(count) - count
     return CaptionLengths(np.concatenate(tokens), first, count, np.array(turns, np.int64))
+
+
+def other_data(state: dict[str, Any], source: Source) -> str:
+    """What a person should hear of a run that goes on with other pairs; empty if they are the same.
+
+    Args:
+        state: of the training so far, with the fingerprint of its pairs.
+        source: the pairs from now on.
+    """
+    if state.get("source", source.fingerprint) == source.fingerprint:
+        return ""
+    return (
+        f"{source.spec} is not what the run was trained on so far (names, sizes or times of its "
+        "files differ), and from here on it reads what is there now; put the old data back for "
+        "the run that was begun, or start a new one"
+    )
 
 
 def picture_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> PictureCache | None:

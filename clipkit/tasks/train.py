@@ -6,7 +6,7 @@ from typing import Any
 
 from clipkit.config import LoopConfig, TrainConfig, load_config
 from clipkit.data.pairs import PairLoader
-from clipkit.errors import ConfigError, TrainingError
+from clipkit.errors import FULL, ArtifactError, ConfigError, DataError, TrainingError
 from clipkit.manifest import is_complete
 from clipkit.model.board import require_tensorboard
 from clipkit.model.checkpoint import Towers
@@ -132,10 +132,17 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
         with catch_interrupts(patient=world.size > 1) as interrupted:
             try:
                 loop.run_steps(interrupted)
-            except TrainingError:
+                loop.close(findings)
+            except (TrainingError, DataError):
                 loop.report("given up", findings)
                 raise
-            loop.close(findings)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise ArtifactError(
+                    f"the disk that holds {run.path} is full; make room and go on from the last "
+                    "checkpoint with --resume"
+                ) from None
     return TrainResult(
         run=run.path,
         step=loop.step,

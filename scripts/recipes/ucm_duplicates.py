@@ -6,6 +6,10 @@ Every run is measured on the held-out photos: recall where an equal caption of a
 as wrong ("apart", the usual protocol) and where it counts as right ("merged"), and the accuracy of
 zero-shot classification among the labels. Means stand with their standard errors over the seeds,
 and so do differences to `ignore`, taken seed by seed. Runs that are there already are not repeated.
+
+Equal captions have equal vectors, so that `positive` comes to `ignore` but for rounding; `mask`
+leaves out 0.3 % of the negatives, and over five seeds no figure differed by more than twice its
+standard error.
 """
 
 import argparse

@@ -73,6 +73,21 @@ def test_each_fault_is_one_sentence(facts, sections, sentence):
     assert sentence in found
 
 
+@pytest.mark.parametrize(
+    ("augment", "views", "told"),
+    [
+        ({"flip": 0.5}, 1, True),
+        ({"drop_tokens": 0.2}, 1, False),
+        ({"flip": 0.5}, 2, False),
+        ({"flip": 0.5}, 0, False),
+    ],
+)
+def test_changes_that_stored_features_do_not_see(augment, views, told):
+    data, model = {"feature_views": views}, {"lock": ["image"]}
+    found = findings(augment=augment, data=data, model=model)
+    assert [("encoded once" in finding) for finding in found] == [True] * told
+
+
 def test_captions_that_are_split_are_not_cut():
     facts = replace(FINE, cut=CutReport(1000, 30, 400))
     assert findings(facts, data={"long_captions": "split"}) == []

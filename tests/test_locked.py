@@ -279,6 +279,12 @@ def test_impossible_locks(start, weights, model, sentence):
         build_towers(parse_config({"model": model}).model, 0.07, 0)
 
 
+def test_a_temperature_beside_weights_that_bring_their_own_is_refused(start):
+    model = parse_config({"model": {"start": str(start)}}).model
+    with pytest.raises(ConfigError, match=r"optim\.temperature \(0\.04\) does nothing"):
+        build_towers(model, 0.04, 0)
+
+
 @pytest.mark.parametrize("data", [{"features": "there"}, {"feature_views": 2}])
 def test_features_of_no_locked_tower_are_refused(squares, tmp_path, data):
     with pytest.raises(ConfigError, match="none is locked; leave them out"):

@@ -1,9 +1,9 @@
 """What is doubtful about a training run before it starts, each in a sentence for a person."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from clipkit.config import TrainConfig
+from clipkit.config import AugmentConfig, TrainConfig
 from clipkit.data.leaks import Shared, shared_images
 from clipkit.data.sources import Source
 from clipkit.model.optim import learning_rate
@@ -110,6 +110,14 @@ def _batch(config: TrainConfig, facts: Facts) -> Iterator[str]:
 
 def _data(config: TrainConfig, facts: Facts) -> Iterator[str]:
     shared, cut = facts.shared, facts.cut
+    plain = replace(AugmentConfig(), drop_tokens=config.augment.drop_tokens)
+    locked = "image" in config.model.lock
+    if locked and config.data.feature_views == 1 and config.augment != plain:
+        yield (
+            "[augment] says how pictures are changed, and those of the locked image tower are "
+            "encoded once, as evaluation sees them; store several changed views with "
+            "data.feature_views, or leave [augment] out"
+        )
     if shared and shared.keys:
         held, twin = shared.keys[0]
         extent = (

@@ -13,7 +13,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_mode
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from clipkit.config import ModelConfig
+from clipkit.config import ModelConfig, OptimConfig
 from clipkit.errors import ConfigError, ModelError
 from clipkit.model.checkpoint import Towers
 from clipkit.model.image_weights import PRETRAINED, load_image_weights, own_preprocessing
@@ -47,6 +47,11 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
         raise ConfigError(
             "model.start brings the mean and std it was trained with; leave model.mean and "
             "model.std empty"
+        )
+    if config.start and temperature != OptimConfig.temperature:
+        raise ConfigError(
+            f"model.start brings the temperature it was trained to, so that optim.temperature "
+            f"({temperature:g}) does nothing; leave it out"
         )
     if config.start and config.image_weights:
         raise ConfigError(

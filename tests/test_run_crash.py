@@ -66,7 +66,8 @@ def is_killed(config, run, number):
 
 
 def names(run):
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    # A lock that a kill leaves when the run is complete is free, and in nobody's way.
+    return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p != run / ".lock")
 
 
 def settings(folder, **more):

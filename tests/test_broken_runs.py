@@ -242,7 +242,11 @@ def test_what_was_trained_when_the_data_gave_out_is_reported(colour_folder, tmp_
     dies(monkeypatch, TrainingLoop, "_between_steps", 5, SkipLimitError("too many bad pictures"))
     with pytest.raises(SkipLimitError):
         train(config, tmp_path / "run")
-    assert "Given up after 5 steps" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Given up after 5 steps" in page
+    saved = steps(tmp_path / "run")
+    assert f"local-dir:run/step-{saved[-1]}" in page
+    assert saved[-1] < 5
 
 
 def test_the_command_to_go_on_can_be_pasted(run, colour_folder, tmp_path, monkeypatch):

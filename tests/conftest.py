@@ -132,6 +132,19 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", path], check=True)
 
 
+def dies(monkeypatch, owner, method, time=1, error=None):
+    """Let a method raise when it is called for the ``time``-th time."""
+    plain, left = getattr(owner, method), [time]
+
+    def deadly(*args, **settings):
+        left[0] -= 1
+        if not left[0]:
+            raise error or RuntimeError("killed")
+        return plain(*args, **settings)
+
+    monkeypatch.setattr(owner, method, deadly)
+
+
 @pytest.fixture
 def fails(monkeypatch):
     """Make steps fail: ``fails(when)``, with when(number of the step from 1, rate)."""

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from conftest import dies
 from test_train import configured
 
 from clipkit.errors import MissingExtraError
@@ -33,15 +34,9 @@ def assert_board_shows_the_log(run, lines):
 def test_a_resumed_run_shows_each_point_once(colour_folder, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     config = configured(colour_folder, train={"tensorboard": True})
-    between = TrainingLoop._between_steps
-
-    def die(loop):
-        if loop.step == 8:
-            raise RuntimeError("killed")
-        between(loop)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(TrainingLoop, "_between_steps", die)
+        dies(patch, TrainingLoop, "_between_steps", 8)
         train(config, tmp_path / "run")
     run = train(config, tmp_path / "run", resume=True).run
     lines = read_log(run)

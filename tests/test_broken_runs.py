@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from conftest import write_colours
+from conftest import dies, write_colours
 from safetensors.torch import load_file, save_file
 from test_resume import facts
 from test_train import assert_same_run, configured
@@ -28,19 +28,6 @@ from clipkit.tasks.train import train
 
 def steps(run):
     return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
-
-
-def dies(monkeypatch, owner, method, time=1, error=None):
-    """Let a method raise when it is called for the ``time``-th time."""
-    plain, left = getattr(owner, method), [time]
-
-    def deadly(*args, **settings):
-        left[0] -= 1
-        if not left[0]:
-            raise error or RuntimeError("killed")
-        return plain(*args, **settings)
-
-    monkeypatch.setattr(owner, method, deadly)
 
 
 @pytest.fixture(scope="module")

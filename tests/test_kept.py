@@ -4,6 +4,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from conftest import dies
 from test_train import assert_same_run, configured
 
 import clipkit
@@ -71,15 +72,9 @@ def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypa
     measured(monkeypatch, recalls)
     train(configured(colour_folder, train=settings), tmp_path / "whole")
 
-    def die(loop):
-        if loop.step == 7:
-            raise RuntimeError("killed")
-        return between(loop)
-
-    between = TrainingLoop._between_steps
     measured(monkeypatch, recalls)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(TrainingLoop, "_between_steps", die)
+        dies(patch, TrainingLoop, "_between_steps", 7)
         train(configured(colour_folder, train=settings), tmp_path / "run")
     assert steps(tmp_path / "run") == [4, 6]
     measured(monkeypatch, recalls[3:])  # step 6 was measured before it was saved

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import dies
 from test_plots import LINES
 from test_train import assert_same_run, configured
 
@@ -72,15 +73,8 @@ def test_a_step_left_out_is_null_and_a_resumed_run_writes_the_same(
     norms = [line["grad_norm"] for line in strict(whole) if "grad_norm" in line]
     assert [norm is None for norm in norms] == [loss is None for loss in losses.values()]
 
-    between = TrainingLoop._between_steps
-
-    def die(loop):
-        if loop.step == 10:
-            raise RuntimeError("killed")
-        between(loop)
-
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(TrainingLoop, "_between_steps", die)
+        dies(patch, TrainingLoop, "_between_steps", 10)
         train(config, tmp_path / "parts")
     # A run that an older version began, which wrote NaN, goes on as well.
     log = tmp_path / "parts" / "log.jsonl"

@@ -1,11 +1,12 @@
 """Many processes on one run: who they are, and what they tell each other."""
 
+import gc
 import json
 import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -32,11 +33,13 @@ class World:
         device: where this process computes.
         rank: its number.
         size: how many there are.
+        leaving: what is to be done when they part.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     size: int = 1
+    leaving: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -131,11 +134,12 @@ def join_world() -> Iterator[World]:
             f"the {size} processes of this run cannot find each other ({_first_line(error)}); "
             "start them with torchrun"
         ) from None
+    world = World(device, rank, size)
     try:
         with warnings.catch_warnings():
             if rank:
                 warnings.simplefilter("ignore")
-            yield World(device, rank, size)
+            yield world
     except Exception as error:
         lost = _is_lost(error)
         if not _is_first_to_end(store) and (lost or isinstance(error, ClipkitError)):
@@ -148,6 +152,10 @@ def join_world() -> Iterator[World]:
             ) from None
         raise
     finally:
+        # The group ends its threads once nothing holds it. One that still lets go of a tensor when
+        # the interpreter ends takes the process down with it ("terminate called …").
+        world.leaving.close()
+        gc.collect()
         dist.destroy_process_group()
 
 

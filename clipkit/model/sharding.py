@@ -39,6 +39,8 @@ def shard(network: DualEncoder, world: World) -> None:
             "leave train.shard out"
         ) from None
     mesh = init_device_mesh(world.device.type, (world.size,))
+    # Torch keeps meshes in caches of its own, and a mesh keeps the group of processes.
+    world.leaving.callback(getattr(mesh, "_pg_registry", {}).clear)
     offer_packed(network)
     blocks = list(_blocks(network))
     for block in blocks:

@@ -1,6 +1,5 @@
 """Many processes on one run: who they are, and what they tell each other."""
 
-import gc
 import json
 import os
 import time
@@ -33,7 +32,7 @@ class World:
         device: where this process computes.
         rank: its number.
         size: how many there are.
-        leaving: what is to be done when they part.
+        leaving: what is to be done before they part, unless an error parts them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -140,6 +139,7 @@ def join_world() -> Iterator[World]:
             if rank:
                 warnings.simplefilter("ignore")
             yield world
+        world.leaving.close()
     except Exception as error:
         lost = _is_lost(error)
         if not _is_first_to_end(store) and (lost or isinstance(error, ClipkitError)):
@@ -152,10 +152,6 @@ def join_world() -> Iterator[World]:
             ) from None
         raise
     finally:
-        # The group ends its threads once nothing holds it. One that still lets go of a tensor when
-        # the interpreter ends takes the process down with it ("terminate called …").
-        world.leaving.close()
-        gc.collect()
         dist.destroy_process_group()
 
 

@@ -4,12 +4,13 @@ Torch's FSDP2 (Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sha
 Parallel"): each block's weights are gathered when it runs and dropped afterwards.
 """
 
+import gc
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clipkit.errors import ConfigError
@@ -39,8 +40,7 @@ def shard(network: DualEncoder, world: World) -> None:
             "leave train.shard out"
         ) from None
     mesh = init_device_mesh(world.device.type, (world.size,))
-    # Torch keeps meshes in caches of its own, and a mesh keeps the group of processes.
-    world.leaving.callback(getattr(mesh, "_pg_registry", {}).clear)
+    world.leaving.callback(_leave_group, mesh)
     offer_packed(network)
     blocks = list(_blocks(network))
     for block in blocks:
@@ -52,6 +52,17 @@ def shard(network: DualEncoder, world: World) -> None:
         for name in METHODS:
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
+
+
+def _leave_group(mesh: DeviceMesh) -> None:
+    """Let go of the group of processes, which ends its threads only when nothing holds it.
+
+    A thread that is there when the interpreter ends, and lets go of a tensor just then, takes the
+    process down ("terminate called without an active exception").
+    """
+    # Torch keeps meshes in caches of its own, and a mesh keeps the group.
+    getattr(mesh, "_pg_registry", {}).clear()
+    gc.collect()  # modules that are dealt out hold themselves, and the group
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -280,6 +280,8 @@ def test_a_run_can_start_from_another(colour_folder, tmp_path):
         (tiny_model() | {"vision": {"patch_size": 0}}, "cannot build.*mend"),
         (tiny_model() | {"vision": {"image_size": -32}}, "image_size is -32 and patch"),
         (tiny_model() | {"vision": {"image_size": 8, "patch_size": 16}}, "8 and patch_size 16"),
+        (tiny_model() | {"text": {"layers": -1}}, "model.text.layers is -1, expected"),
+        (tiny_model() | {"vision": {"layers": [1, 1, 0, 1]}}, r"vision.layers is \[1, 1, 0, 1\]"),
         ({"start": "x", "mean": [0.5, 0.5, 0.5]}, "leave model.mean"),
     ],
 )

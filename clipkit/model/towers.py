@@ -114,6 +114,8 @@ def _own(config: ModelConfig) -> dict[str, Any]:
     _check_keys("model.text", config.text, CLIPTextCfg)
     _refuse_idle(config.vision)
     _require_patches(config.vision)
+    _require_layers("model.vision", config.vision)
+    _require_layers("model.text", config.text)
     text = {"context_length": CONTEXT, "vocab_size": VOCAB, **config.text}
     if reason := why_unsuitable(text):
         raise ConfigError(f"[model.text] cannot be used: {reason}")
@@ -142,6 +144,17 @@ def _require_patches(vision: dict[str, Any]) -> None:
             raise ConfigError(
                 f"model.vision.image_size is {sizes} and patch_size {patch}, expected whole "
                 "numbers of pixels and room for at least one patch; mend them"
+            )
+
+
+def _require_layers(section: str, given: dict[str, Any]) -> None:
+    """Raise ConfigError for a tower of no layers, which open_clip would build without a word."""
+    layers = given.get("layers", 1)
+    for count in layers if isinstance(layers, list) else [layers]:
+        if not (isinstance(count, int) and count > 0):
+            raise ConfigError(
+                f"{section}.layers is {layers}, expected a whole number of at least 1, or for a "
+                "ResNet a list of four; mend it"
             )
 
 

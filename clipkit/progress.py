@@ -59,7 +59,8 @@ def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
 
     Args:
         patient: a second one does not stop it: torchrun sends its own after that of a terminal,
-            and kills after 30 seconds.
+            and kills after 30 seconds. After an error SIGTERM still stops nothing, for torchrun
+            sends it once a process is dead, which another is about to tell.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -78,6 +79,10 @@ def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
             before[number] = signal.signal(number, note)
     try:
         yield received
+    except Exception:
+        if patient:
+            before.pop(signal.SIGTERM, None)
+        raise
     finally:
         restore()
 

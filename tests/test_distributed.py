@@ -204,3 +204,21 @@ def test_a_batch_that_cannot_be_shared(colour_folder, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="batch_size is 3, which 2 processes"):
         train(configured(colour_folder, train={"batch_size": 3}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_torchrun_sends_does_not_cut_a_sentence_short():
+    """It sends SIGTERM once a process is dead, while another is about to tell so."""
+    program = """
+import os, signal, sys
+from clipkit.progress import catch_interrupts
+try:
+    with catch_interrupts(patient=sys.argv[1] == "patient"):
+        raise RuntimeError
+except RuntimeError:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("told")
+"""
+    command = [sys.executable, "-c", program]
+    for mood, code, told in (("patient", 0, "told\n"), ("other", -signal.SIGTERM, "")):
+        done = subprocess.run([*command, mood], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (code, told), done.stderr

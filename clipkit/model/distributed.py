@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -143,6 +144,8 @@ def join_world() -> Iterator[World]:
     except Exception as error:
         lost = _is_lost(error)
         if not _is_first_to_end(store) and (lost or isinstance(error, ClipkitError)):
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(TIME_TO_TELL)
             raise SystemExit(1) from None
         if lost:

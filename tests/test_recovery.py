@@ -151,10 +151,9 @@ def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
 
 
 @pytest.mark.parametrize("at", [3, 12])
-def test_weights_that_a_measurement_finds_broken_send_it_back(
-    colour_folder, tmp_path, monkeypatch, at
-):
-    """A step with a finite gradient that leaves no finite weights, before a measurement."""
+@pytest.mark.parametrize("measured", [True, False])
+def test_weights_that_are_broken_send_it_back(colour_folder, tmp_path, monkeypatch, at, measured):
+    """A step with a finite gradient that leaves no finite weights, before a checkpoint."""
     take_step = Learner.take_step
 
     def breaking(self, batch, step, progress):
@@ -164,13 +163,15 @@ def test_weights_that_a_measurement_finds_broken_send_it_back(
         return report
 
     monkeypatch.setattr(Learner, "take_step", breaking)
-    config = configured(colour_folder, train=settings(eval_epochs=1))
-    run = train(config, tmp_path / "run").run
+    train_settings = settings(eval_epochs=1.0 if measured else 0.0)
+    run = train(configured(colour_folder, train=train_settings), tmp_path / "run").run
     lines = read_log(run)
     (back,) = [line for line in lines if "back_to" in line]
     assert (back["step"], back["back_to"]) == (at, max(0, at - 3))
-    assert f"the vectors of held-out pairs are not finite after step {at}" in back["alarm"]
-    assert [line["step"] for line in lines if "held_out" in line] == [3, 6, 9, 12]
+    assert f"weights or its vectors are not finite after step {at}" in back["alarm"]
+    assert [line["step"] for line in lines if "held_out" in line] == (
+        [3, 6, 9, 12] if measured else [12]
+    )
     assert all(torch.isfinite(tensor).all() for tensor in last_weights(run).values())
 
 

@@ -25,7 +25,7 @@ from clipkit.model.network import DualEncoder, is_convolutional
 from clipkit.model.normalisation import share_statistics
 from clipkit.model.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
 from clipkit.model.recovery import Health, Statistics
-from clipkit.model.sharding import load_optimizer, load_weights, shard, whole_state
+from clipkit.model.sharding import load_optimizer, load_weights, own_part, shard, whole_state
 from clipkit.model.stored import CaptionFeatures
 from clipkit.model.tower_options import checkpoint_gradients, require_compiler
 from clipkit.model.towers import build_towers
@@ -180,6 +180,12 @@ class Learner:
         """The optimiser's state and counts; weights are saved beside it. All processes must ask."""
         optimizer = whole_state(self.optimizer.state_dict())
         return {"optimizer": optimizer, "health": asdict(self.health)}
+
+    def is_finite(self) -> bool:
+        """Whether all weights are finite. All processes must ask."""
+        held = (own_part(parameter) for parameter in self.network.parameters())
+        found = torch.stack([tensor.isfinite().all() for tensor in held]).all()
+        return all(self.world.exchange(bool(found)))
 
     def whole_towers(self) -> Towers:
         """The towers with their present weights, on the first process. All processes must ask."""

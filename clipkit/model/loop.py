@@ -130,6 +130,7 @@ class TrainingLoop:
         if self.finished:
             require_finite_steps(health, f"no finite loss or gradient in {self.step} steps")
             self._measure()
+            self.broken = self.broken or not self.learner.is_finite()
         return not self.broken
 
     def _batches(self) -> Iterator[PairBatch]:
@@ -179,6 +180,8 @@ class TrainingLoop:
     def _between_steps(self) -> None:
         is_best = self.timetable.measures(self.step) and self._measure()
         planned = is_best or self.timetable.saves(self.step)
+        self.broken = self.broken or (planned and not self.learner.is_finite())
+        # An interim checkpoint is of the run as it is, so that it goes on as if never stopped.
         if not self.broken and (planned or self.timetable.is_late(self.seconds)):
             self._save(planned)
 

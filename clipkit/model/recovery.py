@@ -84,7 +84,7 @@ def go_back(
         run: its directory.
         learner: what is trained; its weights, optimiser and health are changed.
         step: the last step taken.
-        broken: it is the vectors of held-out pairs that are not finite.
+        broken: it is the weights, or the vectors of held-out pairs, that are not finite.
 
     Returns:
         the training state of that checkpoint (empty for the initial weights), and a sentence
@@ -97,7 +97,7 @@ def go_back(
     config, health = learner.config.train, learner.health
     what = f"no finite loss or gradient in the {health.bad_in_a_row} steps up to step {step}"
     if broken:
-        what = f"the vectors of held-out pairs are not finite after step {step}"
+        what = f"the model's weights or its vectors are not finite after step {step}"
     require_finite_steps(health, what)
     if health.returns >= config.retries:
         raise TrainingError(

@@ -80,6 +80,11 @@ def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its parts; all processes must ask."""
     return tensor.full_tensor() if is_shard(tensor) else tensor

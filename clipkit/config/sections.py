@@ -267,7 +267,8 @@ class LoopConfig:
     """Held-out metric by which the best checkpoint so far is kept; "": it is not."""
     bad_steps: Count = 20
     """So many steps in a row without a finite loss and gradient (each is left out and counted)
-    send the run back to its last good checkpoint; weights that are not finite do at once."""
+    send the run back to its last good checkpoint; weights due to be saved that are not finite
+    do at once."""
     retries: Annotated[Whole, Field(ge=0)] = 3
     """How often it may go back before it ends with an error."""
     retry_rate: Annotated[Number, Field(gt=0, le=1)] = 0.5

@@ -9,74 +9,75 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answers": "clipkit.model.answers",
+    "Answers": "clipkit.classifiers.predictions",
     "ClipkitError": "clipkit.errors",
-    "EmbeddingStore": "clipkit.store.embeddings",
-    "Encoder": "clipkit.model.encoder",
-    "Hit": "clipkit.store.vector_index",
-    "IndexWriter": "clipkit.store.writer",
-    "Manifest": "clipkit.manifest",
-    "ModelRef": "clipkit.manifest",
-    "Prediction": "clipkit.model.classifier",
+    "EmbeddingStore": "clipkit.store.embedding_store",
+    "Encoder": "clipkit.models.encoder",
+    "Hit": "clipkit.index.vector_index",
+    "IndexWriter": "clipkit.index.writer",
+    "Manifest": "clipkit.artifacts",
+    "ModelRef": "clipkit.artifacts",
+    "Prediction": "clipkit.classifiers.zero_shot",
     "Searcher": "clipkit.tasks.search",
     "TrainConfig": "clipkit.config",
-    "VectorIndex": "clipkit.store.vector_index",
-    "ZeroShotClassifier": "clipkit.model.classifier",
+    "VectorIndex": "clipkit.index.vector_index",
+    "ZeroShotClassifier": "clipkit.classifiers.zero_shot",
     "add_images": "clipkit.tasks.sync",
     "build_index": "clipkit.tasks.index",
-    "check_data": "clipkit.tasks.check",
+    "check_data": "clipkit.tasks.check_data",
     "check_index": "clipkit.tasks.check_index",
     "classify": "clipkit.tasks.classify",
-    "compact_index": "clipkit.tasks.upkeep",
+    "compact_index": "clipkit.tasks.index",
     "draw_map": "clipkit.tasks.map",
     "embed": "clipkit.tasks.embed",
     "evaluate_retrieval": "clipkit.tasks.evaluate",
-    "evaluate_zeroshot": "clipkit.tasks.evaluate",
+    "evaluate_zero_shot": "clipkit.tasks.evaluate",
     "find_images": "clipkit.data.images",
-    "info_nce": "clipkit.model.loss",
-    "load": "clipkit.model.load",
-    "merge_indexes": "clipkit.store.merge",
-    "open_source": "clipkit.data.sources",
+    "info_nce": "clipkit.training.loss",
+    "load_model": "clipkit.models.loading",
+    "merge_indexes": "clipkit.index.merge",
+    "open_source": "clipkit.data.open_source",
     "plot_confusion": "clipkit.tasks.evaluate",
     "plot_runs": "clipkit.tasks.plot",
     "plot_similarity": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
-    "remove_items": "clipkit.tasks.upkeep",
+    "remove_items": "clipkit.tasks.index",
     "sync_index": "clipkit.tasks.sync",
-    "tokenize": "clipkit.model.tokenizer",
+    "tokenize": "clipkit.models.tokenizer",
     "train": "clipkit.tasks.train",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from clipkit.artifacts import Manifest as Manifest
+    from clipkit.artifacts import ModelRef as ModelRef
+    from clipkit.classifiers.predictions import Answers as Answers
+    from clipkit.classifiers.zero_shot import Prediction as Prediction
+    from clipkit.classifiers.zero_shot import ZeroShotClassifier as ZeroShotClassifier
     from clipkit.config import TrainConfig as TrainConfig
     from clipkit.data.images import find_images as find_images
     from clipkit.data.images import read_image as read_image
-    from clipkit.data.sources import open_source as open_source
+    from clipkit.data.open_source import open_source as open_source
     from clipkit.errors import ClipkitError as ClipkitError
-    from clipkit.manifest import Manifest as Manifest
-    from clipkit.manifest import ModelRef as ModelRef
-    from clipkit.model.answers import Answers as Answers
-    from clipkit.model.classifier import Prediction as Prediction
-    from clipkit.model.classifier import ZeroShotClassifier as ZeroShotClassifier
-    from clipkit.model.encoder import Encoder as Encoder
-    from clipkit.model.load import load as load
-    from clipkit.model.loss import info_nce as info_nce
-    from clipkit.model.tokenizer import tokenize as tokenize
-    from clipkit.store.embeddings import EmbeddingStore as EmbeddingStore
-    from clipkit.store.merge import merge_indexes as merge_indexes
-    from clipkit.store.vector_index import Hit as Hit
-    from clipkit.store.vector_index import VectorIndex as VectorIndex
-    from clipkit.store.writer import IndexWriter as IndexWriter
-    from clipkit.tasks.check import check_data as check_data
+    from clipkit.index.merge import merge_indexes as merge_indexes
+    from clipkit.index.vector_index import Hit as Hit
+    from clipkit.index.vector_index import VectorIndex as VectorIndex
+    from clipkit.index.writer import IndexWriter as IndexWriter
+    from clipkit.models.encoder import Encoder as Encoder
+    from clipkit.models.loading import load_model as load_model
+    from clipkit.models.tokenizer import tokenize as tokenize
+    from clipkit.store.embedding_store import EmbeddingStore as EmbeddingStore
+    from clipkit.tasks.check_data import check_data as check_data
     from clipkit.tasks.check_index import check_index as check_index
     from clipkit.tasks.classify import classify as classify
     from clipkit.tasks.embed import embed as embed
     from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
-    from clipkit.tasks.evaluate import evaluate_zeroshot as evaluate_zeroshot
+    from clipkit.tasks.evaluate import evaluate_zero_shot as evaluate_zero_shot
     from clipkit.tasks.evaluate import plot_confusion as plot_confusion
     from clipkit.tasks.index import build_index as build_index
+    from clipkit.tasks.index import compact_index as compact_index
+    from clipkit.tasks.index import remove_items as remove_items
     from clipkit.tasks.map import draw_map as draw_map
     from clipkit.tasks.plot import plot_runs as plot_runs
     from clipkit.tasks.plot import plot_similarity as plot_similarity
@@ -84,8 +85,7 @@ if TYPE_CHECKING:
     from clipkit.tasks.sync import add_images as add_images
     from clipkit.tasks.sync import sync_index as sync_index
     from clipkit.tasks.train import train as train
-    from clipkit.tasks.upkeep import compact_index as compact_index
-    from clipkit.tasks.upkeep import remove_items as remove_items
+    from clipkit.training.loss import info_nce as info_nce
 
 
 def __getattr__(name: str) -> Any:

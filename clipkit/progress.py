@@ -14,12 +14,12 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def tell(message: str) -> None:
+def print_status(message: str) -> None:
     """Say something on stderr, above a progress bar that may stand there."""
     tqdm.write(message, file=sys.stderr)
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this is the one process of a run that tells how it goes; torchrun numbers them."""
     return os.environ.get("RANK", "0") == "0"
 

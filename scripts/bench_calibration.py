@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import open_clip
 
-from clipkit.data.queries import nonsense
-from clipkit.data.sources import open_source
-from clipkit.model.encode_pairs import EncodedPairs, encode_pairs
-from clipkit.model.load import load
-from clipkit.store.calibration import GOOD, Calibration, auroc, calibrate, expected_error
+from clipkit.data.open_source import open_source
+from clipkit.index.calibration import GOOD, Calibration, auroc, calibrate, expected_error
+from clipkit.index.sample_queries import nonsense
+from clipkit.models.embed_source import EncodedPairs, encode_pairs
+from clipkit.models.loading import load_model
 
 SETS = {"Flickr8k dev": "flickr8k-224-dev.parquet", "UCM val": "ucm-val.parquet"}
 
@@ -59,12 +59,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     options = parser.parse_args()
-    encoder = load(options.model)
+    encoder = load_model(options.model)
     sets = {
         name: encode_pairs(encoder, open_source(options.data / file), workers=2, progress=False)
         for name, file in SETS.items()
     }
-    without, words = (encoder.encode_captions(texts) for texts in (nonsense(), random_words(500)))
+    without, words = (encoder.encode_text(texts) for texts in (nonsense(), random_words(500)))
     for name, pairs in sets.items():
         captions, rows, present = split(pairs)
         images = pairs.images

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from bench_photos import SIDES, enlarged
 
 from clipkit.data.images import Decode, read_image
-from clipkit.data.preprocess import as_batch
-from clipkit.metrics import retrieval_recall
-from clipkit.model.encoder import Encoder
-from clipkit.model.load import load
+from clipkit.data.transforms import as_batch
+from clipkit.evaluation.retrieval import retrieval_recall
+from clipkit.models.encoder import Encoder
+from clipkit.models.loading import load_model
 
 WAYS: tuple[Decode, Decode] = ("exact", "fast")
 PART = 50  # photos read and encoded at a time
@@ -81,10 +81,10 @@ def main() -> None:
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
     rows = pq.read_table(options.pairs).slice(0, options.photos).to_pylist()
-    encoder = load(options.model)
+    encoder = load_model(options.model)
     texts = [(number, text) for number, row in enumerate(rows) for text in row["captions"]]
     owners = np.array([number for number, _ in texts])
-    captions = encoder.encode_captions([text for _, text in texts])
+    captions = encoder.encode_text([text for _, text in texts])
     photos = [row["image"]["bytes"] for row in rows]
     print(f"{len(photos)} photos, {len(texts)} captions, {encoder.model}")
     for size in options.sizes:

@@ -26,8 +26,8 @@ MODEL = {
 def save_model(path: Path) -> None:
     """A checkpoint of a tiny network."""
     from clipkit.config import parse_config
-    from clipkit.model.checkpoint import save_checkpoint
-    from clipkit.model.towers import build_towers
+    from clipkit.models.checkpoint import save_checkpoint
+    from clipkit.training.build import build_towers
 
     towers = build_towers(parse_config({"model": MODEL}).model, 0.07, seed=0)
     save_checkpoint(path, towers, {"step": 1}, {"step": 1})
@@ -46,11 +46,10 @@ def write_images(folder: Path, first: int, count: int) -> None:
 
 def embed_once(photos: str, out: str, model: str) -> None:
     """Embed, then print images, seconds and the most memory held, in MiB."""
-    import clipkit.cli  # noqa: F401  # sets what the command line sets, before torch starts
-    from clipkit.model.load import load
+    from clipkit.models.loading import load_model
     from clipkit.tasks.embed import embed
 
-    encoder = load(model)
+    encoder = load_model(model)
     start = time.perf_counter()
     count = len(embed(photos, out, encoder))
     seconds = time.perf_counter() - start

@@ -36,9 +36,8 @@ MARK = "##"  # before what a contender answers, for libraries print too
 
 def clipkit(weights: str, decode: str = "exact") -> dict[str, Callable[[Path, Path], int]]:
     """`clipkit embed --decode …`, in this process."""
-    import clipkit.cli  # noqa: F401  # sets what the command line sets, before torch starts
 
-    encoder = __import__("clipkit").load(f"ViT-B-32/{weights}")
+    encoder = __import__("clipkit").load_model(f"ViT-B-32/{weights}")
     from clipkit.tasks.embed import embed
 
     def run(folder: Path, out: Path) -> int:
@@ -46,7 +45,7 @@ def clipkit(weights: str, decode: str = "exact") -> dict[str, Callable[[Path, Pa
 
     def towers(folder: Path, _: Path) -> int:
         from clipkit.data.images import read_image
-        from clipkit.data.preprocess import as_batch
+        from clipkit.data.transforms import as_batch
 
         files = sorted(folder.glob("*.jpg"))[: 4 * BATCH]
         batch = as_batch([encoder.preprocess.pixels(read_image(file)) for file in files])

@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from clipkit.artifacts import ModelRef
 from clipkit.config import parse_config
-from clipkit.manifest import ModelRef
-from clipkit.model import tokenizer
-from clipkit.model.checkpoint import vector_dim
-from clipkit.model.encoder import Encoder
-from clipkit.model.prepare import prepare
-from clipkit.model.towers import build_towers
+from clipkit.models import tokenizer
+from clipkit.models.checkpoint import vector_dim
+from clipkit.models.encoder import Encoder
+from clipkit.models.inference_precision import prepare
+from clipkit.training.build import build_towers
 
 MODEL = "ViT-B-32"
 CONVOLUTIONAL = {
@@ -130,10 +130,10 @@ def bench_captions(clip: Any, captions: list[str], count: int, rounds: int) -> N
     runs: dict[str, Callable[[], Any]] = {"open_clip": theirs}
     for name, ours in encoders.items():
         # Words as they come: the tokenizer's share is in ours.
-        runs[_label(name, ours, "text")] = lambda ours=ours: ours.encode_captions(chosen)
+        runs[_label(name, ours, "text")] = lambda ours=ours: ours.encode_text(chosen)
     show(in_turn(runs, rounds), len(chosen), "captions")
     for name, ours in encoders.items():
-        compare(_label(name, ours, "text"), ours.encode_captions(chosen), theirs())
+        compare(_label(name, ours, "text"), ours.encode_text(chosen), theirs())
 
 
 def _label(asked: str, encoder: Encoder, tower: str) -> str:

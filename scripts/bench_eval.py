@@ -64,7 +64,7 @@ def mapped(folder: Path) -> list[Any]:
 
 def run_product(folder: Path, _: int) -> dict[str, float]:
     """Only the scores, made and thrown away."""
-    from clipkit.metrics.ranks import BLOCK
+    from clipkit.evaluation.retrieval import BLOCK
 
     images, texts = mapped(folder)
     for top in range(0, len(images), BLOCK[0]):
@@ -75,7 +75,7 @@ def run_product(folder: Path, _: int) -> dict[str, float]:
 
 def run_clipkit(folder: Path, captions: int) -> dict[str, float]:
     """Recall, and beside it median ranks and average precision."""
-    from clipkit.metrics import retrieval_figures, retrieved
+    from clipkit.evaluation.retrieval import retrieval_figures, retrieved
 
     images, texts = mapped(folder)
     owners = np.repeat(np.arange(len(images)), captions)

@@ -14,7 +14,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from clipkit.store.exact import search_exact, search_halves
+from clipkit.index.exact import search_exact, search_halves
 
 Found = tuple[np.ndarray, np.ndarray]
 

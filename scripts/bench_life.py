@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from clipkit.manifest import ModelRef
-from clipkit.store.vector_index import VectorIndex, write_index
-from clipkit.store.writer import IndexWriter
+from clipkit.artifacts import ModelRef
+from clipkit.index.vector_index import VectorIndex, write_index
+from clipkit.index.writer import IndexWriter
 
 BLOCK = 20_000
 

@@ -26,7 +26,7 @@ def losses() -> dict[str, Loss]:
     """The two losses, by name."""
     from open_clip.loss import ClipLoss
 
-    from clipkit.model.loss import info_nce
+    from clipkit.training.loss import info_nce
 
     return {"clipkit": info_nce, "open_clip": ClipLoss()}
 

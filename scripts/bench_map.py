@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from browser import chromium, missing  # noqa: E402
 
-from clipkit.pages.map import Cluster, MapPage, render_map  # noqa: E402
-from clipkit.store.landscape import lay_out  # noqa: E402
+from clipkit.index.projection import lay_out
+from clipkit.reports.map import Cluster, MapPage, render_map
 
 CLUSTERS = 24
 FILL_RECT = """() => {

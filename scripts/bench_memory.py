@@ -21,9 +21,9 @@ def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
     """Send the MiB that one step takes beyond network and optimiser, and those of its batch."""
 
     from clipkit.config import parse_config
-    from clipkit.model.distributed import World
-    from clipkit.model.learner import Learner
-    from clipkit.model.towers import build_towers
+    from clipkit.training.build import build_towers
+    from clipkit.training.distributed import World
+    from clipkit.training.step import Learner
 
     content = {"name": model} if model else SMALL
     train = {"batch_size": batch, "chunk_size": chunk, "precision": "fp32"}
@@ -43,7 +43,7 @@ def _pairs(n: int, size: tuple[int, int]) -> Any:
     """Noise, and captions of 8 to 23 tokens."""
     import torch
 
-    from clipkit.data.collate import PairBatch
+    from clipkit.data.loader import PairBatch
 
     images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
     tokens = torch.randint(1, 40_000, (n, 77))

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from measuring import run_command
 
+from clipkit.artifacts import write_json
 from clipkit.config import TrainConfig, dump_config
-from clipkit.data.emoji import write_sets
-from clipkit.manifest import write_json
-from clipkit.model.checkpoint import CONFIG, WEIGHTS
-from clipkit.model.run import read_log
-from clipkit.model.towers import build_towers
-from clipkit.tasks.demo import recipe
+from clipkit.demo.emoji import write_sets
+from clipkit.demo.run import recipe
+from clipkit.models.checkpoint import CONFIG, WEIGHTS
+from clipkit.training.build import build_towers
+from clipkit.training.run_directory import read_log
 
 METRIC = "text_to_image_r1"
 Points = list[tuple[float, float]]

@@ -26,8 +26,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from clipkit.data.sources import Source, open_source
-from clipkit.data.stream_batches import stream_batches
+from clipkit.data.open_source import Source, open_source
+from clipkit.data.streaming import stream_batches
 
 BATCH, SEED = 256, 7
 Way = Callable[[], Any]

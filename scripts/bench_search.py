@@ -26,7 +26,7 @@ from gap_vectors import GapVectors
 from search_scale import scale, write_shards
 from search_tuned import against, families
 
-from clipkit.cli.sizes import parse_size
+from clipkit.cli.index import parse_size
 
 PARTS = ("exact", "tuned", "build")
 

@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from clipkit.config import parse_config
-from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.load import load
-from clipkit.model.towers import build_towers
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex
+from clipkit.models.checkpoint import save_checkpoint
+from clipkit.models.loading import load_model
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.training.build import build_towers
 
 BASE = {
     "embed_dim": 512,
@@ -86,7 +86,7 @@ WORDS = [
 def make_index(folder: Path, count: int, tiny: bool) -> Path:
     towers = build_towers(parse_config({"model": TINY if tiny else BASE}).model, 0.07, seed=0)
     save_checkpoint(folder / "step-1", towers, {"step": 1}, {"step": 1})
-    encoder = load(folder / "step-1")
+    encoder = load_model(folder / "step-1")
     random_rows = np.random.default_rng(0)
     with EmbeddingStore.create(folder / "store", encoder.model, shard_size=10_000) as writer:
         for start in range(0, count, 10_000):
@@ -138,8 +138,8 @@ async def connection(port: int, until: float, queries: Iterator[str], load: Load
         length = re.search(rb"content-length: (\d+)", head)
         body = await reader.readexactly(int(length[1])) if length else b""
         if not head.startswith(b"HTTP/1.1 200") or body.count(b'"rank"') != 60:
-            load.errors.append(f"{head[:40]!r} {body[:200]!r}")
-        load.times.append(time.perf_counter() - start)
+            load_model.errors.append(f"{head[:40]!r} {body[:200]!r}")
+        load_model.times.append(time.perf_counter() - start)
     writer.close()
 
 
@@ -149,16 +149,16 @@ async def watch(server: "subprocess.Popen[str]", until: float, load: Load) -> No
         while time.perf_counter() < min(until, start + STEP):
             seen.append(resident(server))
             await asyncio.sleep(LOOK)
-        load.memory.append((min(seen), max(seen)))
+        load_model.memory.append((min(seen), max(seen)))
 
 
 async def load_server(
     server: "subprocess.Popen[str]", port: int, count: int, seconds: float, queries: Iterator[str]
 ) -> Load:
-    load, until = Load(), time.perf_counter() + seconds
-    asking = (connection(port, until, queries, load) for _ in range(count))
-    await asyncio.gather(watch(server, until, load), *asking)
-    return load
+    load_model, until = Load(), time.perf_counter() + seconds
+    asking = (connection(port, until, queries, load_model) for _ in range(count))
+    await asyncio.gather(watch(server, until, load_model), *asking)
+    return load_model
 
 
 def distinct(seed: int) -> Iterator[str]:
@@ -193,16 +193,16 @@ def batches(port: int) -> tuple[float, float]:
 
 
 def report(name: str, load: Load, took: float, used: float, encoded: tuple[float, float]) -> None:
-    p50, p99 = np.percentile(load.times, [50, 99])
-    count, (captions, calls) = len(load.times), encoded
+    p50, p99 = np.percentile(load_model.times, [50, 99])
+    count, (captions, calls) = len(load_model.times), encoded
     print(f"{name}: {count} requests in {took:.1f} s")
     print(f"  requests/s        {count / took:.1f}")
     print(f"  p50, p99          {1000 * p50:.0f} ms, {1000 * p99:.0f} ms")
-    print(f"  errors            {len(load.errors)} {load.errors[:1] or ''}")
+    print(f"  errors            {len(load_model.errors)} {load_model.errors[:1] or ''}")
     print(f"  processor time    {1000 * used / count:.1f} ms a request")
     print(f"  captions encoded  {captions:.0f}, {captions / max(calls, 1):.1f} a call")
     # Work under way comes and goes; what is kept shows in the least.
-    shown = ", ".join(f"{least:.0f}-{most:.0f}" for least, most in load.memory)
+    shown = ", ".join(f"{least:.0f}-{most:.0f}" for least, most in load_model.memory)
     print(f"  resident          {shown} MiB, least and most in each {STEP:.0f} s", flush=True)
 
 
@@ -224,12 +224,12 @@ def main() -> None:
                     processor_seconds(server),
                     batches(port),
                 )
-                load = asyncio.run(
+                load_model = asyncio.run(
                     load_server(server, port, options.connections, options.seconds, queries)
                 )
                 took, used = time.perf_counter() - start, processor_seconds(server) - used
                 after = batches(port)
-                report(name, load, took, used, (after[0] - captions, after[1] - calls))
+                report(name, load_model, took, used, (after[0] - captions, after[1] - calls))
         finally:
             server.terminate()
             server.wait()

@@ -45,12 +45,12 @@ def make(folder: Path, vectors: int) -> None:
     from safetensors.torch import save_file
 
     import clipkit
-    from clipkit.store.embeddings import EmbeddingStore
+    from clipkit.store.embedding_store import EmbeddingStore
 
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32")
     save_file(model.state_dict(), folder / "weights.safetensors")
-    reference = clipkit.load(f"ViT-B-32/{folder / 'weights.safetensors'}").model
+    reference = clipkit.load_model(f"ViT-B-32/{folder / 'weights.safetensors'}").model
     generator = np.random.default_rng(0)
     with EmbeddingStore.create(folder / "store", reference) as writer:
         for start in range(0, vectors, 4096):

@@ -29,7 +29,7 @@ import torch
 from measuring import matrix_peaks, run_command, share_of_peak, spread, training_flops
 from train_pairs import write_pairs
 
-from clipkit.model.log import read_log
+from clipkit.training.log import read_log
 
 WARMUP = 5  # steps
 SETTLING = 2  # steps whose time does not count: threads, caches and workers are still starting
@@ -187,11 +187,11 @@ def show_losses(curves: dict[str, list[Curve]], windows: int = 10) -> None:
 def work_of(model: str, captions: Sequence[str]) -> float:
     """FLOPs of one sample in a step of training, captions at their real length."""
     from clipkit.config import parse_config
-    from clipkit.model.tokenizer import CutReport, tokenize
-    from clipkit.model.towers import build_towers
+    from clipkit.models.tokenizer import TruncationReport, tokenize
+    from clipkit.training.build import build_towers
 
     clip = build_towers(parse_config({"model": {"name": model}}).model, 0.07, seed=0).clip
-    lengths = tokenize(captions, report=CutReport()).argmax(axis=1) + 1
+    lengths = tokenize(captions, report=TruncationReport()).argmax(axis=1) + 1
     work = training_flops(clip, lengths.tolist())
     print(f"captions of {lengths.mean():.1f} tokens in the mean; {work / 1e9:.1f} GFLOP a sample")
     return work

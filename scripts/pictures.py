@@ -24,9 +24,9 @@ import pyarrow.parquet as pq  # noqa: E402
 from browser import chromium, missing  # noqa: E402
 
 import clipkit  # noqa: E402
-from clipkit.model.load import load_ref  # noqa: E402
-from clipkit.tasks.calibrate import calibrate_index  # noqa: E402
-from clipkit.tasks.map import draw_map  # noqa: E402
+from clipkit.models.loading import load_model_ref
+from clipkit.tasks.index import calibrate_index
+from clipkit.tasks.map import draw_map
 
 LIMIT = 200_000  # bytes; what is kept under version control stays small
 
@@ -42,7 +42,7 @@ def index_demo(demo: Path, folder: Path) -> Path:
             record = {"file_name": name, "caption": row["captions"], "label": row["label"]}
             print(json.dumps(record), file=lines)
     index = folder / "emoji-index"
-    encoder = clipkit.load(demo / "run")
+    encoder = clipkit.load_model(demo / "run")
     clipkit.build_index(photos, index, load=lambda: encoder)
     calibrate_index(index, lambda *_: encoder)
     return index
@@ -116,7 +116,7 @@ def main() -> None:
                 take(browser, search, options.out / "page.jpg")
                 take(browser, search, options.out / "phone-dark.jpg", size=(390, 780), dark=True)
                 take(browser, classify, options.out / "classify.jpg")
-                drawn = draw_map(index, Path(folder) / "map.html", load=load_ref)
+                drawn = draw_map(index, Path(folder) / "map.html", load=load_model_ref)
                 page = drawn.page.resolve().as_uri()
                 take(browser, page, options.out / "map.jpg", part="main", ready="canvas")
         finally:

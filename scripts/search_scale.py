@@ -19,10 +19,10 @@ import pyarrow as pa
 from bench_life import table
 from gap_vectors import GapVectors, unit
 
-from clipkit.manifest import ModelRef
-from clipkit.store.spec import ROWS_PER_CENTROID
-from clipkit.store.tune import candidates
-from clipkit.store.vector_index import VectorIndex, write_index
+from clipkit.artifacts import ModelRef
+from clipkit.index.faiss_factory import ROWS_PER_CENTROID
+from clipkit.index.tuning import candidates
+from clipkit.index.vector_index import VectorIndex, write_index
 
 BLOCK = 2**16
 PAPER = 10**9

@@ -14,17 +14,16 @@ import faiss
 import numpy as np
 from search_peers import Peer, autofaiss, clip_retrieval
 
-from clipkit.store.exact import search_exact
-from clipkit.store.flat import plain_rows
-from clipkit.store.refine import REFINE
-from clipkit.store.spec import (
+from clipkit.index.exact import search_exact
+from clipkit.index.faiss_factory import (
     ROWS_PER_CENTROID,
     TRAINING_ROWS,
     new_index,
     train,
     training_rows_needed,
 )
-from clipkit.store.tune import Measured, asker, candidates, choose_knobs, effort, measure
+from clipkit.index.search import REFINE, plain_rows
+from clipkit.index.tuning import Measured, asker, candidates, choose_knobs, effort, measure
 
 FAMILIES = [
     "Flat",

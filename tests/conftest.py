@@ -68,8 +68,8 @@ def tiny_model(image_size: int = 32):
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint directory of the tiny network."""
     from clipkit.config import parse_config
-    from clipkit.model.checkpoint import save_checkpoint
-    from clipkit.model.towers import build_towers
+    from clipkit.models.checkpoint import save_checkpoint
+    from clipkit.training.build import build_towers
 
     path = tmp_path_factory.mktemp("tiny") / "step-1"
     towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=0)
@@ -154,7 +154,7 @@ def fails(monkeypatch):
     import torch
     from open_clip.constants import OPENAI_DATASET_MEAN
 
-    from clipkit.model.learner import Learner
+    from clipkit.training.step import Learner
 
     def fail(when):
         take_step = Learner.take_step

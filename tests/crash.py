@@ -17,12 +17,12 @@ import faiss
 import pyarrow.parquet as pq
 from test_index_writer import MODEL, POOL, make_store, old_index, table, unit_rows
 
+from clipkit.artifacts import MANIFEST
 from clipkit.errors import ClipkitError
-from clipkit.manifest import MANIFEST
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.merge import merge_indexes
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index.merge import merge_indexes
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.store.embedding_store import EmbeddingStore
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 

@@ -7,9 +7,9 @@ from PIL import Image
 from test_train import configured
 
 from clipkit.config import parse_config
-from clipkit.model.alarms import Watch
-from clipkit.model.run import read_log
 from clipkit.tasks.train import train
+from clipkit.training.run_directory import read_log
+from clipkit.training.warnings import Watch
 
 CONFIG = parse_config({"optim": {"warmup": 0.1}, "train": {"log_steps": 10, "batch_size": 64}})
 GUESS = math.log(64)

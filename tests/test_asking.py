@@ -9,10 +9,9 @@ import pytest
 from toys import COLOURS, ColourEncoder, square, write_squares
 
 from clipkit.errors import CaptionError, DataError
-from clipkit.store.query import MINUS, weighted
-from clipkit.store.records import NEAR
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index.hits import MINUS, NEAR, weighted
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
 
@@ -40,7 +39,7 @@ def best(searcher, vector, k, without=()):
 
 
 def of(*words):
-    return ColourEncoder().encode_captions(list(words))
+    return ColourEncoder().encode_text(list(words))
 
 
 def test_terms_add_up_with_their_weights(searcher):
@@ -103,7 +102,7 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
     run("index", "build", colour_folder, "--out", index, "--model", tiny_checkpoint)
     import clipkit
 
-    searcher = Searcher(VectorIndex.open(index), clipkit.load(tiny_checkpoint))
+    searcher = Searcher(VectorIndex.open(index), clipkit.load_model(tiny_checkpoint))
     picture = colour_folder / "red-0.png"
     out, _ = run(
         *("search", index, "red", "--minus", "blue:0.3", "--like", "red-1.png"),

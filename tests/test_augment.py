@@ -6,7 +6,7 @@ from PIL import Image
 from toys import soft
 
 from clipkit.config import AugmentConfig
-from clipkit.data.augment import augmentation, crop_box, reduction
+from clipkit.data.transforms import augmentation, crop_box, reduction
 
 
 def picture(width=60, height=40):

@@ -7,18 +7,17 @@ from gap import gap
 from toys import records
 from typer import BadParameter
 
+from clipkit.artifacts import ModelRef
 from clipkit.cli import main
-from clipkit.cli.sizes import parse_size
+from clipkit.cli.index import parse_size
 from clipkit.errors import ModelError, SpecError
-from clipkit.manifest import ModelRef
-from clipkit.store import tune
-from clipkit.store.auto import build_tuned, remeasure
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.exact import search_exact
-from clipkit.store.questions import make_questions
-from clipkit.store.tune import Wish, asker
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index import tuning as tune
+from clipkit.index.exact import search_exact
+from clipkit.index.sample_queries import make_questions
+from clipkit.index.tuning import Wish, asker, build_tuned, remeasure
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.index import build_index
 
 DIM = 64
@@ -29,7 +28,7 @@ IMAGES, TEXTS = gap(3000, 1200)
 class Told:
     """Encodes any captions as the same made-up text vectors, in order."""
 
-    def encode_captions(self, captions):
+    def encode_text(self, captions):
         return TEXTS[: len(captions)]
 
 
@@ -46,7 +45,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(store):
-    chosen = make_questions((table for _, table in store.shards()), Told().encode_captions)
+    chosen = make_questions((table for _, table in store.shards()), Told().encode_text)
     assert (chosen.source, len(chosen.captions)) == ("captions of the images", len(chosen.rows))
     return chosen
 
@@ -114,7 +113,7 @@ def test_the_closest_is_built_where_none_reaches_the_recall(
     store, questions, tmp_path, large, monkeypatch
 ):
     monkeypatch.setattr(
-        "clipkit.store.auto.candidates", lambda *_: ["PQ32x4fs", "PQ8x4fs", "IVF9999,Flat"]
+        "clipkit.index.tuning.candidates", lambda *_: ["PQ32x4fs", "PQ8x4fs", "IVF9999,Flat"]
     )
     index = build_tuned(store, tmp_path / "index", questions, Wish(recall=1.0))
     tuning = index.manifest.detail["tuning"]

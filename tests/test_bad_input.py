@@ -16,18 +16,18 @@ from test_train import assert_same_run, configured
 from toys import ColourEncoder, png, square, write_squares
 
 import clipkit
+from clipkit.artifacts import partial_path
 from clipkit.cli import main
 from clipkit.data.images import read_image
-from clipkit.data.pairs import PairLoader
+from clipkit.data.loader import PairLoader
 from clipkit.errors import ArtifactError, ModelError, ModelMismatchError, SkipLimitError
-from clipkit.manifest import partial_path
-from clipkit.model.run import read_log
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
-from clipkit.tasks.check import check_data
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.tasks.check_data import check_data
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.train import train
+from clipkit.training.run_directory import read_log
 
 
 def bomb(width, height):
@@ -337,8 +337,8 @@ def test_a_run_that_skips_too_much_stops_and_can_be_started_again(
 
 def other_checkpoint(path, seed):
     from clipkit.config import parse_config
-    from clipkit.model.checkpoint import save_checkpoint
-    from clipkit.model.towers import build_towers
+    from clipkit.models.checkpoint import save_checkpoint
+    from clipkit.training.build import build_towers
 
     towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=seed)
     return save_checkpoint(path, towers, {}, {"step": 1})
@@ -347,7 +347,7 @@ def other_checkpoint(path, seed):
 def test_an_index_whose_model_was_replaced_or_is_gone(colour_folder, tmp_path, capsys, monkeypatch):
     model, index = tmp_path / "model", tmp_path / "index"
     before = other_checkpoint(model, seed=1)
-    build_index(colour_folder, index, load=lambda: clipkit.load(model))
+    build_index(colour_folder, index, load=lambda: clipkit.load_model(model))
     shutil.copytree(model, tmp_path / "kept")
     after = other_checkpoint(model, seed=2)
     line = fail(capsys, monkeypatch, "search", index, "red")
@@ -355,7 +355,7 @@ def test_an_index_whose_model_was_replaced_or_is_gone(colour_folder, tmp_path, c
     assert after.fingerprint[:12] in line
     assert "put the model back" in line
     with pytest.raises(ModelMismatchError, match="clipkit index build IMAGES --out INDEX"):
-        clipkit.Searcher(VectorIndex.open(index), clipkit.load(model))
+        clipkit.Searcher(VectorIndex.open(index), clipkit.load_model(model))
     line = fail(
         capsys, monkeypatch, "embed", colour_folder, "--out", f"{index}.store", "--model", model
     )
@@ -427,7 +427,7 @@ def test_half_written_directories_say_so(tmp_path, capsys, monkeypatch):
     (run / "config.toml").touch()
     assert "without a checkpoint" in fail(capsys, monkeypatch, "info", run)
     with pytest.raises(ModelError, match="a run without a finished checkpoint"):
-        clipkit.load(run)
+        clipkit.load_model(run)
 
 
 # A full disk
@@ -442,7 +442,7 @@ def test_a_full_disk_while_training_costs_nothing_saved(colour_folder, tmp_path,
     assert [path.name for path in out.glob("step-*")] == ["step-3"]
     assert not list(out.glob(".step*"))
     assert [line["step"] for line in read_log(out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert clipkit.load(out).dim == 32
+    assert clipkit.load_model(out).dim == 32
     disk.fill(leaving=0)
     with pytest.raises((ArtifactError, OSError), match=r"full|No space"):
         train(config, out, resume=True)
@@ -488,7 +488,7 @@ def test_a_full_disk_is_one_line_of_the_command(
 ):
     config = toml(colour_folder, tmp_path / "t.toml")
     model = ["--model", tiny_checkpoint]
-    embed(colour_folder, tmp_path / "store", clipkit.load(tiny_checkpoint))
+    embed(colour_folder, tmp_path / "store", clipkit.load_model(tiny_checkpoint))
     for leaving in (0, 4096):
         disk.fill(leaving)
         for words in (

@@ -5,10 +5,10 @@ import pytest
 import torch
 from toys import ColourEncoder, soft, square, write_squares
 
-from clipkit.data.sources import open_source
+from clipkit.data.open_source import open_source
 from clipkit.errors import ModelError
-from clipkit.model.batches import Batcher, largest_batch
-from clipkit.model.encode_pairs import encoded_batches
+from clipkit.models.embed_source import encoded_batches
+from clipkit.models.encoder import Batcher, largest_batch
 from clipkit.tasks.embed import embed
 
 
@@ -102,11 +102,11 @@ def test_auto_is_64_on_a_cpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_auto_fits_a_card(tiny_checkpoint):
-    from clipkit.model.load import load
+    from clipkit.models.loading import load_model
 
-    encoder = load(tiny_checkpoint, device="cuda")
+    encoder = load_model(tiny_checkpoint, device="cuda")
     batcher = Batcher(encoder, "auto")
     assert batcher.size == 1024
     some = [encoder.preprocess.pixels(square("red", shade=n % 200)) for n in range(2000)]
-    expected = load(tiny_checkpoint, device="cpu").encode_images([square("red", shade=7)])
+    expected = load_model(tiny_checkpoint, device="cpu").encode_images([square("red", shade=7)])
     np.testing.assert_allclose(batcher.encode(some)[7], expected[0], atol=1e-4)

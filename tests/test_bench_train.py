@@ -18,7 +18,7 @@ import bench_train
 import measuring
 from train_pairs import draw_rows, write_pairs
 
-from clipkit.model.tokenizer import tokenize
+from clipkit.models.tokenizer import tokenize
 
 TEXT = {"width": 32, "heads": 2, "layers": 3}
 VISION = {"image_size": 32, "layers": 3, "width": 48, "patch_size": 8, "head_width": 16}

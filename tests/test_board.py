@@ -7,9 +7,9 @@ from conftest import dies
 from test_train import configured
 
 from clipkit.errors import MissingExtraError
-from clipkit.model.loop import TrainingLoop
-from clipkit.model.run import read_log
 from clipkit.tasks.train import train
+from clipkit.training.loop import TrainingLoop
+from clipkit.training.run_directory import read_log
 
 SCALARS = ("loss", "guess", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
 

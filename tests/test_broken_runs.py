@@ -18,12 +18,12 @@ from test_train import assert_same_run, configured
 import clipkit
 from clipkit.config import dump_config, load_config
 from clipkit.errors import ArtifactError, ConfigError, DataError, SkipLimitError
-from clipkit.model import timetable
-from clipkit.model.checkpoint import STATE, WEIGHTS
-from clipkit.model.learner import Learner
-from clipkit.model.loop import TrainingLoop
-from clipkit.model.run import RunDirectory, read_log
+from clipkit.models.checkpoint import STATE, WEIGHTS
 from clipkit.tasks.train import train
+from clipkit.training import loop as timetable
+from clipkit.training.loop import TrainingLoop
+from clipkit.training.run_directory import RunDirectory, read_log
+from clipkit.training.step import Learner
 
 
 def steps(run):
@@ -257,7 +257,7 @@ def test_the_command_to_go_on_can_be_pasted(run, colour_folder, tmp_path, monkey
     page = (tmp_path / "it's a run" / "report.html").read_text()
     assert "--out &#x27;it&#x27;&quot;&#x27;&quot;&#x27;s a run&#x27; --resume" in page
     run(*command[1:])
-    assert clipkit.load(tmp_path / "it's a run").dim == 32
+    assert clipkit.load_model(tmp_path / "it's a run").dim == 32
 
 
 def test_a_path_that_is_not_utf8_is_refused_at_once(colour_folder, tmp_path):

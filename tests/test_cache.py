@@ -10,13 +10,13 @@ from test_pairs import loader, png, row, same, source
 from toys import soft
 
 from clipkit.config import parse_config
-from clipkit.data import cache
-from clipkit.data.cache import PictureCache, open_cache
-from clipkit.model.training_data import picture_cache
+from clipkit.data import image_cache as cache
+from clipkit.data.image_cache import ImageCache, open_cache
+from clipkit.training.data import image_cache
 
 
 def test_what_is_put_comes_back(tmp_path):
-    kept = PictureCache(tmp_path, 1 << 30)
+    kept = ImageCache(tmp_path, 1 << 30)
     pictures = {n: soft(5 + n, 7 + 2 * n, seed=n) for n in range(40)}
     for number, picture in pictures.items():
         assert kept.get(number) is None
@@ -29,7 +29,7 @@ def test_what_is_put_comes_back(tmp_path):
 
 def test_pictures_lie_in_many_segments(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_SEGMENT", 1 << 14)
-    kept = PictureCache(tmp_path, 1 << 18)
+    kept = ImageCache(tmp_path, 1 << 18)
     pictures = {n: soft(30 + n % 7, 40, seed=n) for n in range(60)}
     for number, picture in pictures.items():
         kept.put(number, picture)
@@ -43,7 +43,7 @@ def test_pictures_lie_in_many_segments(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_costs_nothing_that_is_kept(tmp_path, monkeypatch):
-    kept = PictureCache(tmp_path, 1 << 30)
+    kept = ImageCache(tmp_path, 1 << 30)
     kept.put(0, soft(10, 10))
 
     def full(*_):
@@ -58,7 +58,7 @@ def test_a_full_disk_costs_nothing_that_is_kept(tmp_path, monkeypatch):
 
 
 def test_threads_do_not_write_over_each_other(tmp_path):
-    kept = PictureCache(tmp_path, 1 << 30)
+    kept = ImageCache(tmp_path, 1 << 30)
     pictures = [soft(9 + n % 5, 8, seed=n) for n in range(200)]
     threads = [
         threading.Thread(target=lambda s=s: [kept.put(n, pictures[n]) for n in range(s, 200, 4)])
@@ -77,7 +77,7 @@ def test_a_loader_gives_the_same_batches_with_a_cache(tmp_path, workers):
     rows = [row(n, image=b"broken" if n == 3 else png(n)) for n in range(40)]
     plain = loader(source(rows), workers=workers, skip_limit=0.5)
     # Room for some of the pictures only.
-    kept = PictureCache(tmp_path, 20 * 6 * 5 * 3)
+    kept = ImageCache(tmp_path, 20 * 6 * 5 * 3)
     cached = loader(source(rows), workers=workers, skip_limit=0.5, cache=kept)
     for epoch in range(3):
         assert same(list(plain.batches(epoch)), list(cached.batches(epoch)))
@@ -86,9 +86,9 @@ def test_a_loader_gives_the_same_batches_with_a_cache(tmp_path, workers):
 
 
 def test_a_kept_picture_is_not_read_again(tmp_path, monkeypatch):
-    reader = loader(source([row(n) for n in range(16)]), cache=PictureCache(tmp_path, 1 << 20))
+    reader = loader(source([row(n) for n in range(16)]), cache=ImageCache(tmp_path, 1 << 20))
     first = list(reader.batches(0))
-    monkeypatch.setattr("clipkit.data.pairs.row_image", None)
+    monkeypatch.setattr("clipkit.data.loader.row_image", None)
     assert sorted(k for b in reader.batches(1) for k in b.keys) == sorted(
         k for b in first for k in b.keys
     )
@@ -112,7 +112,7 @@ def test_when_a_run_keeps_pictures(tmp_path, settings, kept):
     data = {"cache": settings.pop("cache")} if "cache" in settings else {}
     config = parse_config({"data": data, "train": settings})
     reader = loader(source([row(n) for n in range(40)], streaming=streaming))
-    assert (picture_cache(config, reader, tmp_path) is not None) == kept
+    assert (image_cache(config, reader, tmp_path) is not None) == kept
 
 
 def test_how_much_of_the_disk_is_used(tmp_path, monkeypatch):

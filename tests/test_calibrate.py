@@ -6,15 +6,14 @@ import pytest
 from gap import gap
 from toys import records, soft
 
+from clipkit.artifacts import MANIFEST, ModelRef
 from clipkit.cli import main
-from clipkit.data.queries import generic_captions
 from clipkit.errors import ArtifactError
-from clipkit.manifest import MANIFEST, ModelRef
-from clipkit.store.calibration import calibrate
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.questions import make_questions
-from clipkit.store.vector_index import VectorIndex
-from clipkit.tasks.calibrate import calibrate_index
+from clipkit.index.calibration import calibrate
+from clipkit.index.sample_queries import generic_captions, make_questions
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.tasks.index import calibrate_index
 from clipkit.tasks.search import Searcher
 
 DIM = 32
@@ -30,7 +29,7 @@ class Told:
     def __init__(self, match=1.0):
         self.match = match
 
-    def encode_captions(self, captions):
+    def encode_text(self, captions):
         random = np.random.default_rng(0)
         found = random.normal(size=(len(captions), DIM)).astype(np.float32)
         found /= np.linalg.norm(found, axis=1, keepdims=True)
@@ -61,7 +60,7 @@ def test_a_calibrated_index_tells_probabilities(index):
     opened = VectorIndex.open(index)
     hits = Searcher(opened, Told()).by_caption("caption 8", k=5)
     chances = opened.calibration.probabilities(
-        Told().encode_captions(["caption 8"])[0], np.array([hit.score for hit in hits], np.float32)
+        Told().encode_text(["caption 8"])[0], np.array([hit.score for hit in hits], np.float32)
     )
     assert [hit.probability for hit in hits] == pytest.approx(chances.tolist())
     assert hits[0].probability > 0.5 > Searcher(opened, Told()).by_caption("?")[0].probability
@@ -121,12 +120,12 @@ def test_the_commands(monkeypatch, capsys, colour_folder, tiny_checkpoint, tmp_p
 def test_an_untrained_network_gives_no_probability(tiny_checkpoint):
     from PIL import Image
 
-    from clipkit.model.load import load
+    from clipkit.models.loading import load_model
 
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     images = encoder.encode_images([Image.fromarray(soft(40, 30, seed)) for seed in range(100)])
-    told = make_questions([], encoder.encode_captions)
+    told = make_questions([], encoder.encode_text)
     asked = told.captions, told.rows, told.nonsense
     assert not calibrate(*asked, lambda: [images], told.source).informative
-    own = encoder.encode_captions([f"{text} and more" for text in generic_captions()[:100]])
+    own = encoder.encode_text([f"{text} and more" for text in generic_captions()[:100]])
     assert not calibrate(own, np.arange(100), told.nonsense, lambda: [images], "").informative

@@ -3,7 +3,7 @@ import pytest
 from toys import unit_rows
 
 from clipkit.errors import ArtifactError
-from clipkit.store.calibration import (
+from clipkit.index.calibration import (
     Calibration,
     _best_near_and_far,
     _fit,

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from clipkit.data.duplicates import LOOK, content_hash, look, near_groups
-from clipkit.data.survey import Spread
+from clipkit.data.statistics import Spread
 from clipkit.errors import DataError
-from clipkit.tasks.check import check_data
+from clipkit.tasks.check_data import check_data
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -217,7 +217,7 @@ def test_nothing_readable_is_still_a_report(tmp_path):
 
 
 def test_a_misspelt_other_set_is_told_before_the_work(folder, monkeypatch):
-    monkeypatch.setattr("clipkit.tasks.check.survey", None)
+    monkeypatch.setattr("clipkit.tasks.check_data.survey", None)
     with pytest.raises(DataError, match="nowhere"):
         check_data(folder, folder / "nowhere")
 

@@ -11,16 +11,15 @@ from gap import gap
 from test_index_writer import DIM, POOL, make_store, old_index, table, unit_rows
 from toys import records
 
-import clipkit.tasks.check_index as module
+from clipkit.artifacts import ModelRef
 from clipkit.cli import main
-from clipkit.manifest import ModelRef
-from clipkit.store import tune
-from clipkit.store.auto import build_tuned
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.questions import Questions
-from clipkit.store.tune import Wish
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index import tuning as tune
+from clipkit.index.sample_queries import Questions
+from clipkit.index.tuning import Wish, build_tuned
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.tasks import check_index as module
 from clipkit.tasks.check_index import check_index
 
 

@@ -5,12 +5,12 @@ import torch
 from conftest import tiny_model
 
 from clipkit.config import parse_config
-from clipkit.model import chunks as module
-from clipkit.model.chunks import backward
-from clipkit.model.loss import info_nce
-from clipkit.model.network import DualEncoder
-from clipkit.model.tokenizer import tokenize
-from clipkit.model.towers import build_towers
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.tokenizer import tokenize
+from clipkit.training import grad_cache as module
+from clipkit.training.build import build_towers
+from clipkit.training.grad_cache import backward
+from clipkit.training.loss import info_nce
 
 RESNET = tiny_model() | {"vision": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}
 

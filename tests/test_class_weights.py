@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 
 import clipkit
+from clipkit.classifiers import zero_shot as module
+from clipkit.classifiers.zero_shot import class_weights
 from clipkit.data.prompts import read_labels, read_templates
-from clipkit.model import class_weights as module
-from clipkit.model.class_weights import class_weights
 
 
 def test_imagenets_names_in_eighty_templates_are_encoded_once(
     tiny_checkpoint, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path))
-    encoder, counts = clipkit.load(tiny_checkpoint), []
+    encoder, counts = clipkit.load_model(tiny_checkpoint), []
 
     def encode(self, texts, **options):
         """Cheap vectors that differ with the text."""
@@ -23,7 +23,7 @@ def test_imagenets_names_in_eighty_templates_are_encoded_once(
         rows[:, :2] = [(len(text), text.count("a")) for text in texts]
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    monkeypatch.setattr(type(encoder), "encode_captions", encode)
+    monkeypatch.setattr(type(encoder), "encode_text", encode)
     labels, templates = read_labels("imagenet"), read_templates("openai")
     first = class_weights(encoder, labels, templates)
     assert sum(counts) == 80_000

@@ -5,9 +5,13 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from clipkit.metrics import classification_figures, classified
-from clipkit.metrics.calibration import cross_fitted, fit_scale, reliability, softmax
-from clipkit.metrics.classification import item_sums, per_class
+from clipkit.evaluation.calibration import cross_fitted, fit_scale, reliability, softmax
+from clipkit.evaluation.classification import (
+    classification_figures,
+    classified,
+    item_sums,
+    per_class,
+)
 
 
 @pytest.fixture(scope="module")

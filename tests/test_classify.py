@@ -12,17 +12,16 @@ from PIL import Image
 from toys import unit_rows
 
 import clipkit
+from clipkit.artifacts import ModelRef, read_manifest
+from clipkit.classifiers import zero_shot as module
+from clipkit.classifiers.heads import ARRAYS, open_classifier, save_classifier
+from clipkit.classifiers.zero_shot import ZeroShotClassifier, background_weights
 from clipkit.config import parse_config
-from clipkit.data.label_set import Label, imagenet_labels, parents, parse_label
+from clipkit.data.labels import Label, imagenet_labels, parents, parse_label
 from clipkit.data.prompts import BACKGROUND, read_labels, read_templates
 from clipkit.errors import ArtifactError, CaptionError
-from clipkit.manifest import ModelRef, read_manifest
-from clipkit.model import class_weights as module
-from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.class_weights import background_weights
-from clipkit.model.classifier import ZeroShotClassifier
-from clipkit.model.classifier_file import ARRAYS, open_classifier, save_classifier
-from clipkit.model.towers import build_towers
+from clipkit.models.checkpoint import save_checkpoint
+from clipkit.training.build import build_towers
 
 LABELS = list(COLOURS)
 MODEL = ModelRef("toy", "", "toy", 8)
@@ -30,7 +29,7 @@ MODEL = ModelRef("toy", "", "toy", 8)
 
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint):
-    return clipkit.load(tiny_checkpoint)
+    return clipkit.load_model(tiny_checkpoint)
 
 
 # Labels
@@ -121,7 +120,7 @@ def test_a_label_is_the_mean_of_all_it_may_be_called(encoder, monkeypatch):
         said = [("red fox", "vixen", "fox cub"), ("dog",), ("cat",)]
         for row, phrases in zip(found, said, strict=True):
             texts = [t.replace("{}", phrase) for phrase in phrases for t in templates]
-            mean = encoder.encode_captions(texts).mean(axis=0)
+            mean = encoder.encode_text(texts).mean(axis=0)
             np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
 
 
@@ -129,7 +128,7 @@ def test_many_captions_are_encoded_once(encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(module, "KEPT_FROM", 1)
     first = ZeroShotClassifier.from_labels(encoder, LABELS, ["a {}."])
-    monkeypatch.setattr(type(encoder), "encode_captions", None)  # must not be called again
+    monkeypatch.setattr(type(encoder), "encode_text", None)  # must not be called again
     second = ZeroShotClassifier.from_labels(encoder, LABELS, ["a {}."])
     np.testing.assert_array_equal(first.weights, second.weights)
     with pytest.raises(TypeError):

@@ -15,11 +15,12 @@ import clipkit
 from clipkit.cli import main
 from clipkit.data.images import find_images, read_image
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.metrics import classification_figures, classified, retrieval_recall
-from clipkit.model.load import DEFAULT_MODEL
-from clipkit.model.tokenizer import CaptionCutWarning
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
+from clipkit.evaluation.classification import classification_figures, classified
+from clipkit.evaluation.retrieval import retrieval_recall
+from clipkit.index.vector_index import VectorIndex
+from clipkit.models.loading import DEFAULT_MODEL
+from clipkit.models.tokenizer import CaptionTruncationWarning
+from clipkit.store.embedding_store import EmbeddingStore
 
 LABELS = list(COLOURS)
 
@@ -32,7 +33,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
         capsys.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            warnings.simplefilter("default", CaptionCutWarning)  # all others are errors
+            warnings.simplefilter("default", CaptionTruncationWarning)  # all others are errors
             main()
         printed = capsys.readouterr()
         assert (end.value.code or 0) == code, printed.err
@@ -43,7 +44,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint):
-    return clipkit.load(tiny_checkpoint)
+    return clipkit.load_model(tiny_checkpoint)
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_where_no_model_is_named_the_output_says_which_it_is(
     run, colour_folder, tiny_checkpoint, tmp_path, monkeypatch
 ):
     assert DEFAULT_MODEL == "ViT-B-32/laion2b_s34b_b79k"
-    monkeypatch.setattr("clipkit.model.load.DEFAULT_MODEL", str(tiny_checkpoint))
+    monkeypatch.setattr("clipkit.models.loading.DEFAULT_MODEL", str(tiny_checkpoint))
     for words in (
         ["embed", colour_folder, "--out", tmp_path / "store"],
         ["index", "build", colour_folder, "--out", tmp_path / "index"],
@@ -316,7 +317,7 @@ def test_search_prints_what_the_index_finds(run, index, encoder, colour_folder, 
     vector = np.zeros(encoder.dim, np.float32)
     if query != "image":
         words.append("a red picture")
-        vector += encoder.encode_captions(["a red picture"])[0]
+        vector += encoder.encode_text(["a red picture"])[0]
     if query != "text":
         words += ["--image", colour_folder / "blue-2.png"]
         vector += encoder.encode_images([read_image(colour_folder / "blue-2.png")])[0]
@@ -419,7 +420,7 @@ def test_eval_retrieval_prints_the_metrics(run, colour_folder, tiny_checkpoint, 
         encoder.encode_images(
             [image for key, image in zip(keys, images, strict=True) if key in used]
         ),
-        encoder.encode_captions([text for group in texts for text in group]),
+        encoder.encode_text([text for group in texts for text in group]),
         np.repeat(np.arange(len(used)), [len(group) for group in texts]),
     )
     (found,) = objects(out)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from toys import unit_rows
 
-from clipkit.metrics import classification_figures, classified, retrieval_figures, retrieved
-from clipkit.metrics.calibration import softmax
-from clipkit.metrics.measured import pair_up
+from clipkit.evaluation.calibration import softmax
+from clipkit.evaluation.classification import classification_figures, classified
+from clipkit.evaluation.report import pair_up
+from clipkit.evaluation.retrieval import retrieval_figures, retrieved
 
 PYTHON = os.environ.get("CLIPKIT_CLIP_BENCHMARK")
 pytestmark = pytest.mark.skipif(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_pairs import loader, row, source
 
-from clipkit.data import collate
-from clipkit.data.collate import Gathered, Pair
+from clipkit.data import loader as collate
 from clipkit.data.images import Skipped
+from clipkit.data.loader import Gathered, Pair
 
 
 def pairs(count, dtype=np.uint8):

@@ -110,7 +110,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_every_field_is_documented():
-    from clipkit.config.toml import _ADAPTER
+    from clipkit.config import _ADAPTER
 
     for name, section in _ADAPTER.json_schema()["$defs"].items():
         if name != "TrainConfig":

@@ -13,14 +13,18 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from clipkit.config import parse_config
-from clipkit.model import convolutions as module
-from clipkit.model import encoder as encoder_module
-from clipkit.model import prepare as prepare_module
-from clipkit.model.convolutions import FusedConvolution, fuse_activations, round_tower
-from clipkit.model.fold import fold_batch_norms
-from clipkit.model.network import DualEncoder
-from clipkit.model.prepare import prepare
-from clipkit.model.towers import build_towers
+from clipkit.models import cpu_kernels as module
+from clipkit.models import encoder as encoder_module
+from clipkit.models import inference_precision as prepare_module
+from clipkit.models.cpu_kernels import (
+    FusedConvolution,
+    fold_batch_norms,
+    fuse_activations,
+    round_tower,
+)
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.inference_precision import prepare
+from clipkit.training.build import build_towers
 
 CONVOLUTIONS = {
     "pointwise": lambda: nn.Conv2d(8, 12, 1),

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from clipkit.artifacts import is_complete
 from clipkit.config import load_config
-from clipkit.data import emoji
-from clipkit.data.emoji import Drawing, EmojiFacts, caption_of, find_drawings, label_of, write_sets
-from clipkit.data.sources import open_source, row_image
+from clipkit.data.open_source import open_source, row_image
+from clipkit.demo import emoji
+from clipkit.demo.emoji import Drawing, EmojiFacts, caption_of, find_drawings, label_of, write_sets
+from clipkit.demo.page import Classified, Found, Page, Picture, render_page
+from clipkit.display.html import Figure
 from clipkit.errors import ArtifactError, DataError, MissingExtraError
-from clipkit.manifest import is_complete
-from clipkit.pages.demo import Classified, Found, Page, Picture, render_page
-from clipkit.pages.parts import Figure
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 150, 40), "blue": (40, 60, 220), "black": (9, 9, 9)}
 
@@ -209,7 +209,7 @@ def test_page_is_well_formed_and_escaped():
 
 
 def test_the_whole_walk(drawings, tmp_path, monkeypatch):
-    from clipkit.tasks.demo import demo, recipe
+    from clipkit.demo.run import demo, recipe
 
     out, told = tmp_path / "demo", []
     with monkeypatch.context() as patch:

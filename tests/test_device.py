@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from test_index_writer import DIM, MODEL, QUERIES, make_store, unit_rows
 
-import clipkit.store.device as device
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index import faiss_gpu as device
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from PIL import Image
 from toys import ColourEncoder, square
 
 import clipkit
+from clipkit.classifiers.predictions import Answer, Answers
+from clipkit.classifiers.zero_shot import Prediction
 from clipkit.config import parse_config
-from clipkit.data.sources import open_source
+from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
-from clipkit.model.answers import Answer, Answers
-from clipkit.model.classifier import Prediction
-from clipkit.store.hits import Hits
-from clipkit.store.roots import Root, file_of
-from clipkit.store.vector_index import Hit
+from clipkit.index.hits import Hits
+from clipkit.index.roots import Root, file_of
+from clipkit.index.vector_index import Hit
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
@@ -102,7 +102,7 @@ def test_an_encoder_answers_and_a_report_show_themselves(tiny_checkpoint, tmp_pa
         for number in range(3):
             (tmp_path / "albums" / colour).mkdir(parents=True, exist_ok=True)
             square(colour, 10 * number, 32).save(tmp_path / "albums" / colour / f"{number}.png")
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     weights = sum(p.numel() for p in encoder.network.parameters())
     assert f"{weights / 1e6:.1f} million" in encoder._repr_html_()
     source = open_source(tmp_path / "albums")
@@ -113,13 +113,13 @@ def test_an_encoder_answers_and_a_report_show_themselves(tiny_checkpoint, tmp_pa
     page = answers._repr_html_()
     assert page.count("data:image/jpeg;base64,") == 6
     assert f"{answers[0].label} {answers[0].score:.0%}" in page
-    report = clipkit.evaluate_zeroshot(source, encoder, ["red", "green"], progress=False)
+    report = clipkit.evaluate_zero_shot(source, encoder, ["red", "green"], progress=False)
     assert f"{report.metrics['top1']:.3f}" in report._repr_html_()
     assert size_of(clipkit.plot_confusion(report)._repr_png_())[0] > 300
 
 
 def test_a_retrieval_has_no_confusion_matrix(colour_folder, tiny_checkpoint):
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     report = clipkit.evaluate_retrieval(open_source(colour_folder), encoder, progress=False)
     assert "text_to_image_r1" in report._repr_html_()
     with pytest.raises(DataError, match="a report on retrieval has no confusion matrix"):

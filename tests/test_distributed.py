@@ -17,9 +17,9 @@ from test_train import configured, last_weights
 import clipkit
 from clipkit.config import dump_config
 from clipkit.errors import ConfigError
-from clipkit.model.distributed import World
-from clipkit.model.run import read_log
 from clipkit.tasks.train import train
+from clipkit.training.distributed import World
+from clipkit.training.run_directory import read_log
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHARED = {"batch_size": 4, "epochs": 6, "eval_epochs": 0, "keep": 50, "duplicates": "ignore"}
@@ -130,7 +130,7 @@ def test_shards_are_worth_the_whole(colour_folder, tmp_path):
     cut_short(tmp_path / "two", tmp_path / "one", 8)
     train(config, tmp_path / "one", resume=True)
     assert_like(tmp_path / "one", tmp_path / "whole")
-    assert clipkit.load(tmp_path / "two").dim == 32
+    assert clipkit.load_model(tmp_path / "two").dim == 32
 
 
 @pytest.mark.slow

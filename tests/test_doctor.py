@@ -10,15 +10,15 @@ from PIL import Image
 from test_train import configured
 
 from clipkit.config import parse_config
-from clipkit.data.held_out import split_held_out
-from clipkit.data.leaks import Shared, shared_images
-from clipkit.data.sources import open_source
+from clipkit.data.duplicates import Shared, shared_images
+from clipkit.data.open_source import open_source
+from clipkit.data.sampler import split_held_out
 from clipkit.errors import DataError
-from clipkit.model.doctor import Facts, examine
-from clipkit.model.tokenizer import CutReport
+from clipkit.models.tokenizer import TruncationReport
 from clipkit.tasks.train import train
+from clipkit.training.preflight import Facts, examine
 
-FINE = Facts(pairs=10_000, steps=1000, captions=9000, cut=CutReport(10_000, 5), shared=None)
+FINE = Facts(pairs=10_000, steps=1000, captions=9000, cut=TruncationReport(10_000, 5), shared=None)
 
 
 def findings(facts=FINE, **sections):
@@ -27,7 +27,7 @@ def findings(facts=FINE, **sections):
 
 def test_nothing_is_said_of_a_run_without_faults():
     assert findings() == []
-    assert findings(Facts(None, 0, None, CutReport(), None)) == []
+    assert findings(Facts(None, 0, None, TruncationReport(), None)) == []
     assert findings(replace(FINE, shared=Shared([], 500, 10_000, 10_000))) == []
 
 
@@ -59,7 +59,11 @@ def test_rates_out_of_range(name, rate, doubtful):
         (replace(FINE, pairs=200), {}, "batch_size is 256, and there are 200 pairs"),
         (replace(FINE, captions=1), {}, "all captions of the 10000 images are the same"),
         (replace(FINE, captions=10), {}, "10 different captions among 10000 images"),
-        (replace(FINE, cut=CutReport(1000, 30, 400)), {}, "3.0% of the captions (30 of 1,000)"),
+        (
+            replace(FINE, cut=TruncationReport(1000, 30, 400)),
+            {},
+            "3.0% of the captions (30 of 1,000)",
+        ),
         (
             replace(FINE, shared=Shared([("a.jpg", "b.jpg")], 500, 200_000, 1_000_000)),
             {},
@@ -89,7 +93,7 @@ def test_changes_that_stored_features_do_not_see(augment, views, told):
 
 
 def test_captions_that_are_split_are_not_cut():
-    facts = replace(FINE, cut=CutReport(1000, 30, 400))
+    facts = replace(FINE, cut=TruncationReport(1000, 30, 400))
     assert findings(facts, data={"long_captions": "split"}) == []
 
 

@@ -6,9 +6,9 @@ import torch
 from test_locked import settings, squares, start  # noqa: F401
 
 from clipkit.errors import ConfigError
-from clipkit.model.drop_tokens import drop_tokens
-from clipkit.model.tokenizer import END, START, tokenize
+from clipkit.models.tokenizer import END, START, tokenize
 from clipkit.tasks.train import train
+from clipkit.training.step import drop_tokens
 
 TEXTS = ["a red fox runs over the snow !", "", "dog " * 75, "one"] * 50
 
@@ -38,7 +38,7 @@ def test_drops_about_the_share_asked_for():
 def test_a_run_reads_captions_with_tokens_left_out(squares, tmp_path, monkeypatch):  # noqa: F811
     from conftest import tiny_model
 
-    from clipkit.model.network import DualEncoder
+    from clipkit.models.dual_encoder import DualEncoder
 
     read = []
     original = DualEncoder.forward

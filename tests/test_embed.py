@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from toys import COLOURS, ColourEncoder, png, square, write_squares
 
-import clipkit.tasks.embed as embed_module
-from clipkit.data.content import content_hash
-from clipkit.data.sources import open_source
+from clipkit.artifacts import partial_path
+from clipkit.data.images import content_hash
+from clipkit.data.open_source import open_source
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError, SkipLimitError
-from clipkit.manifest import partial_path
-from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.tasks import embed as embed_module
 from clipkit.tasks.embed import embed
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-import clipkit.model.batches as batches
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex
+from clipkit.models import encoder as batches
+from clipkit.store.embedding_store import EmbeddingStore
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from toys import ColourEncoder, records, soft, unit_rows, write_squares
 
-import clipkit.model.encode_pairs as encode_pairs
-import clipkit.store.shard_writer as shard_writer
+from clipkit.artifacts import ModelRef, partial_path
 from clipkit.data.images import read_image
 from clipkit.errors import ArtifactError
-from clipkit.manifest import ModelRef, partial_path
-from clipkit.store.embeddings import EmbeddingStore
+from clipkit.models import embed_source as encode_pairs
+from clipkit.store import shards as shard_writer
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
@@ -132,10 +132,10 @@ def photos(tmp_path):
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_vectors_are_those_of_the_pictures_read_one_by_one(photos, tiny_checkpoint, decode):
-    from clipkit.data.preprocess import as_batch
-    from clipkit.model.load import load
+    from clipkit.data.transforms import as_batch
+    from clipkit.models.loading import load_model
 
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     store = embed(photos, photos.with_name("store"), encoder, decode=decode, batch_size=4)
     assert [key for key, _ in store.skipped()] == ["bad.jpg"]
     reduction = encoder.preprocess.reduction(decode)
@@ -154,9 +154,9 @@ def test_vectors_are_those_of_the_pictures_read_one_by_one(photos, tiny_checkpoi
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_an_image_is_searched_for_as_those_of_the_index_were_read(photos, tiny_checkpoint, decode):
-    from clipkit.model.load import load
+    from clipkit.models.loading import load_model
 
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     index = build_index(photos, photos.with_name("index"), load=lambda: encoder, decode=decode)
     searcher = Searcher(index, encoder)
     vectors = EmbeddingStore.open(photos.with_name("index.store")).vectors()
@@ -166,7 +166,7 @@ def test_an_image_is_searched_for_as_those_of_the_index_were_read(photos, tiny_c
         # Read in the other way, the scores are off by 1e-5 and more.
         assert hit.score == pytest.approx(1, abs=2e-6)
         np.testing.assert_allclose(searcher._encode(photos / key), vector, atol=1e-6)
-    caption = encoder.encode_captions(["a red picture"])[0]
+    caption = encoder.encode_text(["a red picture"])[0]
     assert searcher.by_caption("a red picture", k=1)[0].score == pytest.approx(
         float((vectors @ caption).max()), abs=1e-5
     )

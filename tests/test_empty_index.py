@@ -8,11 +8,11 @@ from web_toys import ServedEncoder, build, client, keys
 
 from clipkit.cli import main
 from clipkit.errors import DataError
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex
+from clipkit.tasks.index import compact_index, remove_items
 from clipkit.tasks.map import draw_map
 from clipkit.tasks.search import Searcher
 from clipkit.tasks.sync import add_images
-from clipkit.tasks.upkeep import compact_index, remove_items
 
 
 @pytest.fixture(params=["removed", "compacted"])

@@ -14,16 +14,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import clipkit
+from clipkit.artifacts import ModelRef, read_manifest
 from clipkit.config import parse_config
-from clipkit.manifest import ModelRef, read_manifest
-from clipkit.model import encoder as encoder_module
-from clipkit.model import prepare as prepare_module
-from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.fold import fold_batch_norms
-from clipkit.model.load import load
-from clipkit.model.prepare import prepare
-from clipkit.model.tokenizer import CaptionCutWarning, CutReport, tokenize
-from clipkit.model.towers import build_towers
+from clipkit.models import encoder as encoder_module
+from clipkit.models import inference_precision as prepare_module
+from clipkit.models.checkpoint import save_checkpoint
+from clipkit.models.cpu_kernels import fold_batch_norms
+from clipkit.models.inference_precision import prepare
+from clipkit.models.loading import load_model
+from clipkit.models.tokenizer import CaptionTruncationWarning, TruncationReport, tokenize
+from clipkit.training.build import build_towers
 
 CPU = torch.device("cpu")
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
@@ -81,7 +81,7 @@ def test_exact_encoding_equals_open_clips(towers):
         wanted = clip.encode_image(images, True), clip.encode_text(tokens, True)
     encoder = as_encoder(clip)
     np.testing.assert_allclose(encoder.encode_images(images), wanted[0], atol=2e-6)
-    np.testing.assert_allclose(encoder.encode_captions(CAPTIONS), wanted[1], atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_text(CAPTIONS), wanted[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("towers", TOWERS)
@@ -91,7 +91,7 @@ def test_rounded_encoding_is_close_and_holds_its_matrices_once(towers):
     with torch.no_grad():
         wanted = clip.encode_image(images, True), clip.encode_text(tokens, True)
     encoder = as_encoder(clip, "bf16")
-    of_images, of_captions = encoder.encode_images(images), encoder.encode_captions(CAPTIONS)
+    of_images, of_captions = encoder.encode_images(images), encoder.encode_text(CAPTIONS)
     assert of_images.dtype == of_captions.dtype == np.float32
     assert 0.995 < cosines(of_images, wanted[0]).min() < 1 - 1e-7
     assert 0.9999 < cosines(of_captions, wanted[1]).min() < 1 - 1e-7
@@ -107,14 +107,14 @@ def test_rounded_encoding_is_close_and_holds_its_matrices_once(towers):
 
 def test_captions_of_many_windows_and_batches_come_in_order(monkeypatch):
     encoder = as_encoder(clip_of())
-    wanted = np.concatenate([encoder.encode_captions([caption]) for caption in CAPTIONS])
+    wanted = np.concatenate([encoder.encode_text([caption]) for caption in CAPTIONS])
     monkeypatch.setattr(encoder_module, "WINDOW", 7)
-    np.testing.assert_allclose(encoder.encode_captions(CAPTIONS), wanted, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_text(CAPTIONS), wanted, atol=1e-6)
     monkeypatch.setattr(encoder_module, "WINDOW", 100)
     for most in (1, 30, 200):
-        found = encoder.encode_captions(CAPTIONS, batch_tokens=most)
+        found = encoder.encode_text(CAPTIONS, batch_tokens=most)
         np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert encoder.encode_captions([]).shape == (0, 32)
+    assert encoder.encode_text([]).shape == (0, 32)
 
 
 def test_batches_are_filled_by_tokens_and_equal_captions_are_run_once(monkeypatch):
@@ -126,7 +126,7 @@ def test_batches_are_filled_by_tokens_and_equal_captions_are_run_once(monkeypatc
         return encode_tokens(tokens)
 
     monkeypatch.setattr(encoder.network, "encode_tokens", noted)
-    vectors = encoder.encode_captions(CAPTIONS, batch_tokens=100)
+    vectors = encoder.encode_text(CAPTIONS, batch_tokens=100)
     lengths = [length for batch in seen for length in batch]
     assert lengths == sorted(lengths)
     assert len(lengths) == len(set(CAPTIONS))
@@ -139,17 +139,17 @@ def test_what_is_cut_is_told_once_for_all_windows(monkeypatch):
     encoder = as_encoder(clip_of())
     monkeypatch.setattr(encoder_module, "WINDOW", 2)
     texts = ["cat", "dog " * 80, "bird", "cow", "fox " * 90]
-    with pytest.warns(CaptionCutWarning, match="2 of 5 captions") as told:
-        encoder.encode_captions(texts)
+    with pytest.warns(CaptionTruncationWarning, match="2 of 5 captions") as told:
+        encoder.encode_text(texts)
     assert len(told) == 1
     assert told[0].filename == __file__
-    report = CutReport()
+    report = TruncationReport()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoder.encode_captions(texts, report=report)
+        encoder.encode_text(texts, report=report)
     assert (report.seen, report.cut) == (5, 2)
     with pytest.raises(clipkit.ClipkitError, match="needs 82 tokens"):
-        encoder.encode_captions(texts, policy="error")
+        encoder.encode_text(texts, policy="error")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -166,11 +166,11 @@ def test_the_batch_changes_a_vector_by_rounding_alone(precision):
 def test_threads_that_share_an_encoder_get_their_own_vectors():
     encoder = as_encoder(clip_of())
     images = photos(encoder.network.clip, 24)
-    wanted = encoder.encode_images(images), encoder.encode_captions(CAPTIONS)
+    wanted = encoder.encode_images(images), encoder.encode_text(CAPTIONS)
 
     def encode(start):
         part = CAPTIONS[start:] + CAPTIONS[:start]
-        return encoder.encode_images(images[start:]), encoder.encode_captions(part)
+        return encoder.encode_images(images[start:]), encoder.encode_text(part)
 
     starts = list(range(20)) * 3
     with ThreadPoolExecutor(8) as pool:
@@ -261,7 +261,7 @@ def test_the_precision_is_recorded_and_vectors_go_together(
     assert store.model.precision == "bf16"
     index = clipkit.build_index(tmp_path / "store", tmp_path / "index")
     assert index.model.precision == "bf16"
-    exact = load(tiny_checkpoint, precision="fp32")
+    exact = load_model(tiny_checkpoint, precision="fp32")
     assert exact.model == store.model
     hits = clipkit.Searcher(index, exact).by_image(Image.open(colour_folder / "red-2.png"), k=1)
     assert hits[0].score > 0.999
@@ -292,9 +292,9 @@ def test_training_starts_from_weights_as_they_are(tmp_path):
 def test_a_gpu_gives_the_vectors_of_a_cpu(towers, precision):
     clip = clip_of(**TOWERS[towers])
     images, encoder = photos(clip, 70), as_encoder(clip)
-    wanted = encoder.encode_images(images), encoder.encode_captions(CAPTIONS)
+    wanted = encoder.encode_images(images), encoder.encode_text(CAPTIONS)
     encoder.network = prepare(clip, precision, torch.device("cuda"))
-    found = encoder.encode_images(images), encoder.encode_captions(CAPTIONS)
+    found = encoder.encode_images(images), encoder.encode_text(CAPTIONS)
     least = 1 - 1e-5 if precision == "fp32" else 0.99
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.sum(ours * theirs, axis=1).min() > least

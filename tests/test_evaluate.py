@@ -10,25 +10,24 @@ from PIL import Image
 from toys import unit_rows
 
 import clipkit
+from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.cli import main
 from clipkit.config import parse_config
-from clipkit.data.sources import open_source
+from clipkit.data.open_source import open_source
 from clipkit.errors import CaptionError, DataError, ModelMismatchError
-from clipkit.metrics.compared import compare_classification, compare_retrieval
-from clipkit.metrics.measured import measure_classification, measure_retrieval, pair_up
-from clipkit.metrics.paired import mcnemar
-from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.classifier import ZeroShotClassifier
-from clipkit.model.towers import build_towers
-from clipkit.tasks.compare import compare_retrievals, compare_zeroshot
-from clipkit.tasks.evaluate import evaluate_classifier, evaluate_retrieval, evaluate_zeroshot
+from clipkit.evaluation.report import measure_classification, measure_retrieval, pair_up
+from clipkit.evaluation.significance import compare_classification, compare_retrieval, mcnemar
+from clipkit.models.checkpoint import save_checkpoint
+from clipkit.tasks.compare import compare_retrievals, compare_zero_shot
+from clipkit.tasks.evaluate import evaluate_classifier, evaluate_retrieval, evaluate_zero_shot
+from clipkit.training.build import build_towers
 
 LABELS = list(COLOURS)
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint):
-    return clipkit.load(tiny_checkpoint)
+    return clipkit.load_model(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def stranger(tmp_path_factory):
     path = tmp_path_factory.mktemp("stranger") / "step-1"
     towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=1)
     save_checkpoint(path, towers, {"step": 1}, {"step": 1})
-    return clipkit.load(path)
+    return clipkit.load_model(path)
 
 
 @pytest.fixture
@@ -78,7 +77,7 @@ def test_the_same_sentence_beside_another_image_is_right_unless_kept_apart(encod
     # Four equal captions tie, so that the image which is asked for is never first alone.
     assert apart.metrics["image_to_text_r1"] == 0
     assert merged.metrics["image_to_text_r1"] > 0
-    vectors = encoder.encode_captions(merged.outcome.texts)
+    vectors = encoder.encode_text(merged.outcome.texts)
     images = encoder.encode_images(
         [Image.open(colour_folder / key).convert("RGB") for key in merged.outcome.keys]
     )
@@ -129,18 +128,18 @@ def test_labels_without_images_and_images_without_a_label_are_told(encoder, albu
         "\n".join(["filepath,label", *rows, "red/3.png,"]).replace("red/0.png,red", "red/0.png,")
     )
     labels = [*LABELS, "yellow", "grey"]
-    report = evaluate_zeroshot(open_source(table), encoder, labels, progress=False)
+    report = evaluate_zero_shot(open_source(table), encoder, labels, progress=False)
     assert [item.reason for item in report.skipped] == ["has no label"]
     assert report.notes[0].startswith("labels without an image: 2 of 5 (yellow, grey)")
     assert (report.counts["images"], report.counts["classes"]) == (29, 5)
     with pytest.raises(DataError, match=r"not among --labels: blue \(1 in all\)"):
-        evaluate_zeroshot(open_source(albums), encoder, ["red", "green"], progress=False)
+        evaluate_zero_shot(open_source(albums), encoder, ["red", "green"], progress=False)
     with pytest.raises(DataError, match="has no labels; expected one folder per class"):
-        evaluate_zeroshot(open_source(albums / "red"), encoder, LABELS, progress=False)
+        evaluate_zero_shot(open_source(albums / "red"), encoder, LABELS, progress=False)
 
 
 def test_zeroshot_figures_are_those_of_the_logits(encoder, albums):
-    report = evaluate_zeroshot(open_source(albums), encoder, LABELS, progress=False)
+    report = evaluate_zero_shot(open_source(albums), encoder, LABELS, progress=False)
     classifier = ZeroShotClassifier.from_labels(encoder, LABELS)
     images = [Image.open(albums / key).convert("RGB") for key in report.outcome.keys]
     logits = classifier.logits(encoder.encode_images(images))
@@ -159,7 +158,7 @@ def test_a_class_that_is_alone_has_no_curve(encoder, albums):
     from dataclasses import replace
 
     source = replace(source, rows=source.rows.map(lambda row: {**row, "label": "red"}))
-    report = evaluate_zeroshot(source, encoder, LABELS, progress=False)
+    report = evaluate_zero_shot(source, encoder, LABELS, progress=False)
     assert report.to_dict()["roc_auc"] is None
     assert report.outcome.fitted is None
     assert "ece_fitted" not in report.metrics
@@ -239,8 +238,8 @@ def test_a_verdict_says_what_the_numbers_say(encoder, stranger, albums, colour_f
     assert same.better is None
     assert same.verdict.startswith("neither is better for sure: mean_recall is")
     labelled = open_source(albums)
-    found = compare_zeroshot(labelled, (encoder, stranger), names, LABELS, progress=False)
-    again = compare_zeroshot(labelled, (stranger, encoder), names[::-1], LABELS, progress=False)
+    found = compare_zero_shot(labelled, (encoder, stranger), names, LABELS, progress=False)
+    again = compare_zero_shot(labelled, (stranger, encoder), names[::-1], LABELS, progress=False)
     assert found.better == again.better
     assert found.headline.difference.value == pytest.approx(-again.headline.difference.value)
     assert found.headline.p == again.headline.p
@@ -260,7 +259,7 @@ def test_compare_on_the_command_line(
 
     models = ["compare", tiny_checkpoint, stranger.model.name]
     names = (str(tiny_checkpoint), stranger.model.name)
-    encoders = (clipkit.load(tiny_checkpoint), stranger)
+    encoders = (clipkit.load_model(tiny_checkpoint), stranger)
     wanted = compare_retrievals(open_source(colour_folder), encoders, names, progress=False)
     found = json.loads(run(*models, "--data", colour_folder, "--json"))
     assert found["verdict"] == wanted.verdict

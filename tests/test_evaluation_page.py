@@ -10,7 +10,7 @@ from conftest import COLOURS
 from PIL import Image
 
 from clipkit.cli import main
-from clipkit.pages.evaluation import (
+from clipkit.reports.evaluation import (
     Confused,
     Measured,
     confused_pairs,

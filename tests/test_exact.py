@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import records, unit_rows
 
+from clipkit.artifacts import ModelRef
 from clipkit.errors import ArtifactError
-from clipkit.manifest import ModelRef
-from clipkit.store import exact, flat
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.exact import search_exact, search_halves, take_rows
-from clipkit.store.flat import plain_rows, search_index
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index import exact
+from clipkit.index import search as flat
+from clipkit.index.exact import search_exact, search_halves, take_rows
+from clipkit.index.search import plain_rows, search_index
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
 
 DIM = 16
 

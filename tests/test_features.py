@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from clipkit.data import features as module
-from clipkit.data.features import stored_features
+from clipkit.artifacts import ModelRef
+from clipkit.data import feature_cache as module
+from clipkit.data.feature_cache import stored_features
 from clipkit.errors import ArtifactError, ImageError
-from clipkit.manifest import ModelRef
 
 KEYS = [f"{number}.jpg" for number in range(10)]
 WANTED = np.arange(10 * 2 * 3, dtype=np.float32).reshape(10, 2, 3)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from clipkit.model.freed_memory import freed_memory_kept
+from clipkit.training.allocator import freed_memory_kept
 
 PIECE = 256 << 20
 PROGRAM = f"""

@@ -10,13 +10,13 @@ from test_chunks import batch
 from test_loss import pairs
 from test_train import configured
 
-from clipkit.data.collate import PairBatch
-from clipkit.model.distributed import World
-from clipkit.model.learner import Learner
-from clipkit.model.loss import info_nce
-from clipkit.model.network import DualEncoder
-from clipkit.model.towers import build_towers
-from clipkit.model.training_data import open_training_data, pair_loader
+from clipkit.data.loader import PairBatch
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.training.build import build_towers
+from clipkit.training.data import open_training_data, pair_loader
+from clipkit.training.distributed import World
+from clipkit.training.loss import info_nce
+from clipkit.training.step import Learner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,5 +1,5 @@
-from clipkit.data.held_out import split_held_out
-from clipkit.data.sources import open_source
+from clipkit.data.open_source import open_source
+from clipkit.data.sampler import split_held_out
 
 
 def keys(source):

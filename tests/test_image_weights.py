@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from clipkit.config import parse_config
 from clipkit.errors import ModelError
-from clipkit.model.network import DualEncoder
-from clipkit.model.towers import build_towers
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.training.build import build_towers
 
 TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
 

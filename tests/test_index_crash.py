@@ -11,8 +11,8 @@ import pytest
 from test_index_writer import DIM, make_store, unit_rows
 
 from clipkit.errors import ArtifactError
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
 
 HERE = Path(__file__).parent
 CRASH = [sys.executable, str(HERE / "crash.py")]

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from toys import records, unit_rows
 
+from clipkit.artifacts import MANIFEST, Manifest, ModelRef, write_json
 from clipkit.errors import ArtifactError, SpecError
-from clipkit.manifest import MANIFEST, Manifest, ModelRef, write_json
-from clipkit.store import vector_index
-from clipkit.store.embeddings import EmbeddingStore
+from clipkit.index import vector_index
+from clipkit.index.vector_index import Hit, VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import SCHEMA
-from clipkit.store.vector_index import Hit, VectorIndex
-from clipkit.store.writer import IndexWriter
 
 DIM = 16
 MODEL = ModelRef("toy", "a", "fingerprint-a", DIM)

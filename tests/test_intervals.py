@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from clipkit.metrics.intervals import estimate, estimate_difference, resamples
-from clipkit.metrics.paired import holm, mcnemar, sign_flip_test
+from clipkit.evaluation.bootstrap import estimate, estimate_difference, resamples
+from clipkit.evaluation.significance import holm, mcnemar, sign_flip_test
 
 
 def mean_of(values):
@@ -46,7 +46,7 @@ def test_intervals_cover_the_truth_about_so_often_as_they_say():
 def test_the_block_of_resamples_changes_nothing_but_memory(monkeypatch):
     values = np.random.default_rng(0).normal(size=50)
     whole = estimate(mean_of(values), 50)["mean"]
-    monkeypatch.setattr("clipkit.metrics.intervals._NUMBERS", 640)
+    monkeypatch.setattr("clipkit.evaluation.bootstrap._NUMBERS", 640)
     parts = list(resamples(50, 0))
     assert max(map(len, parts)) == 12
     assert sum(map(len, parts)) == 1000

@@ -8,13 +8,13 @@ from conftest import dies
 from test_train import assert_same_run, configured
 
 import clipkit
-from clipkit.config.sections import Metric
+from clipkit.artifacts import read_manifest
+from clipkit.config import Metric
 from clipkit.errors import ArtifactError, ConfigError, ModelError
-from clipkit.manifest import read_manifest
-from clipkit.metrics import retrieval_recall
-from clipkit.model.loop import TrainingLoop
-from clipkit.model.run import read_log
+from clipkit.evaluation.retrieval import retrieval_recall
 from clipkit.tasks.train import train
+from clipkit.training.loop import TrainingLoop
+from clipkit.training.run_directory import read_log
 
 
 def steps(run):
@@ -28,7 +28,7 @@ def measured(monkeypatch, recalls):
     def recall(*_):
         return dict.fromkeys(get_args(Metric)[1:], next(ahead))
 
-    monkeypatch.setattr("clipkit.model.loop.retrieval_recall", recall)
+    monkeypatch.setattr("clipkit.training.loop.retrieval_recall", recall)
 
 
 def test_the_metrics_that_can_be_named_are_those_measured():
@@ -52,8 +52,8 @@ def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
     assert read_manifest(out).detail["best"] == best
     assert read_manifest(out / "step-12").detail["best"] == best
     assert read_manifest(out / "step-4").detail["held_out"]["text_to_image_r1"] == 0.5
-    assert clipkit.load(out).model.name.endswith("step-12")
-    assert clipkit.load(f"{out}/best").model == clipkit.load(out / "step-4").model
+    assert clipkit.load_model(out).model.name.endswith("step-12")
+    assert clipkit.load_model(f"{out}/best").model == clipkit.load_model(out / "step-4").model
 
 
 def test_every_nth_checkpoint_stays(colour_folder, tmp_path):
@@ -63,7 +63,7 @@ def test_every_nth_checkpoint_stays(colour_folder, tmp_path):
     out = train(config, tmp_path / "run").run
     assert steps(out) == [5, 10, 12]
     with pytest.raises(ModelError, match=r"no best checkpoint.*train\.best"):
-        clipkit.load(f"{out}/best")
+        clipkit.load_model(f"{out}/best")
 
 
 def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypatch):
@@ -99,8 +99,8 @@ def test_a_full_disk_costs_neither_the_best_nor_the_last(
     with pytest.raises(ArtifactError, match="step-9 cannot be saved.*disk is full"):
         train(config, disk.path / "run")
     assert steps(disk.path / "run") == [3, 6]
-    assert clipkit.load(disk.path / "run").model.name.endswith("step-6")
-    assert clipkit.load(disk.path / "run" / "best").model.name.endswith("step-3")
+    assert clipkit.load_model(disk.path / "run").model.name.endswith("step-6")
+    assert clipkit.load_model(disk.path / "run" / "best").model.name.endswith("step-3")
     disk.grow("70m")
     measured(monkeypatch, [0.2, 0.2])
     assert train(config, disk.path / "run", resume=True).finished

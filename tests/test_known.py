@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from toys import ColourEncoder, png, square, write_squares
 
-from clipkit.data.content import content_hash
+from clipkit.data.images import content_hash
 from clipkit.errors import ArtifactError, ImageError
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 import clipkit
 from clipkit.config import parse_config
 from clipkit.errors import ModelError, ModelMismatchError
-from clipkit.model.load import load, load_ref, resolve
-from clipkit.model.network import why_unsuitable
-from clipkit.model.towers import build_towers
+from clipkit.models.dual_encoder import why_unsuitable
+from clipkit.models.loading import load_model, load_model_ref, resolve
+from clipkit.training.build import build_towers
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def picture(seed=0):
 
 def test_weights_on_disk_give_open_clips_vectors(named):
     _, weights = named
-    encoder = load(f"tiny-clip/{weights}")
+    encoder = load_model(f"tiny-clip/{weights}")
     model, _, preprocess = open_clip.create_model_and_transforms(
         "tiny-clip", pretrained=str(weights)
     )
@@ -49,31 +49,31 @@ def test_weights_on_disk_give_open_clips_vectors(named):
         tokens = open_clip.SimpleTokenizer()(["a dog", "a much longer caption of a dog", ""])
         texts = model.encode_text(tokens, normalize=True)
     np.testing.assert_allclose(encoder.encode_images([picture()]), wanted, atol=1e-6)
-    found = encoder.encode_captions(["a dog", "a much longer caption of a dog", ""])
+    found = encoder.encode_text(["a dog", "a much longer caption of a dog", ""])
     np.testing.assert_allclose(found, texts, atol=1e-6)
     assert found.dtype == np.float32
     assert encoder.dim == 32
 
 
 def test_batches_of_any_size_give_the_same_vectors(tiny_checkpoint):
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     captions = ["a dog", "two dogs on a beach at night, seen from far above", "", "cat"] * 5
     images = [picture(seed) for seed in range(9)]
     for size in (1, 4, 100):
         np.testing.assert_allclose(
-            encoder.encode_captions(captions, size), encoder.encode_captions(captions), atol=1e-6
+            encoder.encode_text(captions, size), encoder.encode_text(captions), atol=1e-6
         )
         np.testing.assert_allclose(
             encoder.encode_images(images, size), encoder.encode_images(images), atol=1e-6
         )
     lengths = np.linalg.norm(encoder.encode_images(images), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-6)
-    assert encoder.encode_captions([]).shape == (0, 32)
+    assert encoder.encode_text([]).shape == (0, 32)
     assert encoder.encode_images([]).shape == (0, 32)
 
 
 def test_text_trimmed_to_the_batch_equals_the_full_context(tiny_checkpoint):
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     # "!" before another sign has the id of padding, 0.
     odd = ["!€ what", "", "two <end_of_text> words", "a red bicycle at the sea", "word " * 75]
     texts = odd + [f"{'very ' * (number % 20)}long caption {number}" for number in range(120)]
@@ -87,8 +87,8 @@ def test_text_trimmed_to_the_batch_equals_the_full_context(tiny_checkpoint):
 
 def test_the_fingerprint_covers_what_decides_a_vector(named, tmp_path):
     towers, weights = named
-    first = load(f"tiny-clip/{weights}").model
-    assert load(f"tiny-clip/{weights}").model.fingerprint == first.fingerprint
+    first = load_model(f"tiny-clip/{weights}").model
+    assert load_model(f"tiny-clip/{weights}").model.fingerprint == first.fingerprint
     quick = json.loads((tmp_path / "tiny-clip.json").read_text()) | {"quick_gelu": True}
     wide = json.loads((tmp_path / "tiny-clip.json").read_text())
     wide["text_cfg"]["heads"] = 4
@@ -108,7 +108,7 @@ def test_the_fingerprint_covers_what_decides_a_vector(named, tmp_path):
         config = {"model_cfg": settings, "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "open_clip_model.safetensors")
-        variants[name] = load(folder).model.fingerprint
+        variants[name] = load_model(folder).model.fingerprint
     assert variants.pop("same") == first.fingerprint
     assert len({first.fingerprint, *variants.values()}) == 5
 
@@ -118,7 +118,7 @@ def test_the_activation_follows_the_tag(named, monkeypatch):
     tags = {"plain": {"file": str(weights)}, "quick": {"file": str(weights), "quick_gelu": True}}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-clip", tags)
     kinds = {
-        tag: {type(module).__name__ for module in load(f"tiny-clip/{tag}").network.modules()}
+        tag: {type(module).__name__ for module in load_model(f"tiny-clip/{tag}").network.modules()}
         for tag in tags
     }
     assert "QuickGELU" in kinds["quick"]
@@ -126,11 +126,11 @@ def test_the_activation_follows_the_tag(named, monkeypatch):
 
 
 def test_a_model_that_changed_behind_an_artifact_is_refused(tiny_checkpoint):
-    reference = load(tiny_checkpoint).model
-    assert load_ref(reference).model == reference
+    reference = load_model(tiny_checkpoint).model
+    assert load_model_ref(reference).model == reference
     changed = clipkit.ModelRef(reference.name, "", "0" * 64, reference.dim)
     with pytest.raises(ModelMismatchError, match="put the model back"):
-        load_ref(changed)
+        load_model_ref(changed)
 
 
 def test_openais_spelling_of_names():
@@ -151,7 +151,7 @@ def test_openais_spelling_of_names():
 )
 def test_unsuitable_models_are_refused_at_once(model, sentence):
     with pytest.raises(ModelError, match=sentence):
-        load(model)
+        load_model(model)
 
 
 @pytest.mark.parametrize(
@@ -176,17 +176,17 @@ def test_offline_is_one_sentence(model, monkeypatch):
 
     monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
     with pytest.raises(ModelError, match="not in the local cache and the hub was not reached"):
-        load(model)
+        load_model(model)
 
 
 def test_weights_that_do_not_fit_or_are_no_weights(named, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"text_projection": torch.zeros(3, 3)}, other)
     with pytest.raises(ModelError, match="do not fit the model"):
-        load(f"tiny-clip/{other}")
+        load_model(f"tiny-clip/{other}")
     (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 64)
     with pytest.raises(ModelError, match="do not fit the model"):
-        load(f"tiny-clip/{tmp_path / 'torn.safetensors'}")
+        load_model(f"tiny-clip/{tmp_path / 'torn.safetensors'}")
 
 
 def test_a_pickle_that_runs_code_is_not_opened(named, tmp_path):
@@ -196,21 +196,21 @@ def test_a_pickle_that_runs_code_is_not_opened(named, tmp_path):
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ModelError, match="would run code"):
-        load(f"tiny-clip/{tmp_path / 'evil.pt'}")
+        load_model(f"tiny-clip/{tmp_path / 'evil.pt'}")
     assert not (tmp_path / "pwned").exists()
 
 
 def test_directories_without_a_model(tmp_path):
     with pytest.raises(ModelError, match="holds nothing of clipkit's"):
-        load(tmp_path)
+        load_model(tmp_path)
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ModelError, match="a run without a finished checkpoint"):
-        load(tmp_path)
+        load_model(tmp_path)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "open_clip_config.json").write_text("{")
     with pytest.raises(ModelError, match="open_clip_config.json cannot be read"):
-        load(broken)
+        load_model(broken)
 
 
 def test_a_configuration_without_weights_is_refused(named, tmp_path):
@@ -220,4 +220,4 @@ def test_a_configuration_without_weights_is_refused(named, tmp_path):
     config = {"model_cfg": towers.model_config, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="no weights"):
-        load(folder)
+        load_model(folder)

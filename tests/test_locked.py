@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from test_train import assert_same_run, configured, last_weights
 
 import clipkit
+from clipkit.artifacts import read_manifest
 from clipkit.config import parse_config
 from clipkit.errors import ConfigError
-from clipkit.manifest import read_manifest
-from clipkit.metrics import retrieval_recall
-from clipkit.model.encode_pairs import encode_pairs
-from clipkit.model.held_out import HeldOut
-from clipkit.model.learner import Learner
-from clipkit.model.network import DualEncoder
-from clipkit.model.run import read_log
-from clipkit.model.towers import build_towers
+from clipkit.evaluation.retrieval import retrieval_recall
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.embed_source import encode_pairs
 from clipkit.tasks.train import train
+from clipkit.training.build import build_towers
+from clipkit.training.data import HeldOut
+from clipkit.training.run_directory import read_log
+from clipkit.training.step import Learner
 
 TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 32}
 
@@ -50,7 +50,7 @@ def squares(colour_folder):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A checkpoint to start from, of an open_clip model with both towers."""
-    from clipkit.model.checkpoint import save_checkpoint
+    from clipkit.models.checkpoint import save_checkpoint
 
     path = tmp_path_factory.mktemp("start") / "step-1"
     towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=3)
@@ -146,9 +146,9 @@ def test_a_locked_run_loads_in_open_clip_with_equal_vectors(squares, tmp_path, w
     with torch.no_grad():
         wanted = model.eval().encode_image(torch.stack([preprocess(i) for i in images]), True)
         texts = model.encode_text(open_clip.tokenize(["a red picture"]), normalize=True)
-    encoder = clipkit.load(step, precision="fp32")
+    encoder = clipkit.load_model(step, precision="fp32")
     np.testing.assert_allclose(encoder.encode_images(images), wanted, atol=1e-6)
-    np.testing.assert_allclose(encoder.encode_captions(["a red picture"]), texts, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_text(["a red picture"]), texts, atol=1e-6)
 
 
 def test_resuming_with_features_gives_the_same_run(squares, tmp_path, weights):

@@ -11,12 +11,12 @@ from test_plots import LINES
 from test_train import assert_same_run, configured
 
 from clipkit.config import parse_config
-from clipkit.model.alarms import Watch
-from clipkit.model.log import log_line, read_log
-from clipkit.model.loop import TrainingLoop
-from clipkit.plots import plot_run
+from clipkit.display.plots import plot_run
 from clipkit.tasks.plot import plot_runs
 from clipkit.tasks.train import train
+from clipkit.training.log import log_line, read_log
+from clipkit.training.loop import TrainingLoop
+from clipkit.training.warnings import Watch
 
 CLOCK = ("seconds", "samples_per_second", "waiting_for_data")
 

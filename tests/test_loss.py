@@ -3,10 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.model.groups import caption_groups, pair_groups
-from clipkit.model.loss import guessing_loss, info_nce
-from clipkit.model.tiles import Sweep
-from clipkit.model.tokenizer import CutReport, tokenize
+from clipkit.models.tokenizer import TruncationReport, tokenize
+from clipkit.training.loss import Sweep, caption_groups, guessing_loss, info_nce, pair_groups
 
 
 def pairs(n, dim=16, seed=0, dtype=torch.float64, scale=14.3):
@@ -153,7 +151,12 @@ def test_equal_captions_get_equal_groups():
     assert len(set(groups)) == 1 + len(others)
     long = ["very " * 80 + "long", "very " * 80 + "short"]  # what is not read makes no difference
     assert (
-        len(set(caption_groups(torch.from_numpy(tokenize(long, report=CutReport()))).tolist())) == 1
+        len(
+            set(
+                caption_groups(torch.from_numpy(tokenize(long, report=TruncationReport()))).tolist()
+            )
+        )
+        == 1
     )
 
 

@@ -3,8 +3,7 @@ import multiprocessing
 
 import pytest
 
-from clipkit.errors import ArtifactError, ModelMismatchError
-from clipkit.manifest import (
+from clipkit.artifacts import (
     MANIFEST,
     ArtifactWriter,
     Manifest,
@@ -12,6 +11,7 @@ from clipkit.manifest import (
     partial_path,
     read_manifest,
 )
+from clipkit.errors import ArtifactError, ModelMismatchError
 
 MODEL = ModelRef("tiny", "", "a" * 64, 3)
 

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from toys import COLOURS, ColourEncoder
 
-from clipkit.data.everyday import EVERYDAY
+from clipkit.data.labels import EVERYDAY
 from clipkit.data.prompts import check_labels
 from clipkit.errors import ArtifactError, DataError
-from clipkit.pages.map import Cluster, MapPage, render_map
-from clipkit.store.landscape import (
+from clipkit.index.projection import (
     cluster,
     lay_out,
     name_clusters,
@@ -23,7 +22,8 @@ from clipkit.store.landscape import (
     principal_components,
     unit_square,
 )
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex
+from clipkit.reports.map import Cluster, MapPage, render_map
 from clipkit.tasks.embed import embed
 from clipkit.tasks.map import draw_map
 
@@ -150,8 +150,8 @@ def colours(tmp_path):
 class Toy(ColourEncoder):
     scale = 100.0
 
-    def encode_captions(self, captions, policy="cut"):
-        return super().encode_captions(captions)
+    def encode_text(self, captions, policy="cut"):
+        return super().encode_text(captions)
 
 
 def toy(model):

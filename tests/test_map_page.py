@@ -5,7 +5,7 @@ import pytest
 from browser import WAIT, become, chromium, expect, missing
 from toys import square
 
-from clipkit.pages.map import Cluster, MapPage, render_map
+from clipkit.reports.map import Cluster, MapPage, render_map
 
 pytestmark = [
     pytest.mark.browser,

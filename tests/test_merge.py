@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from toys import records, unit_rows
 
+from clipkit.artifacts import Manifest, ModelRef
 from clipkit.errors import ArtifactError, ModelMismatchError
-from clipkit.manifest import Manifest, ModelRef
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.merge import merge_indexes
-from clipkit.store.roots import Root, Scope, find_scope, new_root, owner, root_of, roots_of
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.index.merge import merge_indexes
+from clipkit.index.roots import Root, Scope, find_scope, new_root, owner, root_of, roots_of
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.store.embedding_store import EmbeddingStore
 
 DIM = 16
 MODEL = ModelRef("toy", "a", "fingerprint-a", DIM)

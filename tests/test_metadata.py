@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 from toys import COLOURS, ColourEncoder, png, square
 
-from clipkit.data.metadata import MOST, infer_types
-from clipkit.data.sources import open_source
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.merge import merge_indexes
+from clipkit.data.formats.metadata import MOST, infer_types
+from clipkit.data.open_source import open_source
+from clipkit.index.merge import merge_indexes
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import Record, digest
-from clipkit.store.vector_index import VectorIndex
 from clipkit.tasks import embed as embed_module
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
@@ -102,7 +102,7 @@ def test_a_filter_finds_what_the_table_says(photos, tmp_path, encoder):
     hits = searcher.search(caption="red", k=9, where="year >= 2023 and folder = 'holiday'")
     kept = [r for r in ROWS if r["year"] >= 2023 and r["folder"] == "holiday"]
     vectors = encoder.encode_images([square(r["filepath"][:-4]) for r in kept])
-    scores = vectors @ encoder.encode_captions(["red"])[0]
+    scores = vectors @ encoder.encode_text(["red"])[0]
     assert [h.key for h in hits] == [
         kept[n]["filepath"] for n in np.argsort(-scores, kind="stable")
     ]

@@ -6,9 +6,8 @@ from sklearn.metrics import average_precision_score
 from toys import unit_rows
 
 from clipkit.errors import DataError
-from clipkit.metrics import ranks as module
-from clipkit.metrics import retrieval_figures, retrieval_recall, retrieved
-from clipkit.metrics.ranks import wrong_ahead
+from clipkit.evaluation import retrieval as module
+from clipkit.evaluation.retrieval import retrieval_figures, retrieval_recall, retrieved, wrong_ahead
 
 
 def unit(rows):

@@ -6,14 +6,14 @@ from conftest import tiny_model
 from torch import nn
 
 from clipkit.config import parse_config
-from clipkit.data.collate import PairBatch
+from clipkit.data.loader import PairBatch
 from clipkit.errors import ConfigError
-from clipkit.model.checkpoint import save_checkpoint
-from clipkit.model.distributed import World
-from clipkit.model.learner import Learner
-from clipkit.model.optim import build_optimizer, learning_rate, optimizer_names
-from clipkit.model.tokenizer import tokenize
-from clipkit.model.towers import build_towers
+from clipkit.models.checkpoint import save_checkpoint
+from clipkit.models.tokenizer import tokenize
+from clipkit.training.build import build_towers
+from clipkit.training.distributed import World
+from clipkit.training.optim import build_optimizer, learning_rate, optimizer_names
+from clipkit.training.step import Learner
 
 TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
 RESNET = {"layers": [1, 2, 1, 1], "width": 8, "image_size": 32}

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.data.pairs import PairLoader
-from clipkit.data.sources import open_source
-from clipkit.data.stream import table_stream
+from clipkit.data.loader import PairLoader
+from clipkit.data.open_source import open_source
+from clipkit.data.streaming import table_stream
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, SkipLimitError
 

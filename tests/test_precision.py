@@ -3,9 +3,9 @@ import torch
 from conftest import tiny_model
 
 from clipkit.config import parse_config
-from clipkit.model import precision
-from clipkit.model.precision import resolve_precision
-from clipkit.model.towers import build_towers
+from clipkit.training import precision
+from clipkit.training.build import build_towers
+from clipkit.training.precision import resolve_precision
 
 CPU = torch.device("cpu")
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}

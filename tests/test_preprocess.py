@@ -12,7 +12,7 @@ from PIL import Image
 from toys import soft
 
 from clipkit.data.images import read_image
-from clipkit.data.preprocess import Preprocess, as_batch
+from clipkit.data.transforms import Preprocess, as_batch
 
 SIZES = [32, (32, 32), (24, 40), (40, 24)]
 MODES = ["shortest", "longest", "squash"]
@@ -151,9 +151,9 @@ def test_a_picture_of_the_right_size_is_taken_as_it_is():
 
 
 def test_pixels_are_bytes_until_they_are_a_batch(tiny_checkpoint):
-    from clipkit.model.load import load
+    from clipkit.models.loading import load_model
 
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     images = [Image.fromarray(soft(70, 50, seed=seed)) for seed in range(3)]
     pixels = as_batch([encoder.preprocess.pixels(image) for image in images])
     assert pixels.dtype == torch.uint8

@@ -14,21 +14,26 @@ from sklearn.neighbors import KNeighborsClassifier
 from toys import unit_rows
 
 import clipkit
-from clipkit.cli import main
-from clipkit.data.sources import open_source
-from clipkit.errors import DataError
-from clipkit.manifest import ModelRef
-from clipkit.model.classifier import ZeroShotClassifier
-from clipkit.model.classifier_file import open_classifier, save_classifier
-from clipkit.model.few_shot import (
+from clipkit.artifacts import ModelRef
+from clipkit.classifiers.few_shot import (
     ALPHAS,
     BETAS,
     METHODS,
     Labelled,
+    LogisticRegression,
     accuracy,
 )
-from clipkit.model.heads import NeighbourHead, TipAdapterHead, one_hot
-from clipkit.model.logistic import LogisticRegression
+from clipkit.classifiers.heads import (
+    NeighbourHead,
+    TipAdapterHead,
+    one_hot,
+    open_classifier,
+    save_classifier,
+)
+from clipkit.classifiers.zero_shot import ZeroShotClassifier
+from clipkit.cli import main
+from clipkit.data.open_source import open_source
+from clipkit.errors import DataError
 from clipkit.tasks.probe import draw, probe
 
 DIM, CLASSES = 16, 5
@@ -193,7 +198,7 @@ def albums(tmp_path):
 
 
 def test_probing_a_model(albums, tiny_checkpoint):
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     found = probe(
         open_source(albums), encoder, shots=(8, 1, 20), methods=["linear"], seeds=3, progress=False
     )
@@ -227,7 +232,7 @@ def test_shots_are_fitted_on_one_thread(albums, tiny_checkpoint, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        encoder, source = clipkit.load(tiny_checkpoint), open_source(albums)
+        encoder, source = clipkit.load_model(tiny_checkpoint), open_source(albums)
         probe(source, encoder, shots=(2,), methods=["neighbours"], seeds=3, progress=False)
         after = torch.get_num_threads()
     finally:

@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.data.prompts import (
-    DEFAULT_TEMPLATES,
-    label_captions,
-    read_labels,
-    read_templates,
-)
+from clipkit.data.prompts import DEFAULT_TEMPLATES, label_captions, read_labels, read_templates
 from clipkit.errors import CaptionError
 
 

@@ -1,6 +1,6 @@
 import pyarrow as pa
 
-from clipkit.data.queries import FEWEST, choose_queries, generic_captions, nonsense
+from clipkit.index.sample_queries import FEWEST, choose_queries, generic_captions, nonsense
 
 
 def table(captions):

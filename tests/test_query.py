@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_encode import CAPTIONS
 
 import clipkit
-from clipkit.data.user_cache import cache_folder
+from clipkit.artifacts import ModelRef
 from clipkit.errors import ModelError
-from clipkit.manifest import ModelRef
-from clipkit.model.checkpoint import CONFIG, WEIGHTS, Towers, save_checkpoint
-from clipkit.model.known import KnownTower, note, recall
-from clipkit.model.load import load
-from clipkit.model.query import load_query_encoder
+from clipkit.models.checkpoint import CONFIG, WEIGHTS, Towers, save_checkpoint
+from clipkit.models.loading import load_model
+from clipkit.models.text_encoder_numpy import KnownTower, load_query_encoder, note, recall
 from clipkit.tasks.embed import embed
+from clipkit.user_cache import cache_folder
 
 TEXTS = {
     "gelu": {},
@@ -64,20 +63,20 @@ def own_notes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_equals_the_whole_model(text, half, tmp_path):
-    whole = load(checkpoint(tmp_path / "step-1", half, **TEXTS[text]), precision="fp32")
+    whole = load_model(checkpoint(tmp_path / "step-1", half, **TEXTS[text]), precision="fp32")
     query = load_query_encoder(whole.model)
     captions = [*CAPTIONS, "word " * 75]
-    found = query.encode_captions(captions)
-    np.testing.assert_allclose(found, whole.encode_captions(captions), atol=1e-6)
+    found = query.encode_text(captions)
+    np.testing.assert_allclose(found, whole.encode_text(captions), atol=1e-6)
     assert found.dtype == np.float32
-    assert query.encode_captions([]).shape == (0, whole.dim)
+    assert query.encode_text([]).shape == (0, whole.dim)
     assert query.model == whole.model
     with pytest.raises(ModelError, match=r"clipkit\.load"):
         query.encode_images([])
 
 
 def test_a_text_tower_of_another_kind_is_not_taken(tmp_path):
-    whole = load(checkpoint(tmp_path / "step-1", custom_text=True, no_causal_mask=True))
+    whole = load_model(checkpoint(tmp_path / "step-1", custom_text=True, no_causal_mask=True))
     assert load_query_encoder(whole.model) is None
 
 
@@ -87,15 +86,15 @@ def test_weights_named_for_a_whole_model_are_found_in_a_custom_one(tmp_path):
     config = json.loads((path / CONFIG).read_text())
     config["model_cfg"]["custom_text"] = True
     (path / CONFIG).write_text(json.dumps(config))
-    whole = load(path)
+    whole = load_model(path)
     assert hasattr(whole.network.clip, "text")
-    found = load_query_encoder(whole.model).encode_captions(CAPTIONS)
-    np.testing.assert_allclose(found, whole.encode_captions(CAPTIONS), atol=1e-6)
+    found = load_query_encoder(whole.model).encode_text(CAPTIONS)
+    np.testing.assert_allclose(found, whole.encode_text(CAPTIONS), atol=1e-6)
 
 
 def test_only_an_unchanged_file_is_known(tmp_path):
     path = checkpoint(tmp_path / "step-1")
-    file, model = path / WEIGHTS, load(path).model
+    file, model = path / WEIGHTS, load_model(path).model
     assert recall(model) is not None
     times = os.stat(file)
     content = bytearray(file.read_bytes())
@@ -103,24 +102,24 @@ def test_only_an_unchanged_file_is_known(tmp_path):
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copying program may
     assert recall(model) is None
-    assert load(path).model != model
+    assert load_model(path).model != model
     assert recall(model) is None
 
 
 def test_a_copy_in_place_of_the_file_is_read_anew(tmp_path):
     path = checkpoint(tmp_path / "step-1")
-    file, model = path / WEIGHTS, load(path).model
+    file, model = path / WEIGHTS, load_model(path).model
     shutil.copy2(file, tmp_path / "copy")
     (tmp_path / "copy").replace(file)
     assert recall(model) is None
-    assert load(path).model == model
+    assert load_model(path).model == model
     assert recall(model) is not None
 
 
 def test_a_model_of_another_name_is_loaded_whole(tmp_path):
-    model = load(checkpoint(tmp_path / "step-1")).model
+    model = load_model(checkpoint(tmp_path / "step-1")).model
     shutil.copytree(tmp_path / "step-1", tmp_path / "other")
-    again = load(tmp_path / "other").model
+    again = load_model(tmp_path / "other").model
     assert again == clipkit.ModelRef(str(tmp_path / "other"), "", model.fingerprint, model.dim)
     assert recall(again) is not None
     assert recall(model) is None  # the note is of the one loaded last
@@ -128,7 +127,7 @@ def test_a_model_of_another_name_is_loaded_whole(tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"model": 3}', '{"tower": {"file": "x"}}'])
 def test_a_damaged_note_is_no_note(damage, tmp_path):
-    model = load(checkpoint(tmp_path / "step-1")).model
+    model = load_model(checkpoint(tmp_path / "step-1")).model
     (note,) = cache_folder().glob("models/*.json")
     note.write_text(damage)
     assert load_query_encoder(model) is None
@@ -139,7 +138,7 @@ def test_a_damaged_note_is_no_note(damage, tmp_path):
 def test_without_a_place_for_notes_loading_goes_on(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "file"))
-    assert load_query_encoder(load(checkpoint(tmp_path / "step-1")).model) is None
+    assert load_query_encoder(load_model(checkpoint(tmp_path / "step-1")).model) is None
 
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
@@ -170,7 +169,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr
 
 def test_search_loads_neither_torch_nor_open_clip(colour_folder, tmp_path):
     path = checkpoint(tmp_path / "step-1")
-    encoder = load(path)
+    encoder = load_model(path)
     embed(colour_folder, tmp_path / "store", encoder)
     index = clipkit.build_index(tmp_path / "store", tmp_path / "index")
     wanted = clipkit.Searcher(index, encoder).by_caption("a red picture")

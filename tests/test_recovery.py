@@ -12,16 +12,16 @@ from test_kept import steps
 from test_train import assert_same_run, configured, curve, last_weights
 
 from clipkit.config import parse_config
-from clipkit.data.collate import PairBatch
+from clipkit.data.loader import PairBatch
 from clipkit.errors import TrainingError
-from clipkit.model import learner as learning
-from clipkit.model.distributed import World
-from clipkit.model.learner import Learner
-from clipkit.model.loop import TrainingLoop
-from clipkit.model.run import read_log
-from clipkit.model.tokenizer import tokenize
-from clipkit.model.towers import build_towers
+from clipkit.models.tokenizer import tokenize
 from clipkit.tasks.train import train
+from clipkit.training import step as learning
+from clipkit.training.build import build_towers
+from clipkit.training.distributed import World
+from clipkit.training.loop import TrainingLoop
+from clipkit.training.run_directory import read_log
+from clipkit.training.step import Learner
 
 
 def tiny_config(**model):

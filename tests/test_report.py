@@ -7,12 +7,11 @@ import pytest
 from test_demo import read_page
 from test_train import configured
 
-from clipkit.data.sources import open_source
+from clipkit.data.open_source import open_source
+from clipkit.display.svg import MOST_POINTS, Scale, Series, chart
 from clipkit.errors import TrainingError
-from clipkit.model.report import Outcome, changed_settings, run_page
-from clipkit.model.tokenizer import CutReport
-from clipkit.pages.chart import MOST_POINTS, Scale, Series, chart
-from clipkit.pages.run import render_run
+from clipkit.models.tokenizer import TruncationReport
+from clipkit.reports.run import Outcome, changed_settings, render_run, run_page
 from clipkit.tasks.train import train
 
 EVIL = '<script>alert("1")</script> & "more"'
@@ -82,7 +81,7 @@ def outcome(folder, **changes):
         "recall": recall,
         "best": {"metric": "text_to_image_r1", "value": 0.5, "step": 8},
         "lines": lines,
-        "cut": CutReport(),
+        "cut": TruncationReport(),
         "skipped": {EVIL: EVIL},
         "skipped_steps": 7,
     }

@@ -8,7 +8,7 @@ from PIL import Image
 from toys import soft
 
 from clipkit.data.images import read_image
-from clipkit.data.resample import resample, resample_exactly
+from clipkit.data.transforms import resample, resample_exactly
 
 BOXES = [(0, 0, 90, 60), (10, 5, 70, 50), (3, 20, 33, 60)]
 

@@ -14,10 +14,10 @@ from conftest import COLOURS
 from PIL import Image
 from test_train import assert_same_run, configured
 
-from clipkit.manifest import ArtifactWriter, read_manifest
-from clipkit.model.checkpoint import load_training_state
-from clipkit.model.learner import Learner
+from clipkit.artifacts import ArtifactWriter, read_manifest
+from clipkit.models.checkpoint import load_training_state
 from clipkit.tasks.train import train
+from clipkit.training.step import Learner
 
 STEPS = 16
 LONG = "a red picture. " + "It shows one colour and nothing else at all. " * 12
@@ -152,7 +152,7 @@ def facts(run):
 def check(source, kind, workers, tmp_path, monkeypatch):
     # So small that a short stream lets rows go before its end, and wait for later ones.
     for setting, value in {"PART": 3, "WAITS": 3, "LANES": 2}.items():
-        monkeypatch.setattr(f"clipkit.data.stream.{setting}", value)
+        monkeypatch.setattr(f"clipkit.data.streaming.{setting}", value)
     (tmp_path / "data").mkdir()
     config = configured(
         source(tmp_path / "data"),

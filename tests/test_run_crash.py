@@ -10,8 +10,8 @@ import pytest
 from test_resume import facts, in_a_child
 from test_train import assert_same_run, configured
 
-from clipkit.manifest import is_complete
-from clipkit.model import checkpoint
+from clipkit.artifacts import is_complete
+from clipkit.models import checkpoint
 from clipkit.tasks.train import train
 
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}

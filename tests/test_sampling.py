@@ -11,15 +11,14 @@ from test_pairs import loader, row, source
 from test_train import configured
 
 from clipkit.config import parse_config
-from clipkit.data.labels import class_numbers
-from clipkit.data.sampling import CaptionLengths, Sampler
+from clipkit.data.sampler import CaptionLengths, Sampler, class_numbers
 from clipkit.errors import ConfigError, DataError
-from clipkit.model.distributed import World
-from clipkit.model.loss import info_nce
-from clipkit.model.run import read_log
-from clipkit.model.tokenizer import CutReport, tokenize
-from clipkit.model.training_data import caption_lengths, pair_loader
+from clipkit.models.tokenizer import TruncationReport, tokenize
 from clipkit.tasks.train import train
+from clipkit.training.data import caption_lengths, pair_loader
+from clipkit.training.distributed import World
+from clipkit.training.loss import info_nce
+from clipkit.training.run_directory import read_log
 
 
 def sampler(rows=1000, batch_size=10, seed=3, classes=None, lengths=None):
@@ -107,7 +106,7 @@ def test_the_length_is_that_of_the_caption_read():
         for batch in reader.batches(epoch):
             for key, tokens in zip(batch.keys, batch.tokens.tolist(), strict=True):
                 text = f"{tokens[0]} again" if tokens[1] else f"{tokens[0]}"
-                ids = tokenize(text, report=CutReport())[0]
+                ids = tokenize(text, report=TruncationReport())[0]
                 assert of_row[key] == np.count_nonzero(ids)
 
 
@@ -189,7 +188,7 @@ def test_what_labels_cannot_do():
     settings = {"data": {"balance": "label"}}
 
     def made(pairs, settings):
-        return pair_loader(parse_config(settings), pairs, (8, 8), CutReport(), World())
+        return pair_loader(parse_config(settings), pairs, (8, 8), TruncationReport(), World())
 
     with pytest.raises(DataError, match=r"2 of 3 rows of toy have no label \(for example 001.png"):
         made(labelled(["dog", None, ""]), settings)
@@ -242,7 +241,7 @@ def test_the_learner_hands_weights_to_the_loss(albums, monkeypatch, tmp_path):
         given.append(settings["weights"])
         return info_nce(*args, **settings)
 
-    monkeypatch.setattr("clipkit.model.learner.info_nce", spy)
+    monkeypatch.setattr("clipkit.training.step.info_nce", spy)
     for duplicates in ("mask", "ignore"):
         data = {"caption_weights": {"blue": 9.0}, "held_out_share": 0.0}
         loop = {"batch_size": 9, "epochs": 1, "duplicates": duplicates}

@@ -12,8 +12,8 @@ from clipkit.errors import (
     ModelMismatchError,
     SpecError,
 )
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
@@ -155,16 +155,16 @@ def test_an_index_is_no_source_for_an_index(index, tmp_path):
 
 def test_a_real_network_finds_each_picture_by_itself(colour_folder, tiny_checkpoint, tmp_path):
     from clipkit.data.images import read_image
-    from clipkit.model.load import load
+    from clipkit.models.loading import load_model
 
-    encoder = load(tiny_checkpoint)
+    encoder = load_model(tiny_checkpoint)
     index = build_index(colour_folder, tmp_path / "index", spec="HNSW8", load=lambda: encoder)
     assert index.model == encoder.model
     pictures = [read_image(colour_folder / key) for key in index.keys]
     vectors = EmbeddingStore.open(tmp_path / "index.store").vectors()
     np.testing.assert_allclose(encoder.encode_images(pictures), vectors, atol=1e-5)
-    searcher = Searcher(index, load(tiny_checkpoint))
-    scores = encoder.encode_captions(["a red picture"])[0] @ vectors.T
+    searcher = Searcher(index, load_model(tiny_checkpoint))
+    scores = encoder.encode_text(["a red picture"])[0] @ vectors.T
     (best, *_) = searcher.by_caption("a red picture")
     assert best.score == pytest.approx(float(scores.max()), abs=1e-5)
     for key in index.keys:

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from toys import write_tar
 
-from clipkit.data import rows as rows_module
+from clipkit.data import source as rows_module
+from clipkit.data.formats.webdataset import expand
 from clipkit.data.images import Skipped
-from clipkit.data.sources import open_source, row_image
-from clipkit.data.tars import expand
+from clipkit.data.open_source import open_source, row_image
 from clipkit.errors import DataError, ImageError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -394,7 +394,7 @@ def test_parquet_damage(tmp_path):
 def test_what_is_large_streams(tmp_path, monkeypatch):
     parquet(tmp_path / "t.parquet", {"image": [png("a")], "text": ["x"]})
     assert not open_source(tmp_path / "t.parquet").streaming
-    monkeypatch.setattr("clipkit.data.tables.MEMORY_LIMIT", 100)
+    monkeypatch.setattr("clipkit.data.formats.tables.MEMORY_LIMIT", 100)
     assert open_source(tmp_path / "t.parquet").streaming
     assert not open_source(tmp_path / "t.parquet", streaming=False).streaming
     assert rows_module.MEMORY_LIMIT == 2 * 1024**3
@@ -519,7 +519,7 @@ def test_fields_of_the_json_can_be_named(tmp_path):
 
 
 def test_a_member_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipkit.data.tars.IMAGE_LIMIT", 1000)
+    monkeypatch.setattr("clipkit.data.formats.webdataset.IMAGE_LIMIT", 1000)
     write_tar(tmp_path / "t.tar", [("1.png", bytes(1001)), ("2.png", png("a"))])
     source = open_source(tmp_path / "t.tar")
     assert [key for key, _, _ in told(source)] == ["t.tar/2.png"]
@@ -663,6 +663,6 @@ def test_the_hub_out_of_reach(monkeypatch):
 
 def test_importing_is_light():
     heavy = "{'datasets', 'pyarrow', 'torch', 'pandas'}"
-    code = f"import sys, clipkit.data.sources; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, clipkit.data.open_source; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from toys import records, unit_rows
 
+from clipkit.artifacts import ModelRef, partial_path
 from clipkit.errors import ArtifactError, ModelMismatchError
-from clipkit.manifest import ModelRef, partial_path
-from clipkit.store.embeddings import EmbeddingStore
+from clipkit.store.embedding_store import EmbeddingStore
 
 MODEL = ModelRef("toy", "a", "fingerprint-a", 4)
 OTHER = ModelRef("toy", "b", "fingerprint-b", 4)

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipkit.data import stream, tar_members
-from clipkit.data.held_out import split_held_out
-from clipkit.data.sources import open_source
-from clipkit.data.stream import Shuffled, Stream
+from clipkit.data import streaming as stream
+from clipkit.data.formats import webdataset as tar_members
+from clipkit.data.open_source import open_source
+from clipkit.data.sampler import split_held_out
+from clipkit.data.streaming import Shuffled, Stream
 
 ROWS = 600
 
@@ -147,10 +148,10 @@ def opened(tmp_path, monkeypatch):
 
     plain = datasets.load_dataset
     monkeypatch.setattr("datasets.load_dataset", load)
-    monkeypatch.setattr("clipkit.data.hub._CHUNK", 16)
-    monkeypatch.setattr("clipkit.data.tables._STREAMED_ROWS", 16)
-    monkeypatch.setattr("clipkit.data.tables._CHUNK", 20)
-    monkeypatch.setattr("clipkit.data.stream._TABLE_ROWS", 40)
+    monkeypatch.setattr("clipkit.data.formats.huggingface._CHUNK", 16)
+    monkeypatch.setattr("clipkit.data.formats.tables._STREAMED_ROWS", 16)
+    monkeypatch.setattr("clipkit.data.formats.tables._CHUNK", 20)
+    monkeypatch.setattr("clipkit.data.streaming._TABLE_ROWS", 40)
     return lambda kind: open_source(spec(kind, tmp_path), streaming=True)
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from test_pairs import batches, loader, png, same
 
-from clipkit.data.held_out import split_held_out
-from clipkit.data.share import Share
-from clipkit.data.sources import open_source
+from clipkit.data.loader import Share
+from clipkit.data.open_source import open_source
+from clipkit.data.sampler import split_held_out
 
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Four tars of 50 pictures each, two of them no pictures, in parts that fit no batch."""
     for setting, value in {"PART": 7, "WAITS": 4, "LANES": 3}.items():
-        monkeypatch.setattr(f"clipkit.data.stream.{setting}", value)
+        monkeypatch.setattr(f"clipkit.data.streaming.{setting}", value)
     for shard in range(4):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
             for number in range(shard * 50, shard * 50 + 50):
@@ -106,7 +106,7 @@ def test_a_source_that_has_changed_is_read_again(shards, tmp_path, capsys):
 
 def test_a_place_of_parts_of_another_size_is_not_taken(shards, monkeypatch, capsys):
     _, states = read(shards)
-    monkeypatch.setattr("clipkit.data.stream.PART", 9)
+    monkeypatch.setattr("clipkit.data.streaming.PART", 9)
     assert same(read(shards, start=20, state=states[19])[0], read(shards)[0][20:])
     assert "are read again" in capsys.readouterr().err
 

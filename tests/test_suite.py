@@ -16,11 +16,11 @@ from toys import png
 
 import clipkit
 from clipkit.cli import main
-from clipkit.data.benchmark import open_benchmark
-from clipkit.data.sources import open_source
-from clipkit.data.suite import read_suite
+from clipkit.data.open_source import open_source
 from clipkit.errors import ConfigError, DataError
-from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zeroshot
+from clipkit.evaluation.clip_benchmark import open_benchmark
+from clipkit.evaluation.suite import read_suite
+from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 
 LABELS = list(COLOURS)
 
@@ -104,18 +104,18 @@ def test_a_suite_measures_what_single_commands_measure(
     words = ["eval", "suite", suite, "--model", tiny_checkpoint, "--out", tmp_path / "results"]
     out, _ = run(*words, "--json")
     found = {one["set"]: one for one in map(json.loads, out.splitlines())}
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     given = open_benchmark(benchmark, "test")
     wanted = {
         "captions": evaluate_retrieval(open_source(tmp_path / "colours"), encoder, progress=False),
-        "albums": evaluate_zeroshot(
+        "albums": evaluate_zero_shot(
             open_source(tmp_path / "albums"),
             encoder,
             sorted(LABELS),
             clipkit.data.prompts.read_templates("simple"),
             progress=False,
         ),
-        "wds": evaluate_zeroshot(
+        "wds": evaluate_zero_shot(
             given.source, encoder, given.labels, ["a photo of {}.", "{}"], progress=False
         ),
     }
@@ -145,7 +145,7 @@ def test_what_is_there_is_neither_measured_nor_written_again(
     first, err = run(*words)
     assert err.count(": measured") == 3
     files = {f: f.read_bytes() for f in (tmp_path / "results" / "records").iterdir()}
-    monkeypatch.setattr("clipkit.tasks.suite.evaluate_zeroshot", None)
+    monkeypatch.setattr("clipkit.tasks.suite.evaluate_zero_shot", None)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_retrieval", None)
     again, err = run(*words)
     assert err.count(": is there already") == 3
@@ -245,6 +245,6 @@ def test_layouts_that_are_damaged(benchmark, file, content, message):
 def test_a_class_without_a_name_is_told(benchmark, tiny_checkpoint):
     (benchmark / "classnames.txt").write_text("red\ngreen\n")
     found = open_benchmark(benchmark, "test")
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     with pytest.raises(DataError, match="has the class '2', expected a number below 2"):
-        evaluate_zeroshot(found.source, encoder, found.labels, found.templates, progress=False)
+        evaluate_zero_shot(found.source, encoder, found.labels, found.templates, progress=False)

@@ -12,9 +12,9 @@ from toys import png
 
 import clipkit
 from clipkit.cli import main
-from clipkit.data.sources import open_source
-from clipkit.data.suite import read_suite
-from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zeroshot
+from clipkit.data.open_source import open_source
+from clipkit.evaluation.suite import read_suite
+from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 from clipkit.tasks.suite import run_suite
 
 LABELS = list(COLOURS)
@@ -106,14 +106,14 @@ def test_a_suite_of_hub_sets_measures_what_the_same_pictures_in_folders_do(
     found = {one["set"]: one for one in map(json.loads, printed.out.splitlines())}
     assert set(hub) == {("org/photos", None, "test"), ("org/told", "en", "validation")}
 
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     albums, told = (open_source(tmp_path / name) for name in ("albums", "told"))
     labels = clipkit.data.prompts.read_labels(str(tmp_path / "labels.txt"))
     simple = clipkit.data.prompts.read_templates("simple")
     apart = evaluate_retrieval(told, encoder, equal_captions="apart", progress=False)
     wanted = {
-        "classes": evaluate_zeroshot(albums, encoder, sorted(LABELS), progress=False),
-        "words": evaluate_zeroshot(albums, encoder, labels, simple, progress=False),
+        "classes": evaluate_zero_shot(albums, encoder, sorted(LABELS), progress=False),
+        "words": evaluate_zero_shot(albums, encoder, labels, simple, progress=False),
         "captions": apart,
         "shards": evaluate_retrieval(told, encoder, progress=False),
     }
@@ -126,10 +126,10 @@ def test_a_suite_of_hub_sets_measures_what_the_same_pictures_in_folders_do(
 
 
 def test_a_hub_set_that_is_there_is_not_measured_again(hub, tiny_checkpoint, tmp_path, monkeypatch):
-    encoder, told = clipkit.load(tiny_checkpoint), []
+    encoder, told = clipkit.load_model(tiny_checkpoint), []
     sets = read_suite(tmp_path / "suite.toml")
     first = run_suite(sets, tmp_path, encoder, tmp_path / "out", tell=told.append, progress=False)
-    monkeypatch.setattr("clipkit.tasks.suite.evaluate_zeroshot", None)
+    monkeypatch.setattr("clipkit.tasks.suite.evaluate_zero_shot", None)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_retrieval", None)
     again = run_suite(sets, tmp_path, encoder, tmp_path / "out", tell=told.append, progress=False)
     assert again == first

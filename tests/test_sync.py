@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from toys import COLOURS, ColourEncoder, square, write_squares
 
-import clipkit.tasks.update as update_module
 from clipkit.data import images
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.roots import roots_of
-from clipkit.store.vector_index import VectorIndex
+from clipkit.index.roots import roots_of
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.tasks import sync as update_module
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images, sync_index

@@ -6,7 +6,7 @@ import pytest
 from test_metadata import EXPECTED, ROWS, metadata
 from toys import ColourEncoder, png, square, write_tar
 
-from clipkit.data.sources import open_source
+from clipkit.data.open_source import open_source
 from clipkit.tasks.embed import embed
 
 

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from toys import square
 
-from clipkit.cli.readable import print_pictures
-from clipkit.data.thumbnails import thumbnail
-from clipkit.pages.terminal import COLUMNS, ROWS, find_drawer, half_blocks
-from clipkit.store.hits import Hits
-from clipkit.store.roots import Root
-from clipkit.store.vector_index import Hit
+from clipkit.cli.output import print_pictures
+from clipkit.display.terminal import COLUMNS, ROWS, find_drawer, half_blocks
+from clipkit.display.thumbnails import thumbnail
+from clipkit.index.hits import Hits
+from clipkit.index.roots import Root
+from clipkit.index.vector_index import Hit
 
 
 def png(image):

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import CaptionError
-from clipkit.model import bpe, tokenizer
-from clipkit.model.tokenizer import CONTEXT, END, START, VOCAB, CutReport
+from clipkit.models import bpe, tokenizer
+from clipkit.models.tokenizer import CONTEXT, END, START, VOCAB, TruncationReport
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 LONG = "a small brown dog runs over wet green grass and jumps for a red ball. " * 12
@@ -54,7 +54,7 @@ def test_ids_equal_open_clip(text):
 @given(st.lists(text, max_size=5))
 def test_rows_equal_open_clip(texts):
     texts = [*texts, LONG]
-    rows = tokenizer.tokenize(texts, report=CutReport())
+    rows = tokenizer.tokenize(texts, report=TruncationReport())
     assert rows.dtype == np.int64
     np.testing.assert_array_equal(rows, reference()(texts).numpy())
 
@@ -102,7 +102,7 @@ def test_all_captions_at_hand_equal_open_clip():
         pytest.skip("../shared/data is not here")
     rows = [row for file in files for row in pq.read_table(file)["captions"].to_pylist()]
     captions = [caption for row in rows for caption in row]
-    report = CutReport()
+    report = TruncationReport()
     np.testing.assert_array_equal(
         tokenizer.tokenize(captions, report=report), reference()(captions).numpy()
     )
@@ -133,7 +133,7 @@ def test_special_tokens_inside_a_text():
 
 @pytest.mark.parametrize(("words", "cut"), [(75, False), (76, True), (200, True)])
 def test_end_is_always_there(words, cut):
-    report = CutReport()
+    report = TruncationReport()
     row = tokenizer.tokenize(["dog " * words], report=report)[0]
     assert row[76] == END
     assert (row[1:76] == 1929).all()
@@ -141,7 +141,9 @@ def test_end_is_always_there(words, cut):
 
 
 def test_cutting_without_a_report_warns_and_shows_what_was_not_read():
-    with pytest.warns(tokenizer.CaptionCutWarning, match=r"1 of 2 .* not read: 'dog dog'$") as seen:
+    with pytest.warns(
+        tokenizer.CaptionTruncationWarning, match=r"1 of 2 .* not read: 'dog dog'$"
+    ) as seen:
         tokenizer.tokenize(["cat", "cat " * 75 + "dog dog"])
     assert seen[0].filename == __file__
 
@@ -159,7 +161,7 @@ def test_what_is_no_text_is_refused(caption):
 
 
 def test_report_counts_and_keeps_the_longest():
-    report = CutReport()
+    report = TruncationReport()
     tokenizer.tokenize(["cat"] * 5 + ["dog " * n for n in range(70, 100)], report=report)
     assert (report.seen, report.cut) == (35, 24)
     assert report.share == 24 / 35

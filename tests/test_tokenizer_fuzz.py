@@ -5,7 +5,7 @@ import random
 import pytest
 from test_tokenizer import PIECES, reference
 
-from clipkit.model import tokenizer
+from clipkit.models import tokenizer
 
 WORDS = (
     "a the dog dogs man woman's boy's running through green grass, beach. red-haired THE New York "

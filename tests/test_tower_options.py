@@ -7,12 +7,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from clipkit.config import parse_config
 from clipkit.errors import ConfigError
-from clipkit.model.distributed import ALONE, World
-from clipkit.model.learner import Learner
-from clipkit.model.network import DualEncoder
-from clipkit.model.tokenizer import tokenize
-from clipkit.model.tower_options import checkpoint_gradients
-from clipkit.model.towers import build_towers
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.tokenizer import tokenize
+from clipkit.training.build import build_towers, checkpoint_gradients
+from clipkit.training.distributed import ALONE, World
+from clipkit.training.step import Learner
 
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
 TIMM = {"timm_model_name": "resnet10t", "timm_proj": "linear", "image_size": 32}

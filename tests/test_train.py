@@ -22,8 +22,8 @@ from clipkit.errors import (
     SkipLimitError,
     TrainingError,
 )
-from clipkit.model.run import read_log
 from clipkit.tasks.train import train
+from clipkit.training.run_directory import read_log
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -65,11 +65,11 @@ def test_learns_what_colour_words_mean(colour_folder, tmp_path):
     assert result.finished
     losses = [line["loss"] for line in read_log(result.run) if "loss" in line]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
-    encoder = clipkit.load(result.run)
+    encoder = clipkit.load_model(result.run)
     swatches = [Image.new("RGB", (32, 32), colour) for colour in COLOURS.values()]
     scores = (
         encoder.encode_images(swatches)
-        @ encoder.encode_captions([f"a {name} picture" for name in COLOURS]).T
+        @ encoder.encode_text([f"a {name} picture" for name in COLOURS]).T
     )
     assert scores.argmax(axis=1).tolist() == [0, 1, 2]
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_p
     step = result.run / f"step-{result.step}"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{step}")
     model.eval()
-    encoder = clipkit.load(step, precision="fp32")
+    encoder = clipkit.load_model(step, precision="fp32")
     images = [Image.open(file).convert("RGB") for file in sorted(colour_folder.glob("*.png"))]
     texts = ["a red picture", "", "blue " * 200]
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_p
         wanted_texts = model.encode_text(tokens, normalize=True)
     np.testing.assert_allclose(encoder.encode_images(images), wanted_images, atol=1e-6)
     with pytest.warns(UserWarning, match="77"):
-        found = encoder.encode_captions(texts)
+        found = encoder.encode_text(texts)
     np.testing.assert_allclose(found, wanted_texts, atol=1e-6)
     assert encoder.scale == pytest.approx(float(model.logit_scale.exp().detach()))
 

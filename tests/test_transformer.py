@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.model import transformer
-from clipkit.model.network import DualEncoder, padded_length
-from clipkit.model.packing import Packing
-from clipkit.model.tokenizer import CutReport, tokenize
+from clipkit.models import transformer
+from clipkit.models.dual_encoder import DualEncoder, padded_length
+from clipkit.models.tokenizer import TruncationReport, tokenize
+from clipkit.models.transformer import Packing
 
 TEXT = {"width": 32, "heads": 2, "layers": 3}
 VISION = {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 16}
@@ -47,7 +47,7 @@ def batch(clip, n):
     images = torch.randn(n, 3, *clip.visual.image_size, generator=generator, dtype=torch.float64)
     texts = [f"{'very ' * (7 * i % 23)}small picture {i % 5}" for i in range(n)]
     texts[:3] = ["", "!€ what", "word " * 90]  # "!" before another sign has the id of padding
-    return images, torch.from_numpy(tokenize(texts, policy="cut", report=CutReport()))
+    return images, torch.from_numpy(tokenize(texts, policy="cut", report=TruncationReport()))
 
 
 def gradients(clip, loss):

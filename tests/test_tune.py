@@ -5,11 +5,11 @@ from gap import gap, gap_vectors
 from toys import unit_rows
 
 from clipkit.errors import SpecError
-from clipkit.store import tune
-from clipkit.store.exact import search_exact
-from clipkit.store.refine import rescored
-from clipkit.store.spec import new_index, train
-from clipkit.store.tune import Wish, asker, candidates, choose_knobs, effort, measure, recall
+from clipkit.index import tuning as tune
+from clipkit.index.exact import search_exact
+from clipkit.index.faiss_factory import new_index, train
+from clipkit.index.search import rescored
+from clipkit.index.tuning import Wish, asker, candidates, choose_knobs, effort, measure, recall
 
 
 def test_made_up_vectors_have_the_gap_of_real_ones():

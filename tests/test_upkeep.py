@@ -10,8 +10,8 @@ from test_index_writer import DIM, QUERIES, make_store, unit_rows
 
 from clipkit.cli import main
 from clipkit.errors import ArtifactError
-from clipkit.store.vector_index import VectorIndex
-from clipkit.tasks.upkeep import compact_index, remove_items
+from clipkit.index.vector_index import VectorIndex
+from clipkit.tasks.index import compact_index, remove_items
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 from toys import unit_rows
 
 import clipkit
-from clipkit.data.sources import open_source
-from clipkit.data.vector_cache import VectorCache, key_of, user_cache
-from clipkit.model import cached_pairs as module
-from clipkit.model.cached_pairs import cached_pairs
+from clipkit.data.open_source import open_source
+from clipkit.models import embed_source as module
+from clipkit.models.embed_source import cached_pairs
+from clipkit.user_cache import VectorCache, key_of, user_cache
 
 
 def test_what_is_put_in_comes_out(tmp_path):
@@ -80,7 +80,7 @@ def test_pairs_are_encoded_once(encodings, colour_folder, tiny_checkpoint, with_
     (colour_folder / "red-2.txt").unlink()
     (colour_folder / "bad.png").write_bytes(b"")
     (colour_folder / "bad.txt").write_text("bad")
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     first, second = (
         cached_pairs(
             encoder, open_source(colour_folder), with_captions=with_captions, progress=False
@@ -108,7 +108,7 @@ def test_pairs_are_encoded_once(encodings, colour_folder, tiny_checkpoint, with_
 def test_a_part_of_a_source_is_another_one(encodings, colour_folder, tiny_checkpoint):
     from dataclasses import replace
 
-    encoder, source = clipkit.load(tiny_checkpoint), open_source(colour_folder)
+    encoder, source = clipkit.load_model(tiny_checkpoint), open_source(colour_folder)
     cached_pairs(encoder, source, progress=False)
     part = replace(source, rows=source.rows.select([3, 5]))  # of the same fingerprint
     assert len(cached_pairs(encoder, part, progress=False).keys) == 2

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from toys import records, unit_rows
 
+from clipkit.artifacts import ModelRef
 from clipkit.errors import ArtifactError, SpecError
-from clipkit.manifest import ModelRef
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.spec import new_index
-from clipkit.store.vector_index import Hit, VectorIndex
+from clipkit.index.faiss_factory import new_index
+from clipkit.index.vector_index import Hit, VectorIndex
+from clipkit.store.embedding_store import EmbeddingStore
 
 DIM = 16
 MODEL = ModelRef("toy", "a", "fingerprint-a", DIM)
@@ -225,10 +225,10 @@ def test_building_says_nothing_on_standard_error(store, tmp_path, capfd):
 
 
 def test_training_takes_a_bounded_sample(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipkit.store.build.TRAINING_ROWS", 100)
+    monkeypatch.setattr("clipkit.index.build.TRAINING_ROWS", 100)
     seen = []
     monkeypatch.setattr(
-        "clipkit.store.build.train",
+        "clipkit.index.build.train",
         lambda index, rows: seen.append(rows) or index.train(rows),
     )
     index = VectorIndex.build(store, tmp_path / "index", "SQ8")

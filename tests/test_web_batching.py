@@ -8,12 +8,12 @@ import pytest
 from toys import unit_rows
 from web_toys import ServedEncoder, build
 
-from clipkit.store import flat
-from clipkit.store.vector_index import VectorIndex
-from clipkit.web.answers import _search_together, _Wanted
+from clipkit.index import search as flat
+from clipkit.index.vector_index import VectorIndex
 from clipkit.web.batching import Batcher
 from clipkit.web.collection import Collection
-from clipkit.web.problems import RequestError
+from clipkit.web.security import RequestError
+from clipkit.web.service import _search_together, _Wanted
 
 
 class Slow:

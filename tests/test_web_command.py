@@ -20,7 +20,7 @@ from clipkit.tasks.index import build_index
 def test_the_command_serves_until_it_is_interrupted(
     colour_folder, tiny_checkpoint, tmp_path, monkeypatch, capsys
 ):
-    encoder = clipkit.load(tiny_checkpoint)
+    encoder = clipkit.load_model(tiny_checkpoint)
     index = build_index(colour_folder, tmp_path / "index", load=lambda: encoder)
     told = []
 
@@ -54,7 +54,7 @@ def test_the_command_serves_until_it_is_interrupted(
         assert stderr.read() == ""
     assert end.value.code == 130
     assert capsys.readouterr().out == ""
-    red, blue = encoder.encode_captions(["a red picture", "blue"])
+    red, blue = encoder.encode_text(["a red picture", "blue"])
     wanted = red - 0.5 * blue
     expected = encoder.encode_images(
         [clipkit.read_image(colour_folder / hit["key"]) for hit in hits]

@@ -17,9 +17,8 @@ from web_toys import ServedEncoder, application, build, client, keys, running
 
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images
-from clipkit.web import files
-from clipkit.web.pictures import EDGE
-from clipkit.web.thumbs import ThumbCache
+from clipkit.web import images as files
+from clipkit.web.images import EDGE, ThumbCache
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_what_browsers_do_not_show_comes_as_a_jpeg(tmp_path):
 def test_a_thumbnail_is_made_once_until_its_picture_changes(index, photos, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "clipkit.web.files.thumbnail",
+        "clipkit.web.images.thumbnail",
         lambda data: made.append(data) or files.as_jpeg(square("red")),
     )
     with client(index) as ask:

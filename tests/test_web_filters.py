@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipkit.web.answers import _plain
 from clipkit.web.filters import find_columns, parse_conditions, rows_where, with_folder
-from clipkit.web.problems import RequestError
+from clipkit.web.security import RequestError
+from clipkit.web.service import _plain
 
 DAYS = [datetime.date(2020 + n, 3, 1) for n in range(4)]
 RECORDS = pa.table(

@@ -13,7 +13,9 @@ from web_toys import application, build, client, running
 
 from clipkit.errors import ServeError
 from clipkit.tasks.serve import check_address
-from clipkit.web import guard, server, uploads
+from clipkit.web import images as uploads
+from clipkit.web import security as guard
+from clipkit.web import server
 
 TOKEN = "a-token-of-our-own-0123456789"
 

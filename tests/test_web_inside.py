@@ -9,19 +9,19 @@ import pytest
 from toys import COLOURS, png, square, write_tar
 from web_toys import ServedEncoder, build, client, keys
 
-from clipkit.data import inside
+from clipkit.artifacts import MANIFEST
+from clipkit.data import random_access as inside
 from clipkit.data.images import read_image
-from clipkit.data.inside import open_pictures
-from clipkit.data.sources import open_source
-from clipkit.data.thumbnails import thumbnail
+from clipkit.data.open_source import open_source
+from clipkit.data.random_access import open_pictures
+from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import DataError
-from clipkit.manifest import MANIFEST
-from clipkit.store.hits import Hits
-from clipkit.store.roots import roots_of
-from clipkit.store.vector_index import Hit
+from clipkit.index.hits import Hits
+from clipkit.index.roots import roots_of
+from clipkit.index.vector_index import Hit
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images
-from clipkit.web import files
+from clipkit.web import images as files
 
 PNGS = {colour: png(square(colour, size=8 + n)) for n, colour in enumerate(COLOURS)}
 

@@ -13,8 +13,7 @@ from browser import WAIT, become, chromium, expect, missing
 from toys import COLOURS, png, square
 from web_toys import ServedEncoder, application, build, running
 
-from clipkit.tasks.index import build_index
-from clipkit.tasks.upkeep import remove_items
+from clipkit.tasks.index import build_index, remove_items
 
 pytestmark = [
     pytest.mark.browser,

@@ -7,8 +7,8 @@ import pytest
 from toys import square
 from web_toys import ServedEncoder, build, client, keys
 
+from clipkit.artifacts import MANIFEST
 from clipkit.errors import ArtifactError, ServeError
-from clipkit.manifest import MANIFEST
 from clipkit.tasks.index import build_index
 from clipkit.tasks.serve import serve
 from clipkit.tasks.sync import sync_index

@@ -11,19 +11,19 @@ from PIL import Image
 from toys import COLOURS, png, soft, square, write_squares
 from web_toys import ServedEncoder, build, client, keys, scores
 
-from clipkit.data.label_set import parse_label
-from clipkit.manifest import MANIFEST
-from clipkit.model.classifier import ZeroShotClassifier
-from clipkit.store.calibration import Calibration
-from clipkit.store.query import MINUS
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.writer import IndexWriter
+from clipkit.artifacts import MANIFEST
+from clipkit.classifiers.zero_shot import ZeroShotClassifier
+from clipkit.data.labels import parse_label
+from clipkit.index.calibration import Calibration
+from clipkit.index.hits import MINUS
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.search import Searcher
-from clipkit.web import vectors
+from clipkit.web import batching as vectors
 from clipkit.web.collection import Collection
-from clipkit.web.problems import RequestError
+from clipkit.web.security import RequestError
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_hits_of_words_have_a_probability_and_no_good_match_is_said(calibrated, 
             found = [hit["probability"] for hit in body["hits"]]
             np.testing.assert_allclose(found, expected[offset : offset + 5], atol=1e-6)
             assert body["matched"] is True
-        monkeypatch.setattr("clipkit.web.answers.GOOD", 0.999)
+        monkeypatch.setattr("clipkit.web.service.GOOD", 0.999)
         assert ask.get("/search", params={"q": "red"}).json()["matched"] is False
         for other in ({"like": "red/red-0.png"}, {"q": "red", "minus": "blue"}, {}):
             body = ask.get("/search", params=other).json()

@@ -10,12 +10,12 @@ from test_index_writer import DIM, MODEL, QUERIES, table
 from toys import unit_rows
 
 from clipkit.errors import ArtifactError, DataError
-from clipkit.store import chosen as chosen_module
-from clipkit.store import segments as segments_module
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.vector_index import VectorIndex
-from clipkit.store.where import rows_where
-from clipkit.store.writer import IndexWriter
+from clipkit.index import search as chosen_module
+from clipkit.index import segments as segments_module
+from clipkit.index.filters import rows_where
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.store.embedding_store import EmbeddingStore
 
 COUNT = 300
 VECTORS = unit_rows(COUNT, DIM)

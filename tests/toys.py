@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from clipkit.manifest import ModelRef
+from clipkit.artifacts import ModelRef
 
 if TYPE_CHECKING:
     import torch
 
-    from clipkit.data.preprocess import Preprocess
+    from clipkit.data.transforms import Preprocess
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -43,7 +43,7 @@ class ColourEncoder:
 
     @property
     def preprocess(self) -> "Preprocess":
-        from clipkit.data.preprocess import Preprocess
+        from clipkit.data.transforms import Preprocess
 
         return Preprocess((4, 4), mean=(0, 0, 0), std=(1, 1, 1), resize_mode="squash")
 
@@ -65,7 +65,7 @@ class ColourEncoder:
         self.encoded += len(images)
         return _unit(images.numpy().mean(axis=(2, 3)) - GREY)
 
-    def encode_captions(self, captions: Sequence[str]) -> np.ndarray:
+    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
         means = [
             np.mean([np.array(COLOURS[word]) / 255 for word in _colour_words(caption)], axis=0)
             for caption in captions

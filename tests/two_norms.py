@@ -6,13 +6,12 @@ from test_chunks import RESNET, batch, network
 from torch import nn
 
 from clipkit.config import LoopConfig
-from clipkit.data.collate import PairBatch
-from clipkit.model.blanks import fill_up
-from clipkit.model.chunks import backward
-from clipkit.model.distributed import World
-from clipkit.model.gradients import sum_gradients
-from clipkit.model.loss import info_nce
-from clipkit.model.normalisation import SharedNorm, count_rows, share_statistics
+from clipkit.data.loader import PairBatch
+from clipkit.training.distributed import World
+from clipkit.training.grad_cache import backward
+from clipkit.training.loss import info_nce
+from clipkit.training.step import fill_up, sum_gradients
+from clipkit.training.sync_batchnorm import SharedNorm, count_rows, share_statistics
 
 TIMM = tiny_model() | {
     "vision": {"image_size": 32, "timm_model_name": "resnet10t", "timm_proj": "linear"}
@@ -95,7 +94,7 @@ def check_networks(world: World, model: dict, dtype: torch.dtype, chunk: int, fi
         assert_close(other.grad, one.grad, CLOSE[dtype], name)
     for (name, one), other in zip(whole.named_buffers(), part.buffers(), strict=True):
         assert_close(other, one, CLOSE[dtype], name)
-    if world.is_first:  # in evaluation nobody else is asked
+    if world.is_main_process:  # in evaluation nobody else is asked
         given = as_input(dtype)(images)
         assert_close(
             part.eval().encode_images(given), whole.eval().encode_images(given), CLOSE[dtype]

@@ -14,10 +14,10 @@ from test_loss import pairs
 from two_norms import check_norms
 from two_shards import check_shards
 
-from clipkit.model.chunks import backward
-from clipkit.model.distributed import World, join_world
-from clipkit.model.gradients import sum_gradients
-from clipkit.model.loss import guessing_loss, info_nce
+from clipkit.training.distributed import World, join_world
+from clipkit.training.grad_cache import backward
+from clipkit.training.loss import guessing_loss, info_nce
+from clipkit.training.step import sum_gradients
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 GROUPS = torch.tensor([[0, 0], [0, 1], [1, 1], [2, 2], [3, 3], [3, 3], [4, 0]])
@@ -74,8 +74,11 @@ def check_gradients(world: World, chunk: int, **choice) -> None:
 def main() -> None:
     with join_world() as world:
         assert world.size == 2
-        assert world.exchange({"rank": world.rank, "text": "ü"})[1] == {"rank": 1, "text": "ü"}
-        assert world.ask_first(world.rank) == 0
+        assert world.all_gather_object({"rank": world.rank, "text": "ü"})[1] == {
+            "rank": 1,
+            "text": "ü",
+        }
+        assert world.broadcast(world.rank) == 0
         for first in (4, 3, 6, 7, 0):
             check_guess(world, first)
             for tile in (1, 3, 100):

@@ -6,12 +6,12 @@ import torch
 from conftest import tiny_model
 from test_chunks import batch, network, prepare
 
-from clipkit.model.chunks import backward
-from clipkit.model.distributed import World
-from clipkit.model.gradients import sum_gradients
-from clipkit.model.loss import info_nce
-from clipkit.model.sharding import is_shard, shard, whole
-from clipkit.model.tower_options import checkpoint_gradients
+from clipkit.training.build import checkpoint_gradients
+from clipkit.training.distributed import World
+from clipkit.training.fsdp import is_shard, shard, whole
+from clipkit.training.grad_cache import backward
+from clipkit.training.loss import info_nce
+from clipkit.training.step import sum_gradients
 
 THREE_LAYERS = {
     part: settings | {"layers": 3} if isinstance(settings, dict) else settings

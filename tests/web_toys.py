@@ -13,8 +13,8 @@ from toys import ColourEncoder, _colour_words, write_squares
 from clipkit.tasks.index import build_index
 from clipkit.web.app import create_app
 from clipkit.web.collection import Current
+from clipkit.web.images import ThumbCache
 from clipkit.web.server import server
-from clipkit.web.thumbs import ThumbCache
 
 ADDRESS = "http://127.0.0.1"
 
@@ -33,11 +33,11 @@ class ServedEncoder(ColourEncoder):
         self.gate = threading.Event()
         self.gate.set()
 
-    def encode_captions(self, captions, *, policy="cut", report=None):
+    def encode_text(self, captions, *, policy="cut", report=None):
         self.calls.append(list(captions))
         assert self.gate.wait(60)
         plain = [text if _colour_words(text) else "white" for text in captions]
-        return super().encode_captions(plain)
+        return super().encode_text(plain)
 
 
 def build(folder: Path, per_colour: int = 3) -> Path:

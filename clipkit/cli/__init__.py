@@ -26,12 +26,10 @@ from clipkit.cli import (
     map,
     plot,
     probe,
-    readable,
     search,
     serve,
     tokenize,
     train,
-    upkeep,
 )
 from clipkit.cli.output import note
 from clipkit.errors import FULL, ClipkitError
@@ -67,13 +65,13 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("embed")(index.embed)
-index.app.command("add")(upkeep.add)
-index.app.command("remove")(upkeep.remove)
-index.app.command("sync")(upkeep.sync)
-index.app.command("compact")(upkeep.compact)
-index.app.command("merge")(upkeep.merge)
-index.app.command("check")(upkeep.check)
-index.app.command("calibrate")(readable.calibrate)
+index.app.command("add")(index.add)
+index.app.command("remove")(index.remove)
+index.app.command("sync")(index.sync)
+index.app.command("compact")(index.compact)
+index.app.command("merge")(index.merge)
+index.app.command("check")(index.check)
+index.app.command("calibrate")(index.calibrate)
 app.add_typer(index.app, name="index")
 app.command("search")(search.search)
 app.command("classify")(classify.classify)

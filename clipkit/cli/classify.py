@@ -1,16 +1,22 @@
-"""clipkit classify."""
+"""clipkit classify.
 
+What an image may be: labels and templates given in words, or a classifier that was saved.
+"""
+
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.choice import Labels, Templates, read_choice
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
     ImageColumn,
     Precision,
+    load_encoder,
+    load_maker,
     note,
     note_skipped,
     print_json,
@@ -20,8 +26,70 @@ from clipkit.cli.output import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from clipkit.model.answer_files import AnswerFiles
-    from clipkit.model.answers import Answer
+    from clipkit.classifiers.predictions import Answer
+    from clipkit.classifiers.zero_shot import Classifier
+    from clipkit.models.encoder import Encoder
+    from clipkit.reports.classification import AnswerFiles
+
+
+Labels = Annotated[
+    str,
+    typer.Option(
+        help="cat,dog,red fox; a file with one per line (fox: red fox, vixen, or animal/fox); "
+        "imagenet; or the directory of a saved classifier."
+    ),
+]
+Templates = Annotated[
+    str | None,
+    typer.Option(help="File of captions, one a line, {} for the label; or openai; or simple."),
+]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Labels with their templates, or a saved classifier."""
+
+    labels: list[str]
+    templates: list[str]
+    saved: "Classifier | None"
+
+    def load(
+        self, model: str | None, precision: Precision, *, background: bool = False
+    ) -> "tuple[Encoder, Classifier]":
+        """The encoder, and the classifier made with it or opened."""
+        from clipkit.classifiers.zero_shot import ZeroShotClassifier
+
+        if self.saved is None:
+            encoder = load_encoder(model, precision)
+            made = ZeroShotClassifier.from_labels(
+                encoder, self.labels, self.templates, background=background
+            )
+            return encoder, made
+        if model:
+            encoder = load_encoder(model, precision)
+        else:
+            encoder = load_maker(self.saved.model, "the classifier", precision)
+        self.saved.require(encoder.model)
+        return encoder, self.saved
+
+
+def read_choice(labels: str, templates: str | None) -> Choice:
+    """Read what was chosen, before anything that takes time; see ``read_labels``."""
+    from clipkit.artifacts import MANIFEST
+    from clipkit.data.prompts import read_labels, read_templates
+    from clipkit.errors import CaptionError
+
+    # Not Path.is_file, for which a list of labels that is longer than a file name is an error.
+    if not os.path.isfile(os.path.join(labels, MANIFEST)):
+        return Choice(list(read_labels(labels)), read_templates(templates), None)
+    from clipkit.classifiers.heads import open_classifier
+
+    if templates is not None:
+        raise CaptionError(
+            f"{labels} is a saved classifier, whose captions are encoded already; leave "
+            "--templates out, or name labels"
+        )
+    return Choice([], [], open_classifier(Path(labels)))
 
 
 def classify(
@@ -58,10 +126,10 @@ def classify(
     """Classify images zero-shot or by a saved classifier."""
     choice = read_choice(labels, templates)
 
-    from clipkit.data.sources import open_source
+    from clipkit.classifiers.heads import save_classifier
+    from clipkit.data.open_source import open_source
     from clipkit.errors import DataError
-    from clipkit.model.answer_files import AnswerFiles
-    from clipkit.model.classifier_file import save_classifier
+    from clipkit.reports.classification import AnswerFiles
     from clipkit.tasks.classify import calibrate as set_threshold
     from clipkit.tasks.classify import classify as run
 

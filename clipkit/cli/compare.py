@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.choice import Templates
+from clipkit.cli.classify import Templates
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
@@ -19,7 +19,7 @@ from clipkit.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from clipkit.metrics.compared import Difference
+    from clipkit.evaluation.significance import Difference
 
 
 def compare(
@@ -45,21 +45,21 @@ def compare(
     better. The verdict is about mean recall, or about top-1 accuracy with --labels; p-values of
     the other figures are corrected for how many there are.
     """
+    from clipkit.data.open_source import open_source
     from clipkit.data.prompts import read_labels, read_templates
-    from clipkit.data.sources import open_source
 
     names = (one, other)
     classes = None if labels is None else (read_labels(labels), read_templates(templates))
     captions = caption_column if classes is None else ""
     source = open_source(data, image=image_column, caption=captions, label=label_column)
 
-    from clipkit.tasks.compare import compare_retrievals, compare_zeroshot
+    from clipkit.tasks.compare import compare_retrievals, compare_zero_shot
 
     encoders = (load_encoder(one, precision), load_encoder(other, precision))
     if classes is None:
         found = compare_retrievals(source, encoders, names, progress=not as_json)
     else:
-        found = compare_zeroshot(source, encoders, names, *classes, progress=not as_json)
+        found = compare_zero_shot(source, encoders, names, *classes, progress=not as_json)
     for text in found.reports[0].notes:
         note(text)
     if as_json:

@@ -33,7 +33,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Report what is in data and what is wrong with it."""
-    from clipkit.tasks.check import check_data
+    from clipkit.tasks.check_data import check_data
 
     report = check_data(
         data, against, image=image_column, caption=caption_column, label=label_column

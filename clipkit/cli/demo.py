@@ -18,7 +18,7 @@ def demo(
 
     Then classify and measure on drawings of an unseen style, and write a page to look at.
     """
-    from clipkit.tasks.demo import demo as run
+    from clipkit.demo.run import demo as run
 
     result = run(out, minutes=minutes, tell=note)
     print_table(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.choice import Labels, Templates, read_choice
+from clipkit.cli.classify import Labels, Templates, read_choice
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
@@ -22,9 +22,10 @@ from clipkit.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from clipkit.data.sources import Source
-    from clipkit.metrics import Estimate
-    from clipkit.model.evaluation import Report
+    from clipkit.data.open_source import Source
+    from clipkit.evaluation.bootstrap import Estimate
+    from clipkit.evaluation.report import Report
+
 
 app = typer.Typer(help="Measure a model on data.", no_args_is_help=True)
 Data = Annotated[str, typer.Argument(help=DATA_HELP)]
@@ -58,7 +59,7 @@ def retrieval(
     first 1, 5, 10 or 50), the median rank of what was looked for, and mean average precision, each
     with a 95 % interval over the images.
     """
-    from clipkit.data.sources import open_source
+    from clipkit.data.open_source import open_source
 
     source = open_source(data, image=image_column, caption=caption_column)
 
@@ -91,7 +92,7 @@ def zeroshot(
     the classes of accuracy, precision and F1; the area under the ROC curve; and how far
     probabilities are from what they say; each with a 95 % interval over the images.
     """
-    from clipkit.data.sources import open_source
+    from clipkit.data.open_source import open_source
 
     choice = read_choice(labels, templates)
     source = open_source(data, image=image_column, caption="", label=label_column)
@@ -119,7 +120,7 @@ def suite(
     (zeroshot or retrieval), and may have labels and templates. Results that are there already are
     not measured again; results.csv and results.parquet hold them all.
     """
-    from clipkit.data.suite import read_suite
+    from clipkit.evaluation.suite import read_suite
 
     sets = read_suite(suite)
 
@@ -149,7 +150,7 @@ def _print(report: "Report", source: "Source", page: Path | None, as_json: bool)
     for text in report.notes:
         note(text)
     if page is not None:
-        from clipkit.model.evaluation_page import write_page
+        from clipkit.reports.evaluation import write_page
 
         write_page(report, source, page)
         note(f"the page is {page}")

@@ -1,5 +1,11 @@
-"""clipkit embed and clipkit index build."""
+"""clipkit index add, remove, sync, compact, merge and check: look after an index that stands.
 
+Amounts of memory as people write them.
+
+clipkit embed and clipkit index build.
+"""
+
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,16 +17,194 @@ from clipkit.cli.output import (
     CaptionColumn,
     ImageColumn,
     Precision,
+    describe_calibration,
+    describe_tuning,
     load_encoder,
+    load_text,
     note,
     note_skipped,
     print_facts,
+    print_json,
 )
-from clipkit.cli.readable import describe_calibration, describe_tuning, load_text
-from clipkit.cli.sizes import parse_size
 
 if TYPE_CHECKING:
-    from clipkit.model.encoder import Encoder
+    from clipkit.index.vector_index import VectorIndex
+    from clipkit.models.encoder import Encoder
+    from clipkit.tasks.sync import Changes
+
+
+IndexArgument = Annotated[Path, typer.Argument(help="Directory of the index.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+def add(
+    index: IndexArgument,
+    images: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What the keys of a new folder begin with; its name if left out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add images, or a store, to an index.
+
+    Images it holds already are brought up to date; only new content is encoded.
+    """
+    from clipkit.tasks.sync import add_images
+
+    _print_changes(add_images(index, images, prefix=prefix), as_json)
+
+
+def sync(
+    index: IndexArgument,
+    images: Annotated[
+        str | None,
+        typer.Argument(help="A folder of the index, or one within; all that it was made of."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring an index up to date with its folder.
+
+    New, changed, renamed and deleted images are told apart; only new content is encoded.
+    """
+    from clipkit.tasks.sync import sync_index
+
+    _print_changes(sync_index(index, images), as_json)
+
+
+def _print_changes(changes: "Changes", as_json: bool) -> None:
+    for item in changes.skipped:
+        note(f"skipped {item.key}: {item.reason}")
+    counts = {name: value for name, value in vars(changes).items() if name != "skipped"}
+    counts["skipped"] = len(changes.skipped)
+    if as_json:
+        print_json(counts)
+    else:
+        print_facts((name, value) for name, value in counts.items() if value != "")
+
+
+def remove(
+    index: IndexArgument,
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys, or patterns such as 'holiday/*'.")
+    ] = None,
+    keys_from: Annotated[
+        typer.FileText | None,
+        typer.Option("--from", help="A file of keys or patterns, one a line; - reads stdin."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take images out of an index; their files stay."""
+    names = [*(keys or []), *(line.rstrip("\r\n") for line in keys_from or [])]
+    names = [name for name in names if name]
+    if not names:
+        raise typer.BadParameter("name a key, a pattern, or a file of them with --from")
+    from clipkit.tasks.index import remove_items
+
+    for key in remove_items(index, names):
+        if as_json:
+            print_json({"removed": key})
+        else:
+            print_facts([("removed", key)])
+
+
+def compact(index: IndexArgument, as_json: AsJson = False) -> None:
+    """Build an index anew from what it holds, freshly trained."""
+    from clipkit.tasks.index import compact_index
+
+    _print_index(index, compact_index(index), as_json)
+
+
+def merge(
+    indexes: Annotated[list[Path], typer.Argument(help="Directories of two or more indexes.")],
+    out: Annotated[Path, typer.Option(help="Directory of the new index.")],
+    spec: Annotated[
+        str | None, typer.Option(help="FAISS factory string; the first one's if left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Join indexes of one model into a new one."""
+    from clipkit.index.merge import merge_indexes
+
+    _print_index(out, merge_indexes(indexes, out, spec), as_json)
+
+
+def check(index: IndexArgument, as_json: AsJson = False) -> None:
+    """Examine an index: its files, its rows, and what it finds.
+
+    Exit code 1 where something is wrong with it.
+    """
+    from clipkit.tasks.check_index import check_index
+
+    report = check_index(index)
+    facts = report.to_dict()
+    if as_json:
+        print_json(facts)
+    else:
+        problems, advice = facts.pop("problems"), facts.pop("advice")
+        told = {name: value for name, value in facts.items() if value is not None}
+        shown = [
+            (name.replace("_", " "), _as_text(name, value) if isinstance(value, float) else value)
+            for name, value in told.items()
+        ]
+        print_facts([*shown, *(("wrong", p) for p in problems), *(("advice", a) for a in advice)])
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def calibrate(
+    index: IndexArgument,
+    as_json: AsJson = False,
+) -> None:
+    """Make the scores of an index probabilities.
+
+    Captions of its own images are asked, or generic ones where few have any, and what they find is
+    measured again.
+    """
+    from clipkit.tasks.index import calibrate_index
+
+    found = calibrate_index(index, load_text)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    measured = found.measured
+    print_facts(
+        [
+            ("index", index),
+            ("recall@10", f"{measured.recall:.3f} of {measured.queries} {found.source}"),
+            ("one query", f"{measured.milliseconds:.2f} ms"),
+            *describe_calibration(found.calibration),
+        ]
+    )
+
+
+def _as_text(name: str, value: float) -> str:
+    return f"{value:.2f}" if name.endswith("milliseconds") else f"{value:.1%}"
+
+
+def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:
+    facts = {"index": str(path), "vectors": len(index), "spec": index.spec}
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts(facts.items())
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``, ``1.5 GiB`` or ``2g``.
+
+    Raises:
+        BadParameter: it is none, which ends a command with exit code 2.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?\s*", text.lower())
+    if not found or found[2] not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is no amount of memory, expected for example 500MB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
 
 app = typer.Typer(
     help="Build indexes of image vectors, and keep them up to date.", no_args_is_help=True
@@ -64,7 +248,7 @@ def embed(
     Run again, it encodes only what is new or was left by an interrupted run; renamed images keep
     their vectors.
     """
-    from clipkit.data.sources import open_source
+    from clipkit.data.open_source import open_source
 
     source = open_source(images, image=image_column, caption=caption_column, metadata=True)
 
@@ -99,8 +283,8 @@ def build(
 
     Images are embedded first, into a store beside the index, which a later build brings up to date.
     """
-    from clipkit.store.embeddings import EmbeddingStore
-    from clipkit.store.tune import AUTO, RECALL, Wish
+    from clipkit.index.tuning import AUTO, RECALL, Wish
+    from clipkit.store.embedding_store import EmbeddingStore
     from clipkit.tasks.index import build_index
 
     embedded = False

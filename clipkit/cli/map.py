@@ -22,16 +22,16 @@ def draw(
     clusters: Annotated[int, typer.Option(min=0, help="How many; 0: by the items.")] = 0,
 ) -> None:
     """Draw a map of a store or an index."""
-    from clipkit.data.everyday import EVERYDAY
+    from clipkit.data.labels import EVERYDAY
     from clipkit.data.prompts import read_labels
     from clipkit.tasks.map import draw_map
 
     names = read_labels(labels) if labels else EVERYDAY
     load = None
     if labels != "":
-        from clipkit.model.load import load_ref
+        from clipkit.models.loading import load_model_ref
 
-        load = load_ref
+        load = load_model_ref
     note("laying out the map; 50,000 items take a few minutes")
     drawn = draw_map(collection, out, labels=names, load=load, clusters=clusters)
     facts = [("page", drawn.page), ("picture", drawn.picture)]

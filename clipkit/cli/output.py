@@ -1,9 +1,13 @@
-"""Printing, and the arguments that several commands share.
+"""What an index finds and what its scores mean, for people: index calibrate and shared printing.
+
+Printing, and the arguments that several commands share.
 
 Tables for people, one JSON object a line for programs.
 """
 
+import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,8 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from clipkit.manifest import ModelRef
-    from clipkit.model.encoder import Encoder
+    from clipkit.artifacts import ModelRef
+    from clipkit.index.calibration import Calibration
+    from clipkit.index.hits import Hits
+    from clipkit.index.vector_index import Hit
+    from clipkit.models.encoder import Encoder
+    from clipkit.models.text_encoder_numpy import QueryEncoder
+
 
 MODEL_HELP = (
     "A run or checkpoint directory; NAME/TAG or NAME/path/to/weights with an open_clip model "
@@ -93,7 +102,7 @@ def model_or_default(model: str | None) -> str:
     """The MODEL named, or the default one, saying so."""
     if model:
         return model
-    from clipkit.model.load import DEFAULT_MODEL
+    from clipkit.models.loading import DEFAULT_MODEL
 
     note(f"using the model {DEFAULT_MODEL}; name another one with --model")
     return DEFAULT_MODEL
@@ -101,15 +110,103 @@ def model_or_default(model: str | None) -> str:
 
 def load_encoder(model: str | None, precision: Precision) -> "Encoder":
     """The encoder of the MODEL named, or of the default one, in the precision named or ours."""
-    from clipkit.model.load import load
-    from clipkit.model.prepare import DEFAULT_PRECISION
+    from clipkit.models.inference_precision import DEFAULT_PRECISION
+    from clipkit.models.loading import load_model
 
-    return load(model_or_default(model), precision=precision or DEFAULT_PRECISION)
+    return load_model(model_or_default(model), precision=precision or DEFAULT_PRECISION)
 
 
 def load_maker(model: "ModelRef", what: str, precision: Precision) -> "Encoder":
     """The encoder that made something, in the precision named or ours."""
-    from clipkit.model.load import load_ref
-    from clipkit.model.prepare import DEFAULT_PRECISION
+    from clipkit.models.inference_precision import DEFAULT_PRECISION
+    from clipkit.models.loading import load_model_ref
 
-    return load_ref(model, what, precision=precision or DEFAULT_PRECISION)
+    return load_model_ref(model, what, precision=precision or DEFAULT_PRECISION)
+
+
+def load_text(model: "ModelRef", what: str) -> "Encoder | QueryEncoder":
+    """The encoder of the captions of what a model made, without torch where that can be."""
+    from clipkit.models.text_encoder_numpy import load_query_encoder
+
+    return load_query_encoder(model) or load_maker(model, what, None)
+
+
+def describe_calibration(found: "Calibration | None") -> list[tuple[str, str]]:
+    """What is known of an index's probabilities, as facts."""
+    if found is None:
+        return []
+    if not found.informative:
+        note(
+            "the scores of this model do not tell what is there from what is not "
+            f"(AUROC {found.auroc:.2f}, guessing is 0.5): a search shows no probabilities"
+        )
+        return [("probabilities", "none")]
+    figures = f"AUROC {found.auroc:.3f}, calibration error {found.error:.3f}"
+    return [("probabilities", f"{figures} on {found.captions} {found.source}")]
+
+
+def describe_tuning(detail: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the manifest of an index says of its tuning, as facts."""
+    tuning = detail.get("tuning")
+    if tuning is None:
+        return []
+    found, wanted, asked = tuning["recall"], tuning["wanted"], tuning["source"]
+    if found < wanted:
+        note(f"no spec within the memory reaches recall {wanted}; this one comes closest")
+    facts = f"{found:.3f} of {tuning['queries']} {asked}, {wanted} wanted"
+    return [("recall@10", facts), ("one query", f"{tuning['milliseconds']:.2f} ms")]
+
+
+def print_hits(hits: "Sequence[Hit]") -> None:
+    """A table of hits, with their probabilities where they have any."""
+    told = any(hit.probability is not None for hit in hits)
+    header = ("rank", *(("match",) if told else ()), "score", "key")
+    rows = [
+        (str(rank), *((f"{hit.probability:.0%}",) if told else ()), f"{hit.score:.3f}", hit.key)
+        for rank, hit in enumerate(hits, 1)
+    ]
+    print_table(header, rows)
+
+
+def print_pictures(hits: "Hits") -> None:
+    """The pictures of hits, each under its key, in a terminal that can show any."""
+    from clipkit.display.terminal import find_drawer
+
+    draw = find_drawer(os.environ) if sys.stdout.isatty() else None
+    if draw is None:
+        note(
+            "no pictures are shown: expected a terminal with 24-bit colours "
+            "(COLORTERM=truecolor); --html writes a page of them"
+        )
+        return
+    for rank, hit in enumerate(hits, 1):
+        picture = hits.picture(hit)
+        print(f"\n{rank:4}  {printable(hit.key)}")
+        print(
+            draw(picture) if picture else "      its picture cannot be read\n",
+            end="",
+        )
+
+
+def print_described(
+    found: "Sequence[tuple[str | None, Sequence[Hit], Sequence[dict[str, Any]]]]", as_csv: bool
+) -> None:
+    """Hits with their records, of each query of several: a JSON object a line, or a CSV table."""
+    lines: list[dict[str, Any]] = []
+    for query, hits, records in found:
+        asked = {} if query is None else {"query": query}
+        for rank, (hit, record) in enumerate(zip(hits, records, strict=True), 1):
+            chance = {} if hit.probability is None else {"probability": hit.probability}
+            told = {**asked, "rank": rank, "score": hit.score, **chance, "key": hit.key}
+            lines.append({**told, **record})
+    if not as_csv:
+        for line in lines:
+            print_json(line)
+        return
+    for line in lines:
+        line["captions"] = "\n".join(line["captions"])
+        more = line.pop("more")
+        line |= {name if name not in line else f"more_{name}": more[name] for name in more}
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(lines[0] if lines else ("rank", "score", "key"))
+    table.writerows(line.values() for line in lines)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.choice import Templates
+from clipkit.cli.classify import Templates
 from clipkit.cli.output import (
     DATA_HELP,
     MODEL_HELP,
@@ -54,8 +54,8 @@ def probe(
     vectors that are made once. As many further images of each class (at most four) choose the
     settings. Intervals are over draws and test images together.
     """
+    from clipkit.data.open_source import open_source
     from clipkit.data.prompts import read_labels, read_templates
-    from clipkit.data.sources import open_source
 
     counts = _numbers(shots)
     classes, captions = labels and read_labels(labels), read_templates(templates)
@@ -64,8 +64,8 @@ def probe(
     if test is not None:
         tested = open_source(test, image=image_column, caption="", label=label_column)
 
-    from clipkit.model.classifier_file import save_classifier
-    from clipkit.model.few_shot import require_methods
+    from clipkit.classifiers.few_shot import require_methods
+    from clipkit.classifiers.heads import save_classifier
     from clipkit.tasks.probe import probe as run
 
     chosen = require_methods(methods.split(","))

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import load_maker, note
-from clipkit.cli.readable import print_described, print_hits, print_pictures
+from clipkit.cli.output import load_maker, note, print_described, print_hits, print_pictures
 
 if TYPE_CHECKING:
-    from clipkit.model.encoder import Encoder
-    from clipkit.model.query import QueryEncoder
-    from clipkit.store.hits import Hits
+    from clipkit.index.hits import Hits
+    from clipkit.models.encoder import Encoder
+    from clipkit.models.text_encoder_numpy import QueryEncoder
 
 
 def search(
@@ -57,16 +56,15 @@ def search(
         raise typer.BadParameter("name a query, an --image, or both")
     if as_json + as_csv + show > 1:
         raise typer.BadParameter("one of --json, --csv and --show, not several")
-    from clipkit.store.vector_index import VectorIndex
+    from clipkit.index.vector_index import VectorIndex
 
     opened = VectorIndex.open(index)
     if not len(opened):
         note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds pictures")
         return
 
-    from clipkit.model.query import load_query_encoder
-    from clipkit.store.query import weighted
-    from clipkit.store.records import records_of
+    from clipkit.index.hits import records_of, weighted
+    from clipkit.models.text_encoder_numpy import load_query_encoder
     from clipkit.tasks.search import Searcher, write_page
 
     encoder: Encoder | QueryEncoder | None = None
@@ -102,7 +100,7 @@ def _print(query: str | None, hits: "Hits", show: bool) -> None:
 
 
 def _note_no_match(hits: "Hits") -> None:
-    from clipkit.store.calibration import GOOD
+    from clipkit.index.calibration import GOOD
 
     best = hits[0].probability if hits else None
     if best is not None and best < GOOD:

@@ -15,7 +15,7 @@ def tokenize(
 
     Tokens, ids, how much of the 77 is used, and what is cut.
     """
-    from clipkit.model.tokenizer import CONTEXT, inspect
+    from clipkit.models.tokenizer import CONTEXT, inspect
 
     for number, text in enumerate(texts):
         found = inspect(text)
@@ -46,6 +46,6 @@ def tokenize(
 
 
 def _excess(needed: int) -> str:
-    from clipkit.model.tokenizer import CONTEXT
+    from clipkit.models.tokenizer import CONTEXT
 
     return f", the whole text needs {needed}" if needed > CONTEXT else ""

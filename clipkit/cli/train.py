@@ -9,7 +9,7 @@ import typer
 
 from clipkit.cli.output import note, note_skipped, print_facts
 from clipkit.errors import ClipkitError
-from clipkit.progress import speaks
+from clipkit.progress import is_main_process
 
 
 def train(
@@ -29,7 +29,7 @@ def train(
     try:
         resolved = load_config(config, settings or [])
     except ClipkitError:
-        if not speaks():
+        if not is_main_process():
             # torchrun ends all processes when one ends: the first is to tell what is wrong.
             time.sleep(10)
             raise typer.Exit(1) from None
@@ -38,7 +38,7 @@ def train(
     from clipkit.tasks.train import train as run
 
     result = run(resolved, out, resume=resume)
-    if not speaks():
+    if not is_main_process():
         raise typer.Exit(0 if result.finished else 130)
     note_skipped(len(result.skipped), f"listed in {result.run / 'skipped.jsonl'}")
     if result.cut.cut:

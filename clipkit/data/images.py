@@ -1,4 +1,7 @@
-"""Find images below a directory, and read one safely, whatever its file holds."""
+"""Find images below a directory, and read one safely, whatever its file holds.
+
+What a file holds, as a number by which it is found again under another name.
+"""
 
 import io
 import os
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
+import xxhash
 from PIL import Image, UnidentifiedImageError
 
 from clipkit.errors import DataError, ImageError
@@ -278,3 +282,25 @@ def _why(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = text or type(error).__name__
     return text[:1].lower() + text[1:]
+
+
+_CHUNK = 1 << 20  # bytes read at a time
+
+
+def content_hash(source: Path | bytes) -> str:
+    """XXH3 of a file or its content: 128 bits as 32 hexadecimal digits.
+
+    It takes 0.2 ms for the JPEG of a 12-megapixel photo, where SHA-256 takes 2. Someone who forges
+    two files with one hash gains that the second is found by the vector of the first.
+
+    Raises:
+        ImageError: the file is empty, irregular or cannot be read; the message is the reason alone.
+    """
+    digest = xxhash.xxh3_128()
+    with open_regular(source) as stream:
+        try:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipkit.data.label_set import Label, check_paths, imagenet_labels, parse_label, phrases_of
+from clipkit.data.labels import Label, check_paths, imagenet_labels, parse_label, phrases_of
 from clipkit.errors import CaptionError
 
 SLOT = "{}"

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import ArtifactError
-from clipkit.store.auto import exact_milliseconds, remeasure
-from clipkit.store.build import sealed
-from clipkit.store.exact import search_exact, take_rows
-from clipkit.store.questions import kept_questions
+from clipkit.index.build import sealed
+from clipkit.index.exact import search_exact, take_rows
+from clipkit.index.sample_queries import kept_questions
+from clipkit.index.tuning import exact_milliseconds, remeasure
+from clipkit.index.vector_index import VectorIndex
 from clipkit.store.shards import UNIT_TOLERANCE, Vectors
-from clipkit.store.vector_index import VectorIndex
 
 SAMPLE = 200
 """Images that are searched for among all; each takes a product with every vector."""

@@ -6,15 +6,14 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from clipkit.data.label_set import parents
-from clipkit.data.sources import Row, Source
+from clipkit.classifiers.predictions import Answer, answer_each
+from clipkit.classifiers.zero_shot import KEPT, Classifier, Prediction, ZeroShotClassifier, rank
+from clipkit.data.labels import parents
+from clipkit.data.open_source import Row, Source
 from clipkit.data.workers import worker_count
 from clipkit.errors import CaptionError
-from clipkit.model.answers import Answer, answer_each
-from clipkit.model.cached_pairs import cached_pairs
-from clipkit.model.classifier import KEPT, Classifier, Prediction, ZeroShotClassifier, rank
-from clipkit.model.encode_pairs import encoded_batches
-from clipkit.model.encoder import Encoder, Vectors
+from clipkit.models.embed_source import cached_pairs, encoded_batches
+from clipkit.models.encoder import Encoder, Vectors
 
 
 def classify(

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clipkit.data.open_source import Source
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.data.sources import Source
 from clipkit.errors import DataError
-from clipkit.metrics.compared import Difference, compare_classification, compare_retrieval
-from clipkit.metrics.measured import EqualCaptions
-from clipkit.model.encoder import Encoder
-from clipkit.model.evaluation import Classification, Report, Retrieval
-from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zeroshot
+from clipkit.evaluation.report import Classification, EqualCaptions, Report, Retrieval
+from clipkit.evaluation.significance import Difference, compare_classification, compare_retrieval
+from clipkit.models.encoder import Encoder
+from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def compare_retrievals(
     return _comparison((one, other), names, headline, rows, len(first.keys))
 
 
-def compare_zeroshot(
+def compare_zero_shot(
     source: Source,
     encoders: tuple[Encoder, Encoder],
     names: tuple[str, str],
@@ -111,7 +110,7 @@ def compare_zeroshot(
         CaptionError: labels or templates that cannot be used.
     """
     one, other = (
-        evaluate_zeroshot(source, encoder, labels, templates, progress=progress)
+        evaluate_zero_shot(source, encoder, labels, templates, progress=progress)
         for encoder in encoders
     )
     first, second = one.outcome, other.outcome

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
-from clipkit.data.content import content_hash
-from clipkit.data.images import Decode
-from clipkit.data.sources import Row, Source, open_source, row_record, row_source
+from clipkit.data.images import Decode, content_hash
+from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
-from clipkit.model.encode_pairs import encoded_batches
-from clipkit.store.embeddings import EmbeddingStore, StoreWriter
-from clipkit.store.known import KnownVectors
-from clipkit.store.partial import decode_of
+from clipkit.models.embed_source import encoded_batches
+from clipkit.store.embedding_store import EmbeddingStore, StoreWriter, decode_of
+from clipkit.store.incremental import KnownVectors
 from clipkit.store.shards import Vectors, digest
 
 if TYPE_CHECKING:
-    from clipkit.model.batches import BatchSize
-    from clipkit.model.encoder import Encoder
+    from clipkit.models.encoder import BatchSize, Encoder
+
 
 DEFAULT_DECODE: Decode = "exact"
 """Of a new store.

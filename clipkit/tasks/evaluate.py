@@ -3,26 +3,27 @@
 from collections.abc import Sequence
 from typing import Any
 
-from clipkit import plots
-from clipkit.data.folders import texts_without_image
+from clipkit.artifacts import ModelRef
+from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
+from clipkit.data.formats.folders import texts_without_image
 from clipkit.data.images import Skipped
+from clipkit.data.labels import empty_classes, targets_of
+from clipkit.data.open_source import Source
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.data.sources import Source
-from clipkit.data.targets import empty_classes, targets_of
+from clipkit.display import plots
 from clipkit.errors import DataError
-from clipkit.manifest import ModelRef
-from clipkit.metrics import Estimate
-from clipkit.metrics.measured import (
+from clipkit.evaluation.bootstrap import Estimate
+from clipkit.evaluation.report import (
+    Classification,
     EqualCaptions,
+    Report,
+    Retrieval,
     measure_classification,
     measure_retrieval,
     pair_up,
 )
-from clipkit.model.cached_pairs import cached_pairs
-from clipkit.model.classifier import Classifier, ZeroShotClassifier
-from clipkit.model.encode_pairs import EncodedPairs
-from clipkit.model.encoder import Encoder
-from clipkit.model.evaluation import Classification, Report, Retrieval
+from clipkit.models.embed_source import EncodedPairs, cached_pairs
+from clipkit.models.encoder import Encoder
 
 _SHOWN = 5  # texts
 
@@ -88,7 +89,7 @@ def _retrieval_notes(
     return notes
 
 
-def evaluate_zeroshot(
+def evaluate_zero_shot(
     source: Source,
     encoder: Encoder,
     labels: Sequence[str],
@@ -160,7 +161,7 @@ def plot_confusion(report: Report) -> plots.Drawing:
     """Draw which class a measured classifier took for which.
 
     Args:
-        report: of ``evaluate_zeroshot`` or ``evaluate_classifier``.
+        report: of ``evaluate_zero_shot`` or ``evaluate_classifier``.
 
     Raises:
         DataError: it is the report of a retrieval.
@@ -168,7 +169,7 @@ def plot_confusion(report: Report) -> plots.Drawing:
     outcome = report.outcome
     if not isinstance(outcome, Classification):
         raise DataError(
-            f"a report on {report.task} has no confusion matrix; expected one of evaluate_zeroshot"
+            f"a report on {report.task} has no confusion matrix; expected one of evaluate_zero_shot"
         )
     return plots.plot_confusion(outcome.found.confusion, outcome.labels)
 

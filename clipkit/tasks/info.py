@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipkit.artifacts import MANIFEST, partial_path, read_manifest
 from clipkit.errors import ArtifactError
-from clipkit.manifest import MANIFEST, partial_path, read_manifest
 
 
 @dataclass(frozen=True)

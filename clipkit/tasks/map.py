@@ -13,23 +13,24 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clipkit import plots
-from clipkit.data.everyday import EVERYDAY
-from clipkit.data.sources import open_source, row_image
-from clipkit.data.thumbnails import thumbnail
+from clipkit.artifacts import Manifest, read_manifest, write_text
+from clipkit.data.labels import EVERYDAY
+from clipkit.data.open_source import open_source, row_image
+from clipkit.display import plots
+from clipkit.display.html import data_uri
+from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
-from clipkit.manifest import Manifest, read_manifest, write_text
-from clipkit.pages.map import Cluster, MapPage, render_map
-from clipkit.pages.parts import data_uri
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.landscape import cluster, lay_out, name_clusters, require_enough
-from clipkit.store.roots import file_of, roots_of
+from clipkit.index.projection import cluster, lay_out, name_clusters, require_enough
+from clipkit.index.roots import file_of, roots_of
+from clipkit.index.vector_index import VectorIndex
+from clipkit.reports.map import Cluster, MapPage, render_map
+from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import Vectors
-from clipkit.store.vector_index import VectorIndex
 
 if TYPE_CHECKING:
-    from clipkit.manifest import ModelRef
-    from clipkit.model.encoder import Encoder
+    from clipkit.artifacts import ModelRef
+    from clipkit.models.encoder import Encoder
+
 
 MOST = 50_000
 """Items drawn, at most: what a browser moves smoothly and a person can overlook."""
@@ -155,7 +156,7 @@ def _names(
 ) -> list[str]:
     if load is None:
         return [f"cluster {number + 1}" for number in range(int(found.max()) + 1)]
-    from clipkit.model.classifier import ZeroShotClassifier
+    from clipkit.classifiers.zero_shot import ZeroShotClassifier
 
     classifier = ZeroShotClassifier.from_labels(load(manifest.require_model()), list(labels))
     return name_clusters(vectors, found, classifier.labels, classifier.weights)

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from clipkit import plots
 from clipkit.data.images import read_image
+from clipkit.display import plots
+from clipkit.display.plots import Drawing
 from clipkit.errors import ArtifactError, DataError
-from clipkit.model.log import LOG_FILE, read_log
-from clipkit.plots import Drawing
+from clipkit.training.log import LOG_FILE, read_log
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clipkit.model.encoder import Encoder
+    from clipkit.models.encoder import Encoder
+
 
 THUMBNAIL = 160
 """Longer side of the pictures above a similarity matrix, in pixels."""
@@ -72,7 +73,7 @@ def plot_similarity(
             "least one of each"
         )
     pictures = [read_image(Path(one)) if isinstance(one, str | Path) else one for one in images]
-    cosines = encoder.encode_captions(captions) @ encoder.encode_images(pictures).T
+    cosines = encoder.encode_text(captions) @ encoder.encode_images(pictures).T
     small = [picture.copy() for picture in pictures]
     for picture in small:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))

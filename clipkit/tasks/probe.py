@@ -8,18 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from clipkit.artifacts import ModelRef
+from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread
+from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
+from clipkit.data.labels import own_labels, targets_of
+from clipkit.data.open_source import Source
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.data.sources import Source
-from clipkit.data.targets import own_labels, targets_of
 from clipkit.errors import DataError
-from clipkit.manifest import ModelRef
-from clipkit.metrics import Estimate
-from clipkit.metrics.intervals import interval, resamples
-from clipkit.model.cached_pairs import cached_pairs
-from clipkit.model.classifier import Classifier, ZeroShotClassifier
-from clipkit.model.encoder import Encoder
-from clipkit.model.few_shot import METHODS, Labelled, accuracy
-from clipkit.model.logistic import one_thread
+from clipkit.evaluation.bootstrap import Estimate, interval, resamples
+from clipkit.models.embed_source import cached_pairs
+from clipkit.models.encoder import Encoder
 
 ZERO_SHOT = "zero-shot"
 MOST_HELD_OUT = 4

@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.artifacts import write_text
 from clipkit.data.images import Decode, Reduction, read_image
+from clipkit.display.html import document
 from clipkit.errors import CaptionError, DataError, ImageError, ModelError
-from clipkit.manifest import write_text
-from clipkit.pages.parts import document
-from clipkit.store.hits import Hits
-from clipkit.store.query import MINUS, combined, weighted
-from clipkit.store.records import distinct as distinct_hits
-from clipkit.store.records import vector_of
-from clipkit.store.roots import roots_of
-from clipkit.store.vector_index import Hit, VectorIndex
-from clipkit.store.where import rows_where
+from clipkit.index.filters import rows_where
+from clipkit.index.hits import MINUS, Hits, combined, vector_of, weighted
+from clipkit.index.hits import distinct as distinct_hits
+from clipkit.index.roots import roots_of
+from clipkit.index.vector_index import Hit, VectorIndex
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clipkit.data.preprocess import Preprocess
-    from clipkit.model.encoder import Encoder
-    from clipkit.model.query import QueryEncoder
+    from clipkit.data.transforms import Preprocess
+    from clipkit.models.encoder import Encoder
+    from clipkit.models.text_encoder_numpy import QueryEncoder
 
+
+if TYPE_CHECKING:
     Picture: TypeAlias = str | Path | Image.Image
 
 
@@ -126,7 +126,7 @@ class Searcher:
     def _captions(self, captions: list[str]) -> list[NDArray[np.float32]]:
         if not all(caption.strip() for caption in captions):
             raise CaptionError("the caption is empty, expected words to search for")
-        return list(self._encoder().encode_captions(captions))
+        return list(self._encoder().encode_text(captions))
 
     def _found(
         self,
@@ -158,7 +158,7 @@ class Searcher:
 
     def _encode(self, image: "Picture") -> NDArray[np.float32]:
         """The vector of an image, float32 [dim], read as those of the index were."""
-        from clipkit.data.preprocess import as_batch
+        from clipkit.data.transforms import as_batch
 
         encoder, decode = self._encoder(), cast(Decode, self.index.decode)
         preprocess: Preprocess = encoder.preprocess

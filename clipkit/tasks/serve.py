@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipkit.data.vector_cache import user_cache
 from clipkit.errors import MissingExtraError, ServeError
+from clipkit.user_cache import user_cache
 
 if TYPE_CHECKING:
-    from clipkit.model.encoder import Encoder
-    from clipkit.model.prepare import Precision
-    from clipkit.web.thumbs import ThumbCache
+    from clipkit.models.encoder import Encoder
+    from clipkit.models.inference_precision import Precision
+    from clipkit.web.images import ThumbCache
+
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KERNELS = 64
@@ -43,7 +44,7 @@ def serve(
         images: folder of the pictures; None: where they were when they were indexed.
         cache: folder of the thumbnails; None: in the user's cache, if that is not off.
         encoder: the index's model; None: loaded as the index names it.
-        precision: of the model that is loaded, as of ``load``; None: its default.
+        precision: of the model that is loaded, as of ``load_model``; None: its default.
         on_ready: called with the address of the page and the number of pictures.
 
     Raises:
@@ -73,7 +74,7 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         query = f"/?token={token}" if token else "/"
         # A network's first call sets up what all later ones use: not while somebody waits.
-        current.collection.encoder.encode_captions(["white"])
+        current.collection.encoder.encode_text(["white"])
         if on_ready is not None:
             on_ready(f"http://{name}:{socket.getsockname()[1]}{query}", len(current.collection))
         server(app).run(sockets=[socket])
@@ -111,7 +112,7 @@ def check_address(host: str, token: str | None) -> None:
 
 
 def _thumbs(cache: Path | None) -> "ThumbCache":
-    from clipkit.web.thumbs import ThumbCache
+    from clipkit.web.images import ThumbCache
 
     kept = user_cache()
     folder = cache or (kept.folder / "thumbs" if kept else None)

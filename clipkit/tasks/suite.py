@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from clipkit import __version__
-from clipkit.data.benchmark import is_benchmark, open_benchmark
-from clipkit.data.hub import HUB
-from clipkit.data.label_set import phrases_of
+from clipkit.artifacts import write_text
+from clipkit.data.formats.huggingface import HUB
+from clipkit.data.labels import own_labels, phrases_of
+from clipkit.data.open_source import Source, open_source
 from clipkit.data.prompts import read_labels, read_templates
-from clipkit.data.sources import Source, open_source
-from clipkit.data.suite import SuiteSet
-from clipkit.data.targets import own_labels
-from clipkit.data.vector_cache import key_of
 from clipkit.errors import ArtifactError, ClipkitError, DataError
-from clipkit.manifest import write_text
-from clipkit.model.cached_pairs import cached_pairs
-from clipkit.model.encoder import Encoder
-from clipkit.model.evaluation import Report
-from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zeroshot
+from clipkit.evaluation.clip_benchmark import is_benchmark, open_benchmark
+from clipkit.evaluation.report import Report
+from clipkit.evaluation.suite import SuiteSet
+from clipkit.models.embed_source import cached_pairs
+from clipkit.models.encoder import Encoder
+from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
+from clipkit.user_cache import key_of
 
 RECORDS = "records"
 COLUMNS = (
@@ -169,7 +168,7 @@ def _measure(
         equal = cast(Literal["merge", "apart"], ready.equal_captions)
         report = evaluate_retrieval(ready.source, encoder, equal_captions=equal, progress=progress)
     else:
-        report = evaluate_zeroshot(
+        report = evaluate_zero_shot(
             ready.source, encoder, ready.labels, ready.templates, progress=progress
         )
     record = _record(ready, report)

@@ -1,21 +1,311 @@
-"""Keep an index in step with its images: ``clipkit index add`` and ``clipkit index sync``."""
+"""Bring one source into an index: what is new is encoded, what is known is found again.
+
+Keep an index in step with its images: ``clipkit index add`` and ``clipkit index sync``.
+"""
 
 import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from clipkit.data.sources import Source, open_source
-from clipkit.errors import ArtifactError
-from clipkit.manifest import is_complete
-from clipkit.progress import tell
-from clipkit.store.embeddings import EmbeddingStore
-from clipkit.store.roots import Root, Scope, find_scope, new_root, root_of, roots_of
-from clipkit.store.shards import shard_numbers
-from clipkit.store.writer import IndexWriter
-from clipkit.tasks.update import Changes, Update
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from clipkit.artifacts import is_complete
+from clipkit.data.images import Decode, Skipped, content_hash
+from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
+from clipkit.data.workers import worker_count
+from clipkit.errors import ArtifactError, DataError
+from clipkit.index.incremental import HeldRows
+from clipkit.index.roots import (
+    Root,
+    Scope,
+    find_scope,
+    new_root,
+    owner,
+    root_of,
+    roots_of,
+    with_roots,
+)
+from clipkit.index.segments import ID
+from clipkit.index.writer import IndexWriter
+from clipkit.models.embed_source import encoded_batches
+from clipkit.models.loading import load_model_ref
+from clipkit.progress import print_status
+from clipkit.store.embedding_store import EmbeddingStore, StoreWriter
+from clipkit.store.incremental import KnownVectors
+from clipkit.store.shards import Record, Vectors, digest, shard_numbers
 
 if TYPE_CHECKING:
-    from clipkit.model.encoder import Encoder
+    from clipkit.models.encoder import Encoder
+
+
+Shards = Iterable[tuple[Vectors, pa.Table]]
+
+
+@dataclass
+class Changes:
+    """What was done to an index.
+
+    Attributes:
+        added: images that were not in it.
+        changed: images whose content, captions or label are other ones.
+        renamed: images that have another key.
+        removed: images that are no longer there.
+        unchanged: images that are as they were.
+        encoded: how many of all these went through the model.
+        skipped: images that cannot be read, and why.
+        prefix: what the keys of a folder that is new to the index begin with; empty for none.
+    """
+
+    added: int = 0
+    changed: int = 0
+    renamed: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    encoded: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    prefix: str = ""
+
+    def add(self, other: "Changes") -> None:
+        """Count what was done to another folder of the index as well."""
+        for name in ("added", "changed", "renamed", "removed", "unchanged", "encoded", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Update:
+    """One source brought into an index."""
+
+    def __init__(self, writer: IndexWriter, scope: Scope, roots: list[Root]) -> None:
+        self.writer, self.scope, self.roots = writer, scope, roots
+        self.held = HeldRows(writer.index)
+        self.changes = Changes()
+        self.delta = writer.path.with_name(f".{writer.path.name}.delta")
+        self._seen: set[str] = set()
+        self._unreadable: set[str] = set()
+        self._fingerprint: dict[str, str] = {}
+
+    def encode(
+        self, source: Source, encoder: "Encoder | None", workers: int | str
+    ) -> EmbeddingStore:
+        """Put what is new or changed into a store beside the index, which goes on if it is there.
+
+        Raises:
+            DataError: the source holds no image.
+        """
+        index, wanted = self.writer.index, set[str]()
+        if encoder is not None:
+            what = f"the index {index.path}"
+            index.model.require(encoder.model, what=what, repair="encode with its own model")
+        total = None if source.streaming else len(source.rows)
+        with (
+            EmbeddingStore.create(
+                self.delta, index.model, decode=index.decode, replace=True
+            ) as delta,
+            tqdm(total=total, unit="img", desc="reading", disable=None) as bar,
+        ):
+            rows = self._rows(source, delta, wanted, bar)
+            first = next(rows, None)
+            if first is not None:
+                encoder = encoder or load_model_ref(index.model, f"the index {index.path}")
+                self._encode(chain([first], rows), delta, encoder, workers, bar)
+            if not self._seen:
+                raise DataError(
+                    f"{source.spec} holds no image, nothing is removed; name a folder of images"
+                )
+            for key in delta.done.keys() - wanted:
+                delta.forget(key)
+            self._note_skipped(source)
+            if self.scope == Scope(self.roots[0]):
+                self._fingerprint = {"fingerprint": source.fingerprint}
+            return delta.finish({})
+
+    def _rows(
+        self, source: Source, delta: StoreWriter, wanted: set[str], bar: Any
+    ) -> Iterator[Row]:
+        """The rows whose image must be read; ``wanted`` takes the keys of these."""
+        for row in source.rows:
+            key = self.scope.key(row["key"])
+            if key in self._seen:
+                taken = Skipped(key, "its key is taken by an earlier image")
+                self.changes.skipped.append(taken)
+                continue
+            self._refuse_stranger(key, source.spec)
+            self._seen.add(key)
+            record, at = {**row_record(row), "key": key}, self.held.row(key)
+            if self.held.as_is(record):
+                self.changes.unchanged += 1
+                bar.update()
+                continue
+            wanted.add(key)
+            done = delta.done.get(key)
+            if done == digest(record):  # encoded before an interruption
+                bar.update()
+                continue
+            if done is not None:
+                delta.forget(key)
+            yield {**row, "key": key, "record": record, "at": at, "same": None, "known": False}
+
+    def _refuse_stranger(self, key: str, source: str) -> None:
+        found = owner(self.roots, key)
+        if found != self.scope.root:
+            raise ArtifactError(
+                f"{source} has an image whose key {key!r} would be one of {found}; rename the "
+                "folder it lies in"
+            )
+
+    def _encode(
+        self,
+        rows: Iterator[Row],
+        delta: StoreWriter,
+        encoder: "Encoder",
+        workers: int | str,
+        bar: Any,
+    ) -> None:
+        leftover = KnownVectors(delta.path, delta.owner)
+
+        def known(row: Row) -> Vectors | None:
+            """The vector of a row's content, if there is one; called by the decoding threads."""
+            content = row["record"]["content_hash"] = content_hash(row_source(row))
+            at = row["at"]
+            if at is None or self.held.fact(at, "content_hash") != content:
+                at = self.held.same_content(content)
+            vector = None if at is None else self.held.vector(at)
+            row["same"] = at
+            if vector is None and (place := leftover.same_content(content)) is not None:
+                vector = leftover.vector(place)
+            row["known"] = vector is not None
+            return vector
+
+        try:
+            for vectors, encoded in encoded_batches(
+                encoder,
+                rows,
+                batch_size="auto",
+                workers=worker_count(workers),
+                on_skip=self._skip,
+                decode=cast(Decode, self.writer.index.decode),
+                known=known,
+            ):
+                self._store(vectors, encoded, delta)
+                bar.update(len(encoded))
+        except KeyboardInterrupt:
+            bar.close()
+            print_status(
+                f"stopped: {len(delta.done)} images are kept; run the same command again to go on"
+            )
+            raise
+
+    def _store(self, vectors: Vectors, rows: list[Row], delta: StoreWriter) -> None:
+        """Put encoded rows into the store, but for those that are in the index as they are."""
+        self.changes.encoded += sum(not row["known"] for row in rows)
+        fresh = []
+        for number, row in enumerate(rows):
+            at, record = row["at"], row["record"]
+            if (
+                at is not None
+                and row["same"] == at
+                and self.held.same_words(at, record)
+                and self.held.fact(at, "mtime_ns") == record["mtime_ns"]
+            ):
+                self.changes.unchanged += 1
+            else:
+                fresh.append(number)
+        delta.append(vectors[fresh], [rows[number]["record"] for number in fresh])
+
+    def _skip(self, key: str, reason: str) -> None:
+        self.changes.skipped.append(Skipped(key, reason))
+        self._unreadable.add(key)
+
+    def _note_skipped(self, source: Source) -> None:
+        named = [(self.scope.key(item.key), item.reason) for item in source.skipped]
+        self.changes.skipped += [Skipped(*item) for item in named if item[0] not in self._seen]
+
+    def gone(self, source: Source) -> list[int]:
+        """Rows of the index whose image is no longer there; those out of sight for now stay."""
+        start = self.scope.key("")
+        hidden = tuple(self.scope.key(item.key) for item in source.skipped)
+        below = tuple(f"{key}/" for key in hidden)
+
+        def is_gone(key: str) -> bool:
+            if key in self._unreadable:
+                return True
+            out_of_sight = key in hidden or key.startswith(below)
+            return not (key in self._seen or out_of_sight)
+
+        return [
+            row
+            for row, key in enumerate(self.held.keys)
+            if key.startswith(start) and is_gone(key) and owner(self.roots, key) == self.scope.root
+        ]
+
+    def shards_of(self, store: EmbeddingStore) -> Iterator[tuple[Vectors, pa.Table]]:
+        """What of a store is not in the index as it is, with the keys of the index.
+
+        Raises:
+            ModelMismatchError: another model made the store.
+            ArtifactError: its pictures were read in another way, or a key would be another root's.
+        """
+        index = self.writer.index
+        index.model.require(
+            store.model,
+            what=f"the index {index.path}",
+            repair=f"embed the images of {store.path} again with it",
+        )
+        if store.decode != index.decode:
+            raise ArtifactError(
+                f"the pictures of {store.path} were read with --decode {store.decode}, those of "
+                f"{index.path} with --decode {index.decode}; embed them again"
+            )
+        for vectors, table in store.shards():
+            keys = [self.scope.key(key) for key in table["key"].to_pylist()]
+            for key in keys:
+                self._refuse_stranger(key, str(store.path))
+            place = table.column_names.index("key")
+            table = table.set_column(place, "key", pa.array(keys, pa.string()))
+            fresh = [not self.held.as_is(record) for record in table.to_pylist()]
+            self.changes.unchanged += fresh.count(False)
+            yield vectors[fresh], table.filter(pa.array(fresh))
+
+    def apply(self, shards: Shards, gone: list[int]) -> None:
+        """Change the index in one step: rows in; old rows of their keys, and ``gone``, out."""
+        lost: dict[str, list[int]] = defaultdict(list)
+        for row in gone:
+            lost[self.held.fact(row, "content_hash")].append(row)
+        out = list(gone)
+        for vectors, table in shards:
+            ids = [self._id(record, lost, out) for record in table.to_pylist()]
+            self.writer.append(np.asarray(vectors), table.append_column(ID, pa.array(ids, ID.type)))
+        self.changes.removed = len(gone) - self.changes.renamed
+        self.writer.remove_rows(self.held.places(out))
+        source = {**self.writer.index.manifest.source, **self._fingerprint}
+        self.writer.commit(source=with_roots(source, self.roots))
+
+    def _id(self, record: Record, lost: dict[str, list[int]], out: list[int]) -> int | None:
+        """The id that an image has had so far, None for a new one; ``out`` takes its old row."""
+        at, content = self.held.row(record["key"]), record["content_hash"]
+        if at is not None:
+            out.append(at)
+            same = content is not None and self.held.fact(at, "content_hash") == content
+            if same and self.held.same_words(at, record):
+                self.changes.unchanged += 1  # but for its time
+            else:
+                self.changes.changed += 1
+        elif content is not None and lost[content]:
+            at = lost[content].pop(0)
+            self.changes.renamed += 1
+        else:
+            self.changes.added += 1
+        return None if at is None else self.held.id(at)
+
+    def clear(self) -> None:
+        """Delete the store beside the index, whose rows are in the index now."""
+        shutil.rmtree(self.delta, ignore_errors=True)
 
 
 def sync_index(
@@ -129,7 +419,9 @@ def _scope_of(source: Source, roots: list[Root], path: Path) -> tuple[Scope, lis
     if scope is not None:
         return scope, roots
     if len(roots) == 1 and wanted.folder and roots[0].folder and not os.path.exists(roots[0].where):
-        tell(f"{roots[0].where} is gone, its images are taken to be those of {wanted.where}")
+        print_status(
+            f"{roots[0].where} is gone, its images are taken to be those of {wanted.where}"
+        )
         moved = Root("", wanted.where, True)
         return Scope(moved), [moved]
     raise ArtifactError(

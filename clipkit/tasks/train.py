@@ -1,36 +1,37 @@
 """Pretrain a dual encoder: ``clipkit train CONFIG.toml --out RUN``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clipkit.artifacts import is_complete, write_text
 from clipkit.config import LoopConfig, TrainConfig, load_config
-from clipkit.data.pairs import PairLoader
+from clipkit.data.loader import PairLoader
+from clipkit.display.html import bullets, card
+from clipkit.display.plots import plot_run
 from clipkit.errors import FULL, ArtifactError, ConfigError, DataError, TrainingError
-from clipkit.manifest import is_complete
-from clipkit.model.board import require_tensorboard
-from clipkit.model.checkpoint import Towers
-from clipkit.model.distributed import World, join_world
-from clipkit.model.doctor import examine, gather
-from clipkit.model.freed_memory import freed_memory_kept
-from clipkit.model.held_out import HeldOut
-from clipkit.model.learner import Learner
-from clipkit.model.loop import TrainingLoop
-from clipkit.model.precision import resolve_precision
-from clipkit.model.run import CONFIG_FILE, open_run
-from clipkit.model.stored import locked_features, uses_features
-from clipkit.model.tokenizer import CutReport
-from clipkit.model.towers import build_towers
-from clipkit.model.training_data import (
-    count_cut_captions,
+from clipkit.models.checkpoint import Towers
+from clipkit.models.tokenizer import TruncationReport
+from clipkit.progress import catch_interrupts, print_status
+from clipkit.reports.run import REPORT_FILE, render_run, run_page
+from clipkit.training.allocator import freed_memory_kept
+from clipkit.training.build import build_towers
+from clipkit.training.data import (
+    HeldOut,
+    count_truncated_captions,
+    image_cache,
     open_training_data,
     pair_loader,
-    picture_cache,
     require_captions,
 )
-from clipkit.pages.cards import card
-from clipkit.pages.parts import bullets
-from clipkit.progress import catch_interrupts, tell
+from clipkit.training.distributed import World, join_world
+from clipkit.training.frozen_towers import locked_features, uses_features
+from clipkit.training.loop import TrainingLoop
+from clipkit.training.precision import resolve_precision
+from clipkit.training.preflight import examine, gather
+from clipkit.training.run_directory import CONFIG_FILE, open_run, require_tensorboard
+from clipkit.training.step import Learner
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TrainResult:
     finished: bool
     held_out: dict[str, float]
     best: dict[str, Any]
-    cut: CutReport
+    cut: TruncationReport
     skipped: dict[str, str]
     findings: list[str]
 
@@ -70,7 +71,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
     """Train as configured; Ctrl-C saves a checkpoint and ends with ``finished=False``.
 
     Under ``torchrun --nproc-per-node N -m clipkit train …`` the N processes share each batch; the
-    first one writes and speaks.
+    first one writes and is_main_process.
 
     Args:
         config: what to train, on what, and how.
@@ -98,10 +99,10 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
 def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> TrainResult:
     _require_shareable(config.train, world)
     training, held_out = open_training_data(config.data, config.train.seed)
-    cut = CutReport()
-    if world.is_first and not training.streaming:
-        count_cut_captions(training, config.data, cut)
-    if world.is_first and held_out and not held_out.streaming:
+    cut = TruncationReport()
+    if world.is_main_process and not training.streaming:
+        count_truncated_captions(training, config.data, cut)
+    if world.is_main_process and held_out and not held_out.streaming:
         # Without captions it could not be measured on, which is better known before training.
         require_captions(held_out)
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
@@ -116,25 +117,30 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
             "data.feature_views = 0, or leave train.shard out"
         )
     findings = []
-    if world.is_first:
+    if world.is_main_process:
         findings = examine(config, gather(config, training, held_out, steps, cut))
     with open_run(out, config, world, resume=resume) as run:
         for finding in findings:
-            tell(f"warning: {finding}")
+            print_status(f"warning: {finding}")
         measured = HeldOut(held_out, loader.workers) if held_out else None
-        for turn in (world.is_first, not world.is_first) if stored else ():
+        for turn in (world.is_main_process, not world.is_main_process) if stored else ():
             if turn:  # first the one that writes, then those that only read
                 measured = _store_features(config, learner, loader, measured, run.path)
-            world.ask_first(None)
+            world.broadcast(None)
         if not loader.features:
-            loader.cache = picture_cache(config, loader, run.path)
+            loader.cache = image_cache(config, loader, run.path)
         loop = TrainingLoop(config, run, learner, loader, measured, steps, cut)
         with catch_interrupts(patient=world.size > 1) as interrupted:
             try:
                 loop.run_steps(interrupted)
-                loop.close(findings)
+                model = loop.save()
+                if model is not None:
+                    _write_report(loop, "finished" if loop.finished else "interrupted", findings)
+                    if loop.finished:
+                        loop.finish(model)  # the manifest comes last
             except (TrainingError, DataError):
-                loop.report("given up", findings)
+                if world.is_main_process:
+                    _write_report(loop, "given up", findings, curve=False)
                 raise
             except OSError as error:
                 if error.errno not in FULL:
@@ -153,6 +159,19 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
         skipped=loop.skipped(),
         findings=findings,
     )
+
+
+def _write_report(
+    loop: TrainingLoop, state: str, findings: Sequence[str], *, curve: bool = True
+) -> None:
+    """Write ``report.html``, ``skipped.jsonl``, which it links, and the loss curve."""
+    run, outcome = loop.run, loop.outcome(state, findings)
+    if curve:
+        plot_run(outcome.lines, run.path.name).save(run.path / "curve.png")
+    run.list_skipped(outcome.skipped)
+    held_out = loop.held_out.source if loop.held_out else None
+    page = run_page(loop.config, outcome, loop.loader.source, held_out)
+    write_text(run.path / REPORT_FILE, render_run(page))
 
 
 def _require_shareable(config: LoopConfig, world: World) -> None:
@@ -193,10 +212,10 @@ def _with_precision(
     if resume and precision == "auto" and (out / CONFIG_FILE).is_file():
         precision = load_config(out / CONFIG_FILE).train.precision
     resolved = ""
-    if world.is_first:
+    if world.is_main_process:
         pairs = config.train.chunk_size or config.train.batch_size // world.size
         resolved = resolve_precision(precision, towers, pairs, world.device)
-    resolved = world.ask_first(resolved)
+    resolved = world.broadcast(resolved)
     return replace(config, train=replace(config.train, precision=resolved))
 
 

@@ -17,11 +17,10 @@ from starlette.types import ASGIApp
 
 from clipkit import __version__
 from clipkit.errors import ClipkitError
-from clipkit.web.answers import Answerer
+from clipkit.web.batching import Vectors
 from clipkit.web.collection import Collection, Current
-from clipkit.web.guard import MAX_UPLOAD, Guard
-from clipkit.web.monitor import Monitor
-from clipkit.web.problems import RequestError
+from clipkit.web.images import ThumbCache, Work
+from clipkit.web.metrics import Monitor
 from clipkit.web.schemas import (
     MOST_HITS,
     Answer,
@@ -35,9 +34,8 @@ from clipkit.web.schemas import (
     Search,
     Terms,
 )
-from clipkit.web.thumbs import ThumbCache
-from clipkit.web.vectors import Vectors
-from clipkit.web.work import Work
+from clipkit.web.security import MAX_UPLOAD, Guard, RequestError
+from clipkit.web.service import Answerer
 
 POLL_SECONDS = 2.0
 """How often the index is looked at for a newer state."""

@@ -9,21 +9,19 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
+from clipkit.artifacts import MANIFEST
 from clipkit.data.images import Decode, read_image
-from clipkit.data.resample import Pixels
-from clipkit.manifest import MANIFEST
-from clipkit.model.encoder import Encoder
-from clipkit.model.load import load_ref
-from clipkit.model.prepare import DEFAULT_PRECISION, Precision
-from clipkit.store.roots import Root, roots_of
+from clipkit.data.transforms import Pixels
+from clipkit.index.roots import Root, roots_of
+from clipkit.index.vector_index import Hit, VectorIndex
+from clipkit.models.encoder import Encoder
+from clipkit.models.inference_precision import DEFAULT_PRECISION, Precision
+from clipkit.models.loading import load_model_ref
 from clipkit.store.shards import Vectors
-from clipkit.store.vector_index import Hit, VectorIndex
-from clipkit.web.files import PictureFiles, readable
+from clipkit.web.batching import Vector
 from clipkit.web.filters import Column, Rows, find_columns, with_folder
-from clipkit.web.inside import Facts
-from clipkit.web.problems import RequestError
-from clipkit.web.uploads import read_upload
-from clipkit.web.vectors import Vector
+from clipkit.web.images import Facts, PictureFiles, read_upload, readable
+from clipkit.web.security import RequestError
 
 _LOOKED_AT = 20
 """Pictures that are looked for to learn whether an index has any."""
@@ -136,7 +134,7 @@ class Current:
         path: the directory of the index.
         images: as for ``Collection``.
         encoder: the index's model; loaded from its manifest where None.
-        precision: as of ``load_ref``, for models that are loaded; None: its default.
+        precision: as of ``load_model_ref``, for models that are loaded; None: its default.
 
     Raises:
         ArtifactError: no index, or a damaged one.
@@ -180,5 +178,7 @@ class Current:
     def _open(self, encoder: Encoder | None) -> Collection:
         index = VectorIndex.open(self.path)
         if encoder is None or encoder.model.fingerprint != index.model.fingerprint:
-            encoder = load_ref(index.model, f"the index {self.path}", precision=self._precision)
+            encoder = load_model_ref(
+                index.model, f"the index {self.path}", precision=self._precision
+            )
         return Collection(index, encoder, self._images)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from clipkit.store.where import FOLDER, folders_of
-from clipkit.web.problems import RequestError
+from clipkit.index.filters import FOLDER, folders_of
+from clipkit.web.security import RequestError
 
 Rows = NDArray[np.bool_]
 """bool [rows], True for those that are meant."""

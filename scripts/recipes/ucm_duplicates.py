@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 import clipkit
+from clipkit.artifacts import is_complete
 from clipkit.config import TrainConfig, load_config
-from clipkit.data.sources import Source, open_source
-from clipkit.data.targets import own_labels, targets_of
-from clipkit.manifest import is_complete
-from clipkit.metrics.measured import measure_retrieval, pair_up
-from clipkit.model.encode_pairs import encode_pairs
+from clipkit.data.labels import own_labels, targets_of
+from clipkit.data.open_source import Source, open_source
+from clipkit.evaluation.report import measure_retrieval, pair_up
+from clipkit.models.embed_source import encode_pairs
 
 RECIPE = Path(__file__).with_suffix(".toml")
 SETTINGS = ("mask", "positive", "ignore")
@@ -36,7 +36,7 @@ Figures = dict[str, float]
 
 def measure(run: Path, source: Source) -> Figures:
     """The figures of a finished run."""
-    encoder = clipkit.load(run)
+    encoder = clipkit.load_model(run)
     pairs = encode_pairs(encoder, source, workers=2, progress=False)
     found = {}
     for protocol in ("apart", "merge"):

@@ -1,0 +1,1 @@
+"""Classifiers over vectors: zero-shot, few-shot, saved heads."""

@@ -1,0 +1,265 @@
+"""Find the columns of a table, and bring its batches into the common form."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.data.images import Skipped
+from clipkit.data.source import Wanted, clean_captions, clean_text, features, is_damaged
+from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from clipkit.data.formats.metadata import Metadata
+
+
+IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "path", "img")
+CAPTION = ("title", "caption", "captions", "text", "sentence", "description", "alt")
+LABEL = ("label", "class", "category")
+KEY = ("key", "id", "__key__")
+_URL = ("url", "image_url", "img_url", "uri")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what; ``classes`` names the numbers of a label column."""
+
+    image: str
+    captions: list[str] = field(default_factory=list)
+    label: str | None = None
+    key: str | None = None
+    classes: list[str] | None = None
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that needs reading, each once."""
+        names = [self.image, *self.captions, self.label, self.key]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def metadata(
+        self, tables: Sequence[Mapping[str, "pa.DataType"]], spec: str
+    ) -> "Metadata | None":
+        """The columns of files, their Arrow types by name, that have no other use."""
+        from clipkit.data.formats.metadata import find_metadata
+
+        used = set(self.used)
+        kind = tables[0].get(self.image)
+        if kind is None or not _holds_bytes(kind):
+            used.discard(self.key or "")  # images that are files have their paths as keys
+        return find_metadata(tables, used, spec)
+
+
+def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec: str) -> Columns:
+    """Choose the columns by the names given, or else by the usual ones.
+
+    Args:
+        types: the columns found, with their Arrow types (None where a text file has none).
+
+    Raises:
+        DataError: there is no image column, or nothing that could be a caption or a label.
+    """
+    found = ", ".join(types) or "none"
+    image = _given(wanted.image, types, "image", spec) or _usual_image(types)
+    if image is None:
+        if any(name.lower() in _URL for name in types):
+            raise DataError(
+                f"{spec} has addresses instead of images (columns: {found}); download them first, "
+                "for example with img2dataset, and name the result"
+            )
+        raise DataError(f"{spec} has no image column among: {found}; say which is the image column")
+    label = _given(wanted.label, types, "label", spec)
+    if wanted.label is None:
+        label = _usual(types, LABEL)
+    key = _usual(types, KEY)
+    if wanted.caption is not None:
+        given = _given(wanted.caption, types, "caption", spec)
+        captions = [given] if given else []
+    else:
+        captions = _usual_captions(types)
+        # Further columns are a mistake, unless it is these that are asked for.
+        further = set() if wanted.metadata else set(types) - {image, key}
+        if not captions and not label and further:
+            raise DataError(
+                f"{spec} has no caption column among: {found}; say which is the "
+                "caption column (an empty name: there is none)"
+            )
+    return Columns(image, captions, label, key)
+
+
+def _given(
+    name: str | None, types: Mapping[str, "pa.DataType | None"], role: str, spec: str
+) -> str | None:
+    if name and name not in types:
+        found = ", ".join(types) or "none"
+        raise DataError(f"{spec} has no column {name!r} among: {found}; name another {role} column")
+    return name or None
+
+
+def _usual(names: Mapping[str, Any], usual: tuple[str, ...]) -> str | None:
+    lowered = {name.strip().lower(): name for name in reversed(list(names))}
+    return next((lowered[name] for name in usual if name in lowered), None)
+
+
+def _usual_image(types: Mapping[str, "pa.DataType | None"]) -> str | None:
+    holding = {name: kind for name, kind in types.items() if kind and _holds_bytes(kind)}
+    if len(holding) == 1:
+        return next(iter(holding))
+    return _usual(holding, IMAGE) or _usual(types, IMAGE)
+
+
+def _usual_captions(types: Mapping[str, Any]) -> list[str]:
+    one = _usual(types, CAPTION)
+    if one is not None:
+        return [one]
+    # caption_0 … caption_4, as some public sets have it
+    stems = {name: name.strip().lower().rstrip("0123456789").rstrip("_") for name in types}
+    return next(
+        ([n for n in types if stems[n] == usual] for usual in CAPTION if usual in stems.values()),
+        [],
+    )
+
+
+def _holds_bytes(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return "bytes" in {part.name for part in kind}
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+@dataclass(frozen=True)
+class Common:
+    """Brings record batches of one table into the common columns.
+
+    Attributes:
+        root: directory that relative image paths start from.
+        width: digits of a row number where that must serve as key; ``prefix`` goes before it.
+        metadata: further columns that its rows keep.
+    """
+
+    columns: Columns
+    root: Path
+    skipped: list[Skipped]
+    width: int = 1
+    prefix: str = ""
+    metadata: "Metadata | None" = None
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that needs reading, each once."""
+        more = self.metadata.types if self.metadata else ()
+        return list(dict.fromkeys([*self.columns.used, *more]))
+
+    @property
+    def told(self) -> "pa.Schema | None":
+        """Names and types of the metadata in its rows."""
+        return self.metadata.schema if self.metadata else None
+
+    def batch(self, batch: "pa.RecordBatch", first: int) -> "pa.RecordBatch":
+        """The rows of ``batch``, whose first is row ``first``, without those that hold no image."""
+        import pyarrow as pa
+
+        data, paths = _image_parts(batch.column(self.columns.image), self.columns.image)
+        has_bytes = data.is_valid().to_pylist()
+        texts = [batch.column(name).to_pylist() for name in self.columns.captions]
+        nothing = [None] * len(batch)
+        labels = batch.column(self.columns.label).to_pylist() if self.columns.label else nothing
+        keys = batch.column(self.columns.key).to_pylist() if self.columns.key else nothing
+        rows: list[tuple[str, str | None, list[str], str | None]] = []
+        good = []
+        for index, path in enumerate(paths):
+            number = f"{self.prefix}{first + index:0{self.width}d}"
+            place = self._place(path, has_bytes[index], keys[index], number)
+            good.append(place is not None)
+            if place is not None:
+                caption = [text for column in texts for text in _listed(column[index])]
+                captions = clean_captions(caption, place[0], self.skipped)
+                rows.append((*place, captions, self._label(labels[index])))
+        # A filter copies; without one the bytes stay where they are, mapped from disk or not.
+        data = data if all(good) else data.filter(pa.array(good))
+        more = (
+            self.metadata.read(batch).filter(pa.array(good, pa.bool_())) if self.metadata else None
+        )
+        return _assemble(data, rows, more, self.told)
+
+    def _place(
+        self, path: str | None, has_bytes: bool, key: Any, number: str
+    ) -> tuple[str, str | None] | None:
+        """Key and absolute path of a row; None, and told, where it has no usable image."""
+        if has_bytes:
+            return (number if key is None else clean_text(key), None)
+        text = clean_text(path or "")
+        reason = _path_refusal(text)
+        if reason:
+            self.skipped.append(Skipped(text or f"row {number}", reason))
+            return None
+        root, path = str(self.root), os.path.normpath(text)
+        if os.path.isabs(path):
+            return (path.removeprefix(root.rstrip("/") + "/"), path)
+        return (path, os.path.normpath(f"{root}/{path}"))
+
+    def _label(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        if self.columns.classes is not None and isinstance(value, int):
+            return self.columns.classes[value] if value >= 0 else None
+        return clean_text(value) or None
+
+
+def _assemble(
+    data: "pa.Array",
+    rows: list[tuple[str, str | None, list[str], str | None]],
+    more: "pa.Array | None",
+    metadata: "pa.Schema | None",
+) -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    schema = features(metadata).arrow_schema
+    key, path, captions, label = zip(*rows, strict=True) if rows else ([], [], [], [])
+    parts = [data, pa.array(path, pa.string())]
+    image = pa.StructArray.from_arrays(parts, fields=list(schema.field("image").type))
+    rest = [pa.array(captions, schema.field("captions").type), pa.array(label, pa.string())]
+    rest += [] if more is None else [more]
+    return pa.record_batch([pa.array(key, pa.string()), image, *rest], schema=schema)
+
+
+def _path_refusal(text: str) -> str | None:
+    if not text:
+        return "names no image"
+    if "://" in text:
+        return "is an address, not a file; download it first"
+    if is_damaged(text):
+        return "its path is not UTF-8"
+    return None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _image_parts(
+    column: "pa.Array", name: str
+) -> tuple["pa.Array", Iterator[str | None] | list[Any]]:
+    """Bytes (binary array) and paths of an image column: a struct, raw bytes, or paths."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    nothing = pa.nulls(len(column), pa.binary())
+    if pa.types.is_struct(kind):
+        parts = {part.name: pc.struct_field(column, part.name) for part in kind}
+        if "bytes" in parts or "path" in parts:
+            path = parts["path"].to_pylist() if "path" in parts else [None] * len(column)
+            return parts.get("bytes", nothing).cast(pa.binary()), path
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return nothing, column.to_pylist()
+    if _holds_bytes(kind):
+        return column.cast(pa.binary()), [None] * len(column)
+    raise DataError(
+        f"the column {name!r} holds {kind}, expected paths or images; name another image column"
+    )

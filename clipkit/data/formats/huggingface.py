@@ -1,0 +1,154 @@
+"""Datasets that the ``datasets`` library knows: on the Hugging Face hub, or saved to disk."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.data.formats.columns import Common
+from clipkit.data.formats.tables import columns_of
+from clipkit.data.source import Skips, Source, Wanted, fingerprint_of, in_memory
+from clipkit.data.streaming import Position, Stream, table_batches
+from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, IterableDataset
+
+
+HUB = "hf:"
+_CHUNK = 64  # rows of a stream held at a time, pictures and all
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a directory was written by ``save_to_disk``."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def open_saved(path: Path, split: str | None, wanted: Wanted, streaming: bool | None) -> Source:
+    """Open a directory written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``.
+
+    Raises:
+        DataError: damaged, or the split is not there, or several are and none was named.
+    """
+    from datasets import Dataset, load_from_disk
+
+    try:
+        with _no_bars():
+            rows = load_from_disk(str(path))
+    # Damaged directories raise FileNotFoundError, JSON, Arrow, key and type errors alike.
+    except Exception as error:
+        raise DataError(f"{path} is no intact saved dataset: {_line(error)}") from error
+    if isinstance(rows, Dataset):
+        if split is not None:
+            raise DataError(f"{path} holds no splits, but {split!r} was asked for; leave it out")
+    else:
+        names = ", ".join(rows)
+        if split is None and len(rows) != 1:
+            raise DataError(
+                f"{path} holds the splits {names}; name one, as {path}:{next(iter(rows))}"
+            )
+        if split is not None and split not in rows:
+            raise DataError(f"{path} holds no split {split!r}, it has: {names}")
+        rows = rows[split or next(iter(rows))]
+    return _common(
+        rows, f"{path}:{split}" if split else str(path), "saved", path, wanted, streaming
+    )
+
+
+def open_hub(spec: str, wanted: Wanted, streaming: bool | None) -> Source:
+    """Open ``hf:org/name``, ``hf:org/name:split`` or ``hf:org/name/config:split``; split train.
+
+    Raises:
+        DataError: out of reach, or not there.
+    """
+    from datasets import load_dataset
+
+    name, _, split = spec.removeprefix(HUB).partition(":")
+    owner, _, rest = name.partition("/")
+    title, _, config = rest.partition("/")
+    try:
+        with _no_bars():
+            rows = load_dataset(
+                f"{owner}/{title}" if title else owner,
+                config or None,
+                split=split or "train",
+                streaming=bool(streaming),
+            )
+    # Which error stands for "no network" or "no such set" depends on the versions of three
+    # libraries below.
+    except Exception as error:
+        raise DataError(
+            f"{spec} cannot be loaded ({_line(error)}); check its name and split, and the network: "
+            "without one only a dataset in the local cache can be opened"
+        ) from error
+    return _common(rows, spec, "hub", None, wanted, streaming)
+
+
+def _common(
+    rows: "Dataset | IterableDataset",
+    spec: str,
+    kind: str,
+    root: Path | None,
+    wanted: Wanted,
+    streaming: bool | None,
+) -> Source:
+    from datasets import Dataset, Image
+
+    held = isinstance(rows, Dataset)
+    known = rows.features or rows.take(1)._resolve_features().features
+    if not held:
+        for name, feature in known.items():
+            if isinstance(feature, Image):
+                rows = rows.cast_column(name, Image(decode=False))
+    columns = columns_of(known.arrow_schema, wanted, spec)
+    types = {part.name: part.type for part in known.arrow_schema}
+    more = columns.metadata([types], spec) if wanted.metadata else None
+    width = len(str(max(len(rows) - 1, 0))) if held else 8
+    common = Common(columns, root or Path.cwd(), Skips(), width, metadata=more)
+    rows = rows.select_columns(common.used).with_format("arrow")
+
+    def read(shard: int, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
+        if held:
+            for batch, end in table_batches(rows, at or 0):
+                yield common.batch(batch, end - len(batch)), end
+            return
+        state, first = at or (None, 0)
+        part = rows.shard(shard_count, shard)
+        if hasattr(part, "reshard"):
+            part = part.reshard()  # a Parquet file can be begun at any of its row groups
+        if state:
+            part.load_state_dict(state)
+        own = replace(common, prefix=f"{shard:05d}-")
+        for table in part.iter(_CHUNK):
+            [batch] = table.combine_chunks().to_batches()
+            after = [part.state_dict(), first + len(batch)]
+            yield own.batch(batch, first), after
+            first += len(batch)
+
+    shard_count = 1 if held else rows.num_shards
+    prints = fingerprint_of([], spec if not held else rows._fingerprint, wanted)
+    result: Any = Stream(read, list(range(shard_count)))
+    if held and not streaming:
+        result = in_memory(result.batches(), prints, common.skipped, common.told)
+    return Source(spec, kind, result, root, prints, common.skipped)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

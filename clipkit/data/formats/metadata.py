@@ -1,0 +1,217 @@
+"""Metadata: what a table tells of its images in columns beyond captions and labels.
+
+Only columns of plain values are carried, which filters and tables of hits can use: numbers, texts,
+truth values, days and times. Text files know no types, so that theirs are found by reading them.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipkit.data.source import Row, chunks, clean_text
+from clipkit.progress import print_status
+
+INTEGER, NUMBER, TRUTH = pa.int64(), pa.float64(), pa.bool_()
+DAY, TIME, TEXT = pa.date32(), pa.timestamp("us"), pa.string()
+"""What columns become; times are those of UTC where they say their zone."""
+OWN = ("key", "image", "captions", "label", "size", "mtime_ns", "content_hash", "id")
+"""Names that records have for themselves: a table's column of such a name is called ``table_…``."""
+MOST = 100
+"""Columns of a table that are carried, so that a table of a model's features does no harm."""
+_CHUNK = 4096
+_FORMS = (
+    # A leading zero tells a postcode or a number of an article, which is text.
+    (INTEGER, r"^-?(0|[1-9]\d{0,17})$"),
+    (NUMBER, r"^-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?$"),
+    (TRUTH, r"^([Tt]rue|[Ff]alse|TRUE|FALSE)$"),
+)
+_TIMES = (
+    (DAY, r"^\d{4}-\d\d-\d\d$"),
+    (TIME, r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,6})?)?)?$"),
+)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata columns of a table.
+
+    Attributes:
+        types: Arrow types by the names in the table.
+    """
+
+    types: dict[str, pa.DataType]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types in the records."""
+        return pa.schema(
+            [(_record_name(name, self.types), kind) for name, kind in self.types.items()]
+        )
+
+    def texts(self, records: Sequence[Row]) -> dict[str, pa.Array]:
+        """The columns of a text file's records, as texts that ``read`` converts."""
+        return {
+            name: pa.array([plain_text(record.get(name)) for record in records], TEXT)
+            for name in self.types
+        }
+
+    def read(self, batch: pa.RecordBatch) -> pa.StructArray:
+        """The columns of a batch as one, null where the batch has none."""
+        arrays = []
+        for name, kind in self.types.items():
+            place = batch.schema.get_field_index(name)
+            missing = pa.nulls(len(batch), kind)
+            arrays.append(missing if place < 0 else _converted(batch.column(place), kind))
+        return pa.StructArray.from_arrays(arrays, fields=list(self.schema))
+
+
+def find_metadata(
+    tables: Iterable[Mapping[str, pa.DataType]], used: Collection[str], spec: str
+) -> Metadata | None:
+    """The columns of plain values that have no other use; others are told once.
+
+    Args:
+        tables: Arrow types by name, of each file of the source.
+        used: columns that are something else already.
+        spec: the source, for the telling.
+
+    Returns:
+        None where there is none.
+    """
+    kinds: dict[str, pa.DataType | None] = {}
+    for types in tables:
+        for name, given in types.items():
+            # __index_level_0__ and the like are what programs write for themselves.
+            if name in used or not name.strip("_ ") or name.startswith("__"):
+                continue
+            if pa.types.is_null(given):
+                continue
+            kind = kind_of(given)
+            kinds[name] = joined(kinds[name], kind) if name in kinds else kind
+    good = {name: kind for name, kind in kinds.items() if kind is not None}
+    carried = dict(islice(good.items(), MOST))
+    if left := [name for name in kinds if name not in carried]:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        print_status(
+            f"{spec}: left out of the records: {shown}; columns of numbers, texts, truth values "
+            f"and dates are kept, {MOST} at most"
+        )
+    return Metadata(carried) if carried else None
+
+
+def kind_of(given: pa.DataType) -> pa.DataType | None:
+    """What a column of a type becomes; None where it holds no plain values."""
+    types = pa.types
+    kind = given.value_type if types.is_dictionary(given) else given
+    if types.is_uint64(kind):  # more than an integer of Arrow's or a float can hold exactly
+        return TEXT
+    for fits, found in (
+        (types.is_boolean, TRUTH),
+        (types.is_integer, INTEGER),
+        (types.is_floating, NUMBER),
+        (types.is_decimal, NUMBER),
+        (types.is_date, DAY),
+        (types.is_timestamp, TIME),
+        (types.is_string, TEXT),
+        (types.is_large_string, TEXT),
+    ):
+        if fits(kind):
+            return found
+    return None
+
+
+def joined(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
+    """What holds the values of two kinds: text where they have nothing in common."""
+    if one is None or other is None or one == other:
+        return one if one == other else None
+    both = {one, other}
+    if both == {INTEGER, NUMBER}:
+        return NUMBER
+    return TIME if both == {DAY, TIME} else TEXT
+
+
+def infer_types(records: Iterable[Row], *, typed: bool) -> dict[str, pa.DataType]:
+    """Arrow types of a text file's columns, of all its records.
+
+    Args:
+        records: values by column; all strings in CSV.
+        typed: strings are meant to be strings, as in JSON, unless they are dates.
+    """
+    found: dict[str, pa.DataType] = {}
+    for chunk in chunks(records, _CHUNK):
+        for name in dict.fromkeys(name for record in chunk for name in record):
+            kind = _type_of([record.get(name) for record in chunk], typed)
+            old = found.get(name, pa.null())
+            if pa.types.is_null(old) or pa.types.is_null(kind):
+                found[name] = kind if pa.types.is_null(old) else old
+            else:
+                found[name] = joined(kind_of(old), kind_of(kind)) or pa.list_(TEXT)
+    return found
+
+
+def plain_text(value: Any) -> str | None:
+    """A value of a text file as text from which its type is read again; None for nothing."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return None if value is None or value != value else clean_text(value) or None
+
+
+def _type_of(values: list[Any], typed: bool) -> pa.DataType:
+    held = [value for value in values if plain_text(value) is not None]
+    kinds = {type(value) for value in held}
+    if not kinds:
+        return pa.null()
+    if kinds & {list, dict}:
+        return pa.list_(TEXT)
+    if kinds == {bool}:
+        return TRUTH
+    if kinds == {int}:
+        return INTEGER if all(abs(value) < 2**63 for value in held) else TEXT
+    if kinds <= {int, float}:
+        return NUMBER
+    if kinds != {str}:
+        return TEXT
+    texts = pa.array([plain_text(value) for value in held], TEXT)
+    for kind, form in _TIMES if typed else _FORMS + _TIMES:
+        if pc.all(pc.match_substring_regex(texts, form)).as_py() and _is_read(texts, kind):
+            return kind
+    return TEXT
+
+
+def _is_read(texts: pa.Array, kind: pa.DataType) -> bool:
+    """Whether texts of the right form are values: the 30th of February is none."""
+    try:
+        texts.cast(kind)
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _converted(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    column = column.cast(kind, safe=kind not in (TIME, NUMBER))
+    if kind == NUMBER:  # NaN equals nothing, not even itself, and JSON has none
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+    return _readable(column) if kind == TEXT else column
+
+
+def _readable(texts: pa.Array) -> pa.Array:
+    """The texts, with U+FFFD for bytes that are no UTF-8, which Parquet files may hold."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = texts.cast(pa.binary()).to_pylist()
+        texts = pa.array([t and t.decode("utf-8", "replace") for t in raw], TEXT)
+    return texts
+
+
+def _record_name(name: str, names: Collection[str]) -> str:
+    own = name
+    while own in OWN or (own != name and own in names):
+        own = f"table_{own}"
+    return own

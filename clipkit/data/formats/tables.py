@@ -1,0 +1,291 @@
+"""Tables of images and captions: CSV and TSV, JSON lines, Parquet."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from clipkit.data.formats.columns import Columns, Common, find_columns
+from clipkit.data.images import Skipped
+from clipkit.data.source import (
+    MEMORY_LIMIT,
+    Row,
+    Skips,
+    Source,
+    Wanted,
+    chunks,
+    clean_text,
+    fingerprint_of,
+    in_memory,
+)
+from clipkit.data.streaming import Position, Read, Stream
+from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+TABLES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_SEPARATORS = ",;\t|"
+_TEXT_GROWTH = 4  # rows of a text table take about four times its size while they are gathered
+_CHUNK = 4096  # rows of a text table held at a time
+_ROWS = 256  # of a Parquet file, pictures and all
+_STREAMED_ROWS = 64  # likewise, of which a shuffled stream holds some for each of 16 row groups
+
+
+def open_table(
+    files: list[Path], wanted: Wanted, streaming: bool | None, *, kind: str | None = None
+) -> Source:
+    """Open one CSV or JSON lines file, or Parquet files of the same columns.
+
+    Raises:
+        DataError: a file is no such table, or the columns needed are not there.
+    """
+    form = TABLES[files[0].suffix.lower()]
+    spec, root, skipped = str(files[0]), files[0].parent, Skips()
+    if form != "parquet" and len(files) > 1:
+        raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
+    growth = 1 if form == "parquet" else _TEXT_GROWTH
+    read: Read
+    shards: list[Any]
+    try:
+        size = sum(file.stat().st_size for file in files) * growth
+        streams = size > MEMORY_LIMIT if streaming is None else streaming
+        if form == "parquet":
+            held = ParquetRows.open(files, wanted, skipped)
+            common, shards = held.common, held.groups
+            read = partial(held.read, size=_STREAMED_ROWS if streams else _ROWS)
+        else:
+            (common, read), shards = _text(form, files[0], wanted, skipped), files
+    except OSError as error:
+        raise DataError(f"{spec} cannot be read: {error}") from None
+    prints = fingerprint_of([(file.name, file) for file in files], wanted)
+    rows: Any = Stream(read, shards)
+    if not streams:
+        rows = in_memory(rows.batches(), prints, skipped, common.told)
+    return Source(spec, kind or form, rows, root, prints, skipped)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row group of a Parquet file; ``first`` is its first row's number among those of all."""
+
+    file: Path
+    number: int
+    first: int
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """The rows of Parquet files of the same columns, a row group at a time.
+
+    Attributes:
+        groups: in order.
+        common: brings what is read into the common columns.
+    """
+
+    groups: list[Group]
+    common: Common
+
+    @classmethod
+    def open(cls, files: list[Path], wanted: Wanted, skipped: list[Skipped]) -> Self:
+        """Read what the files say of themselves; raises DataError where one is damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        groups, rows = [], 0
+        types: list[dict[str, pa.DataType]] = []
+        for file in files:
+            try:
+                with pq.ParquetFile(file) as table:
+                    schema = table.schema_arrow
+                    for number in range(table.num_row_groups):
+                        groups.append(Group(file, number, rows))
+                        rows += table.metadata.row_group(number).num_rows
+            except pa.ArrowException as error:
+                raise DataError(f"{file} is no intact Parquet file: {error}") from None
+            types.append({part.name: part.type for part in schema})
+            if file is files[0]:
+                columns = columns_of(schema, wanted, str(file))
+        more = columns.metadata(types, str(files[0])) if wanted.metadata else None
+        width = len(str(max(rows - 1, 0)))
+        return cls(groups, Common(columns, files[0].parent, skipped, width, metadata=more))
+
+    def batches(
+        self, group: Group, size: int, start: int = 0
+    ) -> Iterator[tuple["pa.RecordBatch", int]]:
+        """The rows of a group in the common columns, of ``size`` rows of the file at a time.
+
+        Each batch comes with how many rows of the group were read by then. A group can be read
+        from its start alone: the rows before ``start``, where a batch ends, are only decoded.
+        """
+        import pyarrow.parquet as pq
+
+        done = 0
+        with pq.ParquetFile(group.file) as table:
+            used = self.common.used
+            for batch in table.iter_batches(size, row_groups=[group.number], columns=used):
+                done += len(batch)
+                if done > start:
+                    yield self.common.batch(batch, group.first + done - len(batch)), done
+
+    def read(
+        self, group: Group, at: Position, size: int
+    ) -> Iterator[tuple["pa.RecordBatch", Position]]:
+        """The rows of a group; what cannot be read is told among what was left out."""
+        import pyarrow as pa
+
+        done = at or 0
+        try:
+            for batch, end in self.batches(group, size, done):
+                yield batch, end
+                done = end
+        except (pa.ArrowException, OSError, KeyError) as error:
+            reason = f"row group {group.number} cannot be read from row {group.first + done} on"
+            self.common.skipped.append(Skipped(group.file.name, f"{reason}: {error}"))
+
+
+def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
+    """The columns of an Arrow schema, with the class names that ``datasets`` keeps in it."""
+    from datasets import ClassLabel, Features
+
+    columns = find_columns({part.name: part.type for part in schema}, wanted, spec)
+    if columns.label and b"huggingface" in (schema.metadata or {}):
+        kind = Features.from_arrow_schema(schema)[columns.label]
+        if isinstance(kind, ClassLabel):
+            return replace(columns, classes=kind.names)
+    return columns
+
+
+def _text(form: str, file: Path, wanted: Wanted, skipped: list[Skipped]) -> tuple[Common, Read]:
+    records = _csv_records if form == "csv" else _json_records
+    # Told at the second, full reading; the names alone are wanted here.
+    head = [record for record, _ in islice(records(file, []), 1000)]
+    names = dict.fromkeys(name for record in head for name in record)
+    if not names:
+        raise DataError(f"{file} holds no rows, expected a {form} table of images")
+    columns = find_columns(names, wanted, str(file))
+    more = None
+    if wanted.metadata:  # types are those of all rows: a pass of its own
+        from clipkit.data.formats.metadata import infer_types
+
+        types = infer_types((record for record, _ in records(file, [])), typed=form == "jsonl")
+        more = columns.metadata([types], str(file))
+    common = Common(columns, file.parent, skipped, metadata=more)
+
+    def read(file: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
+        start, first = at or ((0, 0), 0)
+        for chunk in chunks(records(file, skipped, start), _CHUNK):
+            batch = _arrow([record for record, _ in chunk], common)
+            yield common.batch(batch, first), [chunk[-1][1], first := first + len(chunk)]
+
+    return common, read
+
+
+def _arrow(records: list[Row], common: Common) -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    columns = common.columns
+    arrays = {}
+    for name in columns.used:
+        values = [_texts(record.get(name)) for record in records]
+        if name in columns.captions:
+            arrays[name] = pa.array(values, pa.list_(pa.string()))
+        else:
+            first = [value[0] if value else None for value in values]
+            arrays[name] = pa.array(first, pa.string())
+    if common.metadata:
+        arrays |= common.metadata.texts(records)
+    return pa.RecordBatch.from_pydict(arrays)
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [clean_text(one) for one in values if one is not None]
+
+
+class _Lines:
+    """The lines of a text file from anywhere on, parted as ``open`` parts them with newline="".
+
+    Attributes:
+        place: bytes and lines before the next one.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.seek((0, 0))
+
+    def seek(self, place: Sequence[int]) -> None:
+        """Go on at a place where a line begins."""
+        self._stream.seek(place[0])
+        self.place = list(place)
+        self._parts = iter(list[bytes]())
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._parts, None)
+        if line is None:
+            self._parts = iter(next(self._stream).splitlines(keepends=True))
+            line = next(self._parts)
+        offset, number = self.place
+        self.place = [offset + len(line), number + 1]
+        text = line.decode("utf-8", "replace")
+        return text if offset else text.removeprefix("\ufeff")
+
+
+def _csv_records(
+    file: Path, skipped: list[Skipped], start: Sequence[int] = (0, 0)
+) -> Iterator[tuple[Row, list[int]]]:
+    """The records of a file from a place on, each with the place after it."""
+    with file.open("rb") as stream:
+        lines = _Lines(stream)
+        first = next(lines, "")
+        separator = max(
+            _SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), []))
+        )
+        lines.seek((0, 0))
+        reader = csv.reader(lines, delimiter=separator)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if start[0]:
+                lines.seek(start)
+            for record in reader:
+                if len(record) == len(header):
+                    yield dict(zip(header, record, strict=True)), lines.place
+                elif record:
+                    found = f"has {len(record)} fields, its header has {len(header)}"
+                    skipped.append(Skipped(f"{file.name}:{lines.place[1]}", found))
+        except csv.Error as error:
+            raise DataError(f"{file}:{lines.place[1]} is not CSV: {error}") from None
+
+
+def _json_records(
+    file: Path, skipped: list[Skipped], start: Sequence[int] = (0, 0)
+) -> Iterator[tuple[Row, list[int]]]:
+    """The records of a file from a place on, each with the place after it."""
+    with file.open("rb") as stream:
+        lines = _Lines(stream)
+        lines.seek(start)
+        for line in lines:
+            try:
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                skipped.append(Skipped(f"{file.name}:{lines.place[1]}", f"is not JSON: {error}"))
+                continue
+            if isinstance(record, dict):
+                yield record, lines.place
+            elif line.strip():
+                skipped.append(Skipped(f"{file.name}:{lines.place[1]}", "is no JSON object"))

@@ -1,0 +1,232 @@
+"""Rows of a table by their numbers, read straight from its Arrow columns.
+
+Pictures inside tables and tars: one at a time by its key, without holding the others.
+"""
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.data.formats.huggingface import is_saved
+from clipkit.data.formats.tables import Group, ParquetRows
+from clipkit.data.formats.webdataset import find_members, root_of_tars
+from clipkit.data.open_source import find_files, open_source
+from clipkit.data.source import Row, Wanted, clean_text
+from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Lookup:
+    """A table's rows by number.
+
+    The look-up of ``datasets`` takes 9 to 15 µs a row in batches of 16, this one 4 to 5, and 2
+    where the picture is not wanted.
+
+    Args:
+        rows: of a Source that does not stream.
+    """
+
+    def __init__(self, rows: "Dataset") -> None:
+        table = rows.data
+        self._keys, self._labels = table.column("key"), table.column("label")
+        self._captions = table.column("captions")
+        self._bytes, self._paths = table.column("image").flatten()
+        # A selection of rows keeps the whole table and the numbers of those selected.
+        chosen = rows._indices
+        self._places: NDArray[np.int64] | None = (
+            None if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
+        )
+
+    def __len__(self) -> int:
+        return len(self._keys if self._places is None else self._places)
+
+    def texts(self, number: int) -> Row:
+        """Key, captions and label of a row."""
+        at = self._place(number)
+        return {
+            "key": self._keys[at].as_py(),
+            "captions": self._captions[at].as_py(),
+            "label": self._labels[at].as_py(),
+        }
+
+    def image(self, number: int) -> dict[str, Any]:
+        """The picture of a row as it is stored: its bytes, or a path."""
+        at = self._place(number)
+        return {"bytes": self._bytes[at].as_py(), "path": self._paths[at].as_py()}
+
+    def _place(self, number: int) -> int:
+        return number if self._places is None else int(self._places[number])
+
+
+ROWS = 16
+"""Rows of a Parquet file read at a time, pictures and all, on the way to the one that is wanted."""
+SHARDS = 16
+"""Tars whose contents are remembered: with 10,000 pictures each they take about 40 MiB."""
+
+
+class Pictures(Protocol):
+    """What gives pictures by key; safe to ask from several threads."""
+
+    def read(self, key: str) -> bytes | None:
+        """The content of one, as its file would hold it; None where there is none of that key.
+
+        Raises:
+            DataError: the source is not there any more, or damaged.
+        """
+
+
+def holds_pictures(where: str) -> bool:
+    """Whether a source, by its absolute path, is of a kind that holds pictures inside."""
+    named = Path(where).suffix.lower() in (".parquet", ".tar")
+    return os.path.isabs(where) and (named or _is_saved(where))  # else it is of the hub
+
+
+def open_pictures(where: str) -> Pictures:
+    """The pictures of a source by its absolute path, as ``open_source`` would find its keys.
+
+    Raises:
+        DataError: it is not there any more, damaged, or its pictures' column has no usual name.
+    """
+    if _is_saved(where):
+        return _SavedPictures(where)
+    files = find_files(Path(where))
+    if not files or not all(file.is_file() for file in files):
+        raise DataError(f"{where} is not there any more; put it back")
+    if files[0].suffix.lower() == ".tar":
+        return _TarPictures(files)
+    return _TablePictures(files)
+
+
+def _is_saved(where: str) -> bool:
+    path, _, _ = where.rpartition(":")
+    return is_saved(Path(where)) or bool(path and is_saved(Path(path)))
+
+
+class _Places:
+    """Numbers by key, held as hashes: 16 bytes a key, however long; the wrong ones are few.
+
+    Args:
+        keys: each with its number.
+    """
+
+    def __init__(self, keys: Iterable[tuple[str, int]]) -> None:
+        flat = np.fromiter((n for key, at in keys for n in (hash(key), at)), np.int64)
+        order = np.argsort(flat[::2], kind="stable")
+        self._hashes, self._numbers = flat[::2][order], flat[1::2][order]
+
+    def find(self, key: str) -> list[int]:
+        """The numbers of a key, in order, and perhaps that of another one."""
+        low = np.searchsorted(self._hashes, hash(key), side="left")
+        high = np.searchsorted(self._hashes, hash(key), side="right")
+        found: list[int] = np.unique(self._numbers[low:high]).tolist()
+        return found
+
+
+class _TablePictures:
+    """Of Parquet files: the rows of a group before a picture are read on the way to it."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._rows = ParquetRows.open(files, Wanted(caption="", label=""), [])
+        self._starts = [group.first for group in self._rows.groups]
+        self._lock = Lock()
+
+    def read(self, key: str) -> bytes | None:
+        import pyarrow as pa
+
+        try:
+            for group in self._groups_of(key):
+                for batch, _ in self._rows.batches(group, ROWS):
+                    keys = batch.column("key").to_pylist()
+                    if key in keys:
+                        image = batch.column("image")[keys.index(key)].as_py()
+                        data: bytes | None = image["bytes"]
+                        return data
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(f"the table cannot be read: {error}; put it back as it was") from None
+        return None
+
+    def _groups_of(self, key: str) -> list[Group]:
+        groups, common = self._rows.groups, self._rows.common
+        if common.columns.key is None:
+            if not (key.isascii() and key.isdigit() and len(key) == common.width and groups):
+                return []
+            return [groups[bisect_right(self._starts, int(key)) - 1]]
+        with self._lock:
+            return [groups[number] for number in self._places.find(key)]
+
+    @cached_property
+    def _places(self) -> _Places:
+        return _Places(self._keys())
+
+    def _keys(self) -> Iterator[tuple[str, int]]:
+        import pyarrow.parquet as pq
+
+        name = self._rows.common.columns.key
+        for number, group in enumerate(self._rows.groups):
+            with pq.ParquetFile(group.file) as table:
+                for batch in table.iter_batches(row_groups=[group.number], columns=[name]):
+                    keys = batch.column(0).to_pylist()
+                    yield from ((clean_text(key), number) for key in keys if key is not None)
+
+
+class _TarPictures:
+    """Of WebDataset shards: the headers of a shard are read once, its pictures one by one."""
+
+    def __init__(self, files: list[Path]) -> None:
+        root = root_of_tars(files)
+        self._files = {file.relative_to(root).as_posix(): file for file in files}
+        self._members: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, key: str) -> bytes | None:
+        slashes = (n for n, letter in enumerate(key) if letter == "/")
+        shard = next((key[:n] for n in slashes if key[:n] in self._files), None)
+        if shard is None:
+            return None
+        place = self._members_of(shard).get(key[len(shard) + 1 :])
+        if place is None:
+            return None
+        offset, size = place
+        try:
+            with self._files[shard].open("rb") as stream:
+                stream.seek(offset)
+                return stream.read(size)
+        except OSError as error:
+            why = error.strerror or error
+            raise DataError(f"{shard} cannot be read: {why}; put it back as it was") from None
+
+    def _members_of(self, shard: str) -> dict[str, tuple[int, int]]:
+        with self._lock:
+            if shard not in self._members:
+                self._members[shard] = find_members(self._files[shard])
+                if len(self._members) > SHARDS:
+                    self._members.popitem(last=False)
+            self._members.move_to_end(shard)
+            return self._members[shard]
+
+
+class _SavedPictures:
+    """Of a saved ``datasets`` directory, whose rows stay on disk, mapped into memory."""
+
+    def __init__(self, where: str) -> None:
+        rows = open_source(os.fspath(where), caption="", label="", streaming=False).rows
+        self._lookup = Lookup(rows)
+        keys = (self._lookup.texts(n)["key"] for n in range(len(rows)))
+        self._places = _Places((key, n) for n, key in enumerate(keys))
+
+    def read(self, key: str) -> bytes | None:
+        for number in self._places.find(key):
+            if self._lookup.texts(number)["key"] == key:
+                data: bytes | None = self._lookup.image(number)["bytes"]
+                return data
+        return None

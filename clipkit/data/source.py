@@ -1,0 +1,237 @@
+"""The rows that every source boils down to, held in memory or streamed."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+from clipkit.data.images import Reduction, Skipped, read_image
+from clipkit.errors import DataError, ImageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+
+Row = dict[str, Any]
+Item = TypeVar("Item")
+MEMORY_LIMIT = 2 << 30  # bytes; what is larger streams unless told otherwise
+_LOST = "\ufffd"  # what stands where bytes were not UTF-8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Column names given by a person; None is found by the usual names, an empty one is absent.
+
+    ``metadata`` asks for the other columns as well; it changes neither pairs nor fingerprints.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+    metadata: bool = field(default=False, repr=False)
+
+
+class Skips(list[Skipped]):
+    """A list that takes each entry once: a stream meets the same bad rows at every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[Skipped] = set()
+
+    def append(self, item: Skipped) -> None:
+        """Add an entry, unless it is there."""
+        if item not in self._known:
+            self._known.add(item)
+            super().append(item)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data source, opened.
+
+    Attributes:
+        spec: what was asked for.
+        kind: image, folder, sidecars, classes, metadata, csv, jsonl, parquet, tars, saved or hub.
+        rows: a ``Dataset``, or a ``Stream`` where they can only be read in order; with the columns
+            ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
+            (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``, and
+            ``metadata: dict`` where a table has any and it was asked for.
+        root: the directory that paths and keys are relative to; None for the hub.
+        fingerprint: changes when the content does; made from names, sizes and times alone.
+        skipped: what was left out; of a stream, so far.
+    """
+
+    spec: str
+    kind: str
+    rows: Any
+    root: Path | None
+    fingerprint: str
+    skipped: list[Skipped]
+
+    @property
+    def streaming(self) -> bool:
+        """Whether ``rows`` can only be read in order and has no length."""
+        return not hasattr(self.rows, "__len__")
+
+
+def no_captions(source: Source) -> DataError:
+    """The error for a source of which captions are wanted and which has none."""
+    return DataError(
+        f"{source.spec} has no captions; expected sidecar texts, a caption column or metadata"
+    )
+
+
+def row_source(row: Row) -> Path | bytes:
+    """The file of a row's image, or its content; raises ImageError where it has neither."""
+    data, path = row["image"]["bytes"], row["image"]["path"]
+    if data is None and path is None:
+        raise ImageError("has neither bytes nor a path")
+    return Path(path) if data is None else data
+
+
+def row_record(row: Row) -> dict[str, Any]:
+    """What a store keeps of a row beside its vector; its content is not hashed yet."""
+    data, path = row["image"]["bytes"], row["image"]["path"]
+    size, mtime_ns = len(data or b""), 0
+    if data is None and path is not None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            pass  # reading it will fail as well, and say why
+        else:
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+    kept = {name: row[name] for name in ("key", "captions", "label")}
+    more = row.get("metadata") or {}
+    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None, **more}
+
+
+def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
+    """The picture of a row, RGB, as ``read_image`` reads it; raises ImageError where it cannot."""
+    return read_image(row_source(row), reduction)
+
+
+def features(metadata: "pa.Schema | None" = None) -> "Features":
+    """The columns of every source, and its metadata's, as ``datasets`` names them."""
+    from datasets import Features, Value
+
+    # A plain struct, for an Image feature would take a path it finds on disk over the bytes.
+    image = {"bytes": Value("binary"), "path": Value("string")}
+    text = Value("string")
+    more = {} if metadata is None else {"metadata": {**Features.from_arrow_schema(metadata)}}
+    return Features({"key": text, "image": image, "captions": [text], "label": text, **more})
+
+
+def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
+    """Rows as Arrow record batches of the common columns, ``size`` rows each."""
+    import pyarrow as pa
+
+    schema = features().arrow_schema
+    for chunk in chunks(rows, size):
+        yield pa.RecordBatch.from_pylist(chunk, schema)
+
+
+def chunks(rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Rows, ``size`` of them at a time."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def in_memory(
+    batches: Iterable["pa.RecordBatch"],
+    fingerprint: str,
+    skipped: list[Skipped],
+    metadata: "pa.Schema | None" = None,
+) -> "Dataset":
+    """One dataset of all batches, with every key once.
+
+    The same image file again adds its captions to the first row of it, whose metadata stay;
+    another image under a key that is taken is skipped.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    schema = features(metadata).arrow_schema
+    place: dict[str, int] = {}
+    captions: list[list[str]] = []
+    labels: list[str | None] = []
+    kept, told = [], []
+    for batch in batches:
+        images = batch.column("image")
+        has_bytes = images.field("bytes").is_valid().to_pylist()
+        fresh = []
+        texts = batch.column("captions").to_pylist()
+        known = batch.column("label").to_pylist()
+        for index, key in enumerate(batch.column("key").to_pylist()):
+            at = place.setdefault(key, len(captions))
+            fresh.append(at == len(captions))
+            if fresh[-1]:
+                captions.append(texts[index])
+                labels.append(known[index])
+            elif has_bytes[index]:
+                skipped.append(Skipped(key, "its key is taken by an earlier image"))
+            else:
+                if bool(captions[at]) != bool(texts[index]):
+                    skipped.append(Skipped(key, "one of its rows has no caption"))
+                captions[at] += texts[index]
+                labels[at] = labels[at] or known[index]
+        kept.append(images if all(fresh) else images.filter(pa.array(fresh)))
+        if metadata is not None:
+            told.append(batch.column("metadata").filter(pa.array(fresh, pa.bool_())))
+    columns = [
+        pa.array(list(place), pa.string()),
+        pa.chunked_array(kept, schema.field("image").type),
+    ]
+    columns += [pa.array(captions, schema.field("captions").type), pa.array(labels, pa.string())]
+    if metadata is not None:
+        columns.append(pa.chunked_array(told, schema.field("metadata").type))
+    return Dataset(pa.table(columns, schema=schema), fingerprint=fingerprint)
+
+
+def clean_captions(values: Any, key: str, skipped: list[Skipped]) -> list[str]:
+    """Captions from a string or a list; damaged ones, and blank ones beside good, are told."""
+    values = values if isinstance(values, list) else [values]
+    texts = [clean_text(value) for value in values if value is not None]
+    captions = [text for text in texts if text and _LOST not in text]
+    if any(_LOST in text for text in texts):
+        skipped.append(Skipped(key, "a caption of it is not UTF-8 and is left out"))
+    if captions and not all(texts):
+        skipped.append(Skipped(key, "one of its captions is empty"))
+    return captions
+
+
+def usable(captions: Iterable[str | None]) -> list[str]:
+    """The captions that hold any text."""
+    return [caption for caption in captions if caption and caption.strip()]
+
+
+def clean_text(value: Any) -> str:
+    """A value as stripped text that can be encoded: lone surrogates become U+FFFD."""
+    text = str(value).strip()
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def is_damaged(text: str) -> bool:
+    """Whether bytes of a text were lost in decoding."""
+    return _LOST in text
+
+
+def fingerprint_of(files: Iterable[tuple[str, Path]], *more: object) -> str:
+    """A hash over names, sizes and modification times of files, and whatever else counts."""
+    digest = hashlib.blake2b(repr(more).encode("utf-8", "surrogateescape"), digest_size=16)
+    for name, path in files:
+        try:
+            status = os.stat(path)
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError:
+            line = f"{name}\0absent\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

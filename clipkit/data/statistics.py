@@ -1,0 +1,178 @@
+"""Go through a source once and keep what a report about it needs: counts and hashes, no images."""
+
+import io
+import os
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from clipkit.data.duplicates import LOOK, content_hash, look
+from clipkit.data.images import Skipped
+from clipkit.data.open_source import Row, Source, row_image
+from clipkit.data.workers import map_ordered, worker_count
+from clipkit.errors import ImageError
+
+TINY = 16  # pixels; a model sees such an image enlarged at least 14 times
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, middle, 95th of 100, and largest of some numbers."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> "Spread":
+        """The spread of at least one number."""
+        return cls(*np.percentile(values, [0, 50, 95, 100], method="nearest").astype(int).tolist())
+
+    def __str__(self) -> str:
+        return f"{self.min} to {self.max}, median {self.median}, 95 % up to {self.p95}"
+
+
+@dataclass
+class Problem:
+    """Items with the same thing wrong, whatever numbers the reason holds; a few as examples."""
+
+    reason: str
+    count: int = 0
+    examples: list[Skipped] = field(default_factory=list)
+
+    def add(self, item: Skipped) -> None:
+        """Count one item."""
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(item)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one row's image showed."""
+
+    width: int
+    height: int
+    form: str
+    size: int
+    content: bytes
+    look: bytes
+
+
+@dataclass
+class Survey:
+    """What one pass over a source found.
+
+    Attributes:
+        keys, contents, looks: of each image that can be read, in the source's order.
+        widths, heights: pixels; sizes: bytes as stored, in all.
+        forms: how many images of each format and mode, like ``JPEG RGB``.
+        per_image: how many images have how many captions.
+        problems: what is wrong, by kind.
+    """
+
+    rows: int = 0
+    size: int = 0
+    keys: list[str] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    widths: "array[int]" = field(default_factory=lambda: array("L"))
+    heights: "array[int]" = field(default_factory=lambda: array("L"))
+    forms: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    per_image: Counter[int] = field(default_factory=Counter)
+    problems: dict[str, Problem] = field(default_factory=dict)
+    _looks: bytearray = field(default_factory=bytearray)
+
+    @property
+    def looks(self) -> NDArray[np.uint8]:
+        """How each image looks from afar, uint8 [n, 200]."""
+        return np.frombuffer(bytes(self._looks), np.uint8).reshape(-1, LOOK)
+
+    def tell(self, key: str, reason: str) -> None:
+        """Note that something is wrong with an item."""
+        kind = re.sub(r"(?<![\w-])\d[\d.,]*\b", "…", reason)
+        self.problems.setdefault(kind, Problem(kind)).add(Skipped(key, reason))
+
+    def add_image(self, key: str, seen: _Seen) -> None:
+        """Note one image that can be read."""
+        self.keys.append(key)
+        self.contents.append(seen.content)
+        self._looks += seen.look
+        self.widths.append(seen.width)
+        self.heights.append(seen.height)
+        self.forms[seen.form] += 1
+        self.size += seen.size
+        if min(seen.width, seen.height) < TINY:
+            self.tell(key, f"is tiny ({seen.width} x {seen.height} pixels)")
+
+
+def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
+    """Read every image and caption of a source once.
+
+    Memory grows by about 300 bytes an image.
+
+    Args:
+        source: where to look.
+        on_caption: called with each caption, in order.
+    """
+    found = Survey()
+    keys: set[str] = set()
+    missing: dict[str, Problem] = {"has no caption": Problem(""), "has no label": Problem("")}
+    workers = worker_count("auto")
+    results = map_ordered(_examine, source.rows, workers=workers, ahead=4 * workers)
+    total = None if source.streaming else len(source.rows)
+    # disable=None: no bar where stderr is not a terminal.
+    for row, seen in tqdm(
+        results, "checking", total, unit=" images", file=sys.stderr, disable=None
+    ):
+        key = row["key"]
+        found.rows += 1
+        if key in keys:
+            found.tell(key, "has a key that an earlier item has, too")
+        keys.add(key)
+        if isinstance(seen, _Seen):
+            found.add_image(key, seen)
+        else:
+            found.tell(key, seen)
+        found.per_image[len(row["captions"])] += 1
+        for caption in row["captions"]:
+            on_caption(caption)
+        if not row["captions"]:
+            missing["has no caption"].add(Skipped(key, "has no caption"))
+        if row["label"] is None:
+            missing["has no label"].add(Skipped(key, "has no label"))
+        else:
+            found.labels[row["label"]] += 1
+    for item in source.skipped:
+        found.tell(item.key, item.reason)
+    # Where no image has any, the source is of another kind, and nothing is missing.
+    for reason, problem in missing.items():
+        if 0 < problem.count < found.rows:
+            found.problems[reason] = Problem(reason, problem.count, problem.examples)
+    return found
+
+
+def _examine(row: Row) -> tuple[Row, _Seen | str]:
+    """What a row's image shows, or why it cannot be read; the row itself without its bytes."""
+    stored = row["image"]
+    row = {name: value for name, value in row.items() if name != "image"}
+    try:
+        image = row_image({"image": stored})
+    except ImageError as error:
+        return row, str(error)
+    data, path = stored["bytes"], stored["path"]
+    with Image.open(Path(path) if data is None else io.BytesIO(data)) as header:
+        form = f"{header.format} {header.mode}"
+    size = os.stat(path).st_size if data is None else len(data)
+    return row, _Seen(*image.size, form, size, content_hash(image), look(image).tobytes())

@@ -1,0 +1,1 @@
+"""Retrieval, classification and calibration measures with intervals: pure functions on arrays."""

@@ -1,0 +1,1 @@
+"""FAISS indexes on disk: build, search, update, calibrate."""

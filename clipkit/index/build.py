@@ -1,0 +1,159 @@
+"""Write a segment: train on a sample, then block by block to FAISS, records and vectors."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipkit.errors import ArtifactError, SpecError
+from clipkit.index.exact import take_rows
+from clipkit.index.faiss_factory import (
+    ROWS_PER_CENTROID,
+    TRAINING_ROWS,
+    explain,
+    held_vectors,
+    new_index,
+    short,
+    train,
+    training_rows_needed,
+)
+from clipkit.index.faiss_gpu import clustering_on_card
+from clipkit.index.segments import ID, Parts
+from clipkit.store.shards import Vectors, conform, widened
+
+
+class Rows(Protocol):
+    """What a segment is made of: a store, or rows of an index.
+
+    ``shards`` gives the same rows at each call, float32 [m, dim] beside a table of m rows.
+    """
+
+    dim: int
+
+    def __len__(self) -> int: ...
+
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Built:
+    """A segment that was written.
+
+    Attributes:
+        parts: its files.
+        index: its FAISS index.
+        trained_on: how many vectors it was trained on.
+        next_id: the id that the next row would get.
+    """
+
+    parts: Parts
+    index: Any
+    trained_on: int
+    next_id: int
+
+
+def write_segment(
+    folder: Path, rows: Rows, spec: str, what: Path, *, generation: int = 0, next_id: int = 0
+) -> Built:
+    """Write the files of a segment.
+
+    Args:
+        folder: where they go.
+        rows: vectors and records; those with an ``id`` keep it.
+        spec: FAISS factory string.
+        what: the index that errors name.
+        generation: number in the files' names; 0 for none.
+        next_id: the first id for rows that have none.
+
+    Raises:
+        SpecError: the spec is malformed or impossible for these vectors.
+        ArtifactError: the rows are damaged, or the disk is full.
+    """
+    index = new_index(spec, rows.dim, len(rows))
+    suffix = f"-{generation:06d}" if generation else ""
+    names = [f"index{suffix}.faiss", f"records{suffix}.parquet"]
+    if held_vectors(index) is None:
+        names.append(f"vectors{suffix}.npy")
+    try:
+        trained_on = _train(index, rows)
+        next_id = _pour(rows, index, [folder / name for name in names[1:]], next_id)
+    except (RuntimeError, MemoryError) as error:
+        raise SpecError(explain(spec, rows.dim, error)) from None
+    except OSError as error:
+        raise cannot_write(what, error) from None
+    try:
+        faiss.write_index(index, str(folder / names[0]))
+        files = {name: sealed(folder / name) for name in names}
+    except (RuntimeError, OSError) as error:
+        raise cannot_write(what, error) from None
+    plain = names[2] if len(names) > 2 else None
+    parts = Parts(len(rows), names[0], names[1], plain, files=files)
+    return Built(parts, index, trained_on, next_id)
+
+
+def sealed(file: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cannot_write(path: Path, error: Exception) -> ArtifactError:
+    """The error for an index that cannot be written."""
+    return ArtifactError(
+        f"{path} cannot be written ({short(error)}); make room on that disk and run the same "
+        "command again"
+    )
+
+
+def _train(index: Any, rows: Rows) -> int:
+    """Train on a sample that is spread over the rows, and bounded; returns its size."""
+    if index.is_trained:
+        return 0
+    wanted = max(TRAINING_ROWS, ROWS_PER_CENTROID * training_rows_needed(index))
+    count = min(wanted, len(rows))
+    chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
+    sample = take_rows((vectors for vectors, _ in rows.shards()), chosen)
+    with clustering_on_card(index):
+        train(index, sample)
+    return count
+
+
+def _pour(rows: Rows, index: Any, files: list[Path], next_id: int) -> int:
+    """Add all rows to the index, their records and vectors to the files; returns the next id."""
+    with_ids = isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2)
+    schema = widened(*(table.schema for _, table in rows.shards()), pa.schema([ID]))
+    with ExitStack() as stack:
+        records = stack.enter_context(pq.ParquetWriter(files[0], schema))
+        # Written, not mapped: a full disk under a memory map would kill the process.
+        plain = stack.enter_context(files[1].open("wb")) if len(files) > 1 else None
+        if plain is not None:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), rows.dim)}
+            np.lib.format.write_array_header_1_0(plain, header)
+        for vectors, table in rows.shards():
+            if with_ids:
+                start = index.ntotal
+                index.add_with_ids(vectors, np.arange(start, start + len(vectors)))
+            else:
+                index.add(vectors)
+            if plain is not None:
+                plain.write(np.ascontiguousarray(vectors, "<f4").data)
+            whole, next_id = _numbered(conform(table, schema), next_id)
+            records.write_table(whole)
+    return next_id
+
+
+def _numbered(table: pa.Table, next_id: int) -> tuple[pa.Table, int]:
+    """The table with an id for every row that has none, and the id after those."""
+    ids = table[ID.name]
+    missing = np.asarray(ids.is_null())
+    numbers = ids.fill_null(0).to_numpy().copy()
+    numbers[missing] = np.arange(next_id, next_id + missing.sum())
+    at = table.column_names.index(ID.name)
+    return table.set_column(at, ID, pa.array(numbers)), next_id + int(missing.sum())

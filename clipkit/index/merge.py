@@ -1,0 +1,140 @@
+"""Join several indexes into one, without a key that means two images and without an image twice."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from clipkit.errors import ArtifactError
+from clipkit.index.roots import Root, Scope, find_scope, new_root, owner, roots_of, with_roots
+from clipkit.index.segments import ID
+from clipkit.index.vector_index import VectorIndex, write_index
+from clipkit.store.shards import Vectors
+
+KEPT = ("decode",)
+"""What the first manifest says that is true of the merged index as well."""
+
+
+def merge_indexes(
+    paths: Sequence[str | Path], out: str | Path, spec: str | None = None
+) -> VectorIndex:
+    """Build an index of all rows of several; theirs stay as they are.
+
+    Images of the first keep their keys and ids. Those of a folder that an earlier index holds too
+    are the same images, of which the one changed last is taken; those of another folder get its
+    name before their keys.
+
+    Args:
+        paths: the indexes, two or more, of one model.
+        out: where the new one shall stand.
+        spec: FAISS factory string; None: the first one's.
+
+    Raises:
+        ModelMismatchError: they are of different models.
+        ArtifactError: fewer than two, one is damaged, or ``out`` is taken.
+        SpecError: the spec is impossible for these vectors.
+    """
+    indexes = [VectorIndex.open(path) for path in paths]
+    if len(indexes) < 2:
+        raise ArtifactError(f"{len(indexes)} indexes to merge, expected two or more; name another")
+    first = indexes[0]
+    for other in indexes[1:]:
+        first.model.require(
+            other.model,
+            what=f"the index {first.path}",
+            repair=f"build {other.path} again with that model",
+        )
+        decodes = [one.decode for one in (first, other)]
+        if decodes[0] != decodes[1]:
+            raise ArtifactError(
+                f"the pictures of {first.path} were read with --decode {decodes[0]}, those of "
+                f"{other.path} with --decode {decodes[1]}; build one of them again"
+            )
+    rows = _Merged(indexes)
+    source = with_roots(first.manifest.source, rows.roots)
+    said = first.manifest.detail
+    more = {name: said[name] for name in KEPT if name in said}
+    next_id = said.get("next_id", len(first))
+    write_index(rows, first.model, out, spec or first.spec, source, more, next_id=next_id)
+    return VectorIndex.open(out)
+
+
+@dataclass
+class _Part:
+    """What becomes of one index: its new keys, and which of its rows are taken."""
+
+    index: VectorIndex
+    keys: list[str]
+    times: list[int]
+    ids: NDArray[np.int64]
+    taken: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.taken = np.ones(len(self.keys), bool)
+
+
+class _Merged:
+    """The rows of several indexes, as one is made of them."""
+
+    def __init__(self, indexes: list[VectorIndex]) -> None:
+        self.dim = indexes[0].dim
+        self.roots = roots_of(indexes[0].manifest)
+        self._parts: list[_Part] = []
+        self._place: dict[str, tuple[_Part, int]] = {}
+        for index in indexes:
+            self._admit(index)
+
+    def _admit(self, index: VectorIndex) -> None:
+        records = index.records().select(["key", "mtime_ns", ID.name])
+        own = roots_of(index.manifest)
+        scopes = {root.prefix: self._scope(root) for root in own} if self._parts else {}
+        keys = records["key"].to_pylist()
+        if scopes:
+            keys = [self._rekeyed(key, owner(own, key), scopes) for key in keys]
+        ids = records[ID.name].to_numpy() if not self._parts else np.full(len(keys), -1)
+        part = _Part(index, keys, records["mtime_ns"].to_pylist(), ids.copy())
+        for row, key in enumerate(keys):
+            old = self._place.setdefault(key, (part, row))
+            if old != (part, row):
+                self._choose(key, old, (part, row))
+        self._parts.append(part)
+
+    def _choose(self, key: str, old: tuple[_Part, int], new: tuple[_Part, int]) -> None:
+        """Of two rows of the same image, take the one that was changed last, under its first id."""
+        (held, at), (part, row) = old, new
+        if (part.times[row] or 0) > (held.times[at] or 0):
+            part.ids[row], held.taken[at] = held.ids[at], False
+            self._place[key] = new
+        else:
+            part.taken[row] = False
+
+    def _scope(self, root: Root) -> Scope:
+        """Where a root of a later index lies within the merged one."""
+        scope = find_scope(self.roots, root)
+        if scope is None:
+            scope = Scope(new_root(self.roots, self._place, root, None))
+            self.roots.append(scope.root)
+        return scope
+
+    def _rekeyed(self, key: str, root: Root, scopes: dict[str, Scope]) -> str:
+        return scopes[root.prefix].key(key[len(root.prefix) + 1 :] if root.prefix else key)
+
+    def __len__(self) -> int:
+        return sum(int(part.taken.sum()) for part in self._parts)
+
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Vectors and records, a bounded number of rows at a time."""
+        for part in self._parts:
+            start = 0
+            for vectors, table in part.index.shards():
+                stop = start + len(table)
+                taken = part.taken[start:stop]
+                ids = part.ids[start:stop]
+                whole = table.drop_columns(["key", ID.name])
+                whole = whole.append_column("key", pa.array(part.keys[start:stop], pa.string()))
+                whole = whole.append_column(ID, pa.array(ids, mask=ids < 0))
+                yield vectors[taken], whole.filter(pa.array(taken))
+                start = stop

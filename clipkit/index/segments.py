@@ -1,0 +1,327 @@
+"""Segments: the parts of an index on disk, each of which is written once and never changed.
+
+An index is a directory of one or more segments, named by its ``manifest.json``::
+
+    index.faiss            the FAISS index of the spec, the base
+    records.parquet        its rows: key, size, mtime_ns, captions, label, what else the source had,
+                           and id, a number that an image keeps through every change of the index
+    vectors.npy            its vectors as they were encoded, where FAISS does not hold them itself
+    index-000003.faiss     a later segment: what was added since, exact (Flat), beside its records
+    dead-000004-0.npy      one bit a row: which rows of the first segment are removed
+    questions.npy          vectors of captions that it was tuned or calibrated with (``questions``)
+
+**Why segments.** Ten photos more in an index of a million cost a file of ten rows, not a copy of
+all. HNSW cannot remove and cells of an IVF drift away from what is added to them: here neither is
+ever asked to. Removed rows are left out while searching, later segments are exact, and compacting
+trains and builds the base anew. Small later segments are joined as they are added, so that there
+are about log2 of their rows of them.
+
+**Why the vectors are kept.** A quantised index cannot give back what it was built of, so that
+compacting, merging and moving a renamed image would each lose a little. The vectors are float32 in
+a plain file that is memory-mapped and only read for what is returned: every hit is scored by its
+exact inner product, whatever the spec, and scores of all segments compare. Flat, HNSW and RFlat
+hold them already; other specs take 4 × dim bytes an image more on disk, and nothing in memory.
+
+**Why it is safe.** Files of a new state are written under names never used before in this
+directory and flushed; one rename of the manifest makes them the index; what it no longer names is
+deleted then. A process killed at any moment leaves the old state or the new one, and files
+without an owner, which the next writer sweeps away. A reader that has opened an index keeps its
+files open; one that comes between the manifest and a file just deleted begins again.
+
+The files of a segment, each opened with an error that says which one is damaged.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from clipkit.artifacts import Manifest
+from clipkit.errors import ArtifactError
+from clipkit.index.faiss_factory import held_vectors, read_index
+from clipkit.index.search import FEW, Searcher, rescored, search_few, search_halved
+from clipkit.store.shards import Vectors, conform, widened
+
+REPAIR = "build the index again"
+
+
+def unfit(path: Path, found: str, expected: object) -> ArtifactError:
+    """The error for files that do not belong to their manifest."""
+    return ArtifactError(f"{path} holds {found}, its manifest says {expected}; {REPAIR}")
+
+
+def check_size(file: Path, expected: int) -> None:
+    """Raises ArtifactError where a file is missing or has another size."""
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise unreadable(file, error) from None
+    if size != expected:
+        raise ArtifactError(
+            f"{file} cannot be read (it has {size} bytes, its manifest says {expected}); {REPAIR}"
+        )
+
+
+def open_records(file: Path) -> pq.ParquetFile:
+    """Records, opened; raises ArtifactError."""
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(file, error) from None
+
+
+def open_vectors(file: Path) -> NDArray[Any]:
+    """Vectors, memory-mapped; raises ArtifactError."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+    except (OSError, ValueError, EOFError) as error:
+        raise unreadable(file, error) from None
+
+
+def open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
+    """One bit a row as bool [rows]; raises ArtifactError."""
+    try:
+        packed = np.load(file, allow_pickle=False)
+        return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: Path, error: Exception) -> ArtifactError:
+    """The error for a file that cannot be read."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ArtifactError(f"{file} cannot be read ({reason}); {REPAIR}")
+
+
+ID = pa.field("id", pa.int64())
+BLOCK = 2**14
+"""Rows that are read or written at once."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A segment as the manifest names it.
+
+    Attributes:
+        rows: how many, removed ones included.
+        index: file of its FAISS index.
+        records: file of its records.
+        vectors: file of its vectors; None where the FAISS index holds them.
+        dead: file of one bit a row, set where it is removed; None where none is.
+        removed: how many rows are removed.
+        files: bytes and SHA-256 of each file by its name; empty in indexes of format 1.
+    """
+
+    rows: int
+    index: str = "index.faiss"
+    records: str = "records.parquet"
+    vectors: str | None = None
+    dead: str | None = None
+    removed: int = 0
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All its files."""
+        return [
+            name for name in (self.index, self.records, self.vectors, self.dead) if name is not None
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the manifest."""
+        return asdict(self)
+
+
+def parts_of(manifest: Manifest, path: Path) -> list[Parts]:
+    """The segments that a manifest names; the one of an index of format 1, which names none.
+
+    Raises:
+        ArtifactError: they are not described as they should be.
+    """
+    try:
+        named = manifest.detail.get("segments", [{"rows": manifest.count}])
+        parts = [Parts(**one) for one in named]
+        if any(Path(name).name != name for one in parts for name in one.names):
+            raise ValueError("a file outside of the index")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"the manifest of {path} lists no segments that can be read ({error}); {REPAIR}"
+        ) from None
+    return parts
+
+
+class Segment:
+    """A segment, opened: it stays readable when a writer deletes its files.
+
+    Attributes:
+        parts: its files.
+        index: its FAISS index; ids are row numbers.
+        vectors: float32 [rows, dim], exact, in memory or memory-mapped; None in an index of format
+            1 with a spec that keeps them only approximately.
+        live: bool [rows], False where a row is removed; None where none is.
+        refine: how many candidates FAISS is asked for, in units of k, where ``vectors`` score them.
+    """
+
+    refine = 1
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Parts,
+        index: Any,
+        records: pq.ParquetFile,
+        vectors: Vectors | None,
+    ) -> None:
+        self._folder, self.parts, self.index = folder, parts, index
+        self._records, self.vectors = records, vectors
+        self._searcher = Searcher(index)
+        self.live: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, parts: Parts, dim: int) -> Self:
+        """Open the files of a segment and check that they belong together.
+
+        Raises:
+            ArtifactError: one is missing, damaged, foreign, or they do not fit each other.
+        """
+        index = read_index(folder / parts.index)
+        if index.d != dim or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise unfit(folder, f"dimension {index.d}, metric {index.metric_type}", dim)
+        records = open_records(folder / parts.records)
+        vectors = open_vectors(folder / parts.vectors) if parts.vectors else held_vectors(index)
+        rows = {"vectors": index.ntotal, "records": records.metadata.num_rows}
+        if set(rows.values()) != {parts.rows} or (
+            vectors is not None and vectors.shape != (parts.rows, dim)
+        ):
+            raise unfit(folder, f"{rows['vectors']} vectors, {rows['records']} records", parts.rows)
+        for name, (size, _) in parts.files.items():
+            check_size(folder / name, size)
+        return cls(folder, parts, index, records, vectors)._without_dead()
+
+    def renewed(self, parts: Parts) -> "Segment":
+        """The same rows, of which other ones are removed."""
+        found = Segment(self._folder, parts, self.index, self._records, self.vectors)
+        found.__dict__.update({n: self.__dict__[n] for n in ("keys", "ids") if n in self.__dict__})
+        return found._without_dead()
+
+    def _without_dead(self) -> Self:
+        if self.parts.dead:
+            self.live = ~open_bits(self._folder / self.parts.dead, self.rows)
+        return self
+
+    def __len__(self) -> int:
+        return self.parts.rows if self.live is None else int(np.count_nonzero(self.live))
+
+    @property
+    def rows(self) -> int:
+        """How many rows, removed ones included."""
+        return self.parts.rows
+
+    @cached_property
+    def keys(self) -> pa.ChunkedArray:
+        """The key of every row, removed ones included."""
+        return self.column("key")
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """The id of every row, int64 [rows]."""
+        if ID.name not in self._records.schema_arrow.names:  # format 1: the row numbers
+            return np.arange(self.rows)
+        # The column's to_numpy would import pandas, which takes half a second.
+        chunks = [np.from_dlpack(chunk) for chunk in self.column(ID.name).chunks]
+        return np.concatenate([np.empty(0, np.int64), *chunks])
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the records, removed rows included, read from disk."""
+        with self._reading():
+            return self._records.read(columns=[name]).column(0)
+
+    def record(self, row: int) -> dict[str, Any]:
+        """The record of one row; only the row group that it lies in is read."""
+        with self._reading():
+            for group in range(self._records.num_row_groups):
+                count = self._records.metadata.row_group(group).num_rows
+                if row < count:
+                    table = self._records.read_row_group(group).slice(row, 1)
+                    found: dict[str, Any] = table.to_pylist()[0]
+                    return found
+                row -= count
+        raise IndexError(row)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise unreadable(self._folder / self.parts.records, error) from None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of its records: those of ``SCHEMA``, what else the source had, and the id."""
+        return widened(self._records.schema_arrow, pa.schema([ID]))
+
+    def tables(self, live: NDArray[np.bool_] | None) -> Iterator[pa.Table]:
+        """Records of the rows in ``live`` (None: all), at most ``BLOCK`` rows at a time."""
+        start = 0
+        batches = self._records.iter_batches(BLOCK)
+        while True:
+            with self._reading():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            table, stop = pa.Table.from_batches([batch]), start + len(batch)
+            if ID.name not in table.column_names:
+                table = table.append_column(ID, pa.array(self.ids[start:stop]))
+            table = conform(table, self.schema)
+            yield table if live is None else table.filter(pa.array(live[start:stop]))
+            start = stop
+
+    def blocks(
+        self, live: NDArray[np.bool_] | None, path: Path
+    ) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Vectors beside ``tables``.
+
+        Raises:
+            ArtifactError: the index at ``path`` is of format 1 and lossy.
+        """
+        if self.vectors is None:
+            raise ArtifactError(
+                f"{path} was built by an older clipkit, which kept its vectors only as its spec "
+                f"holds them, approximately; {REPAIR}"
+            )
+        rows = np.arange(self.rows) if live is None else np.flatnonzero(live)
+        start = 0
+        for table in self.tables(live):
+            stop = start + len(table)
+            yield self.vectors[rows[start:stop]], table
+            start = stop
+
+    def search(
+        self, queries: Vectors, k: int, chosen: NDArray[np.bool_] | None = None
+    ) -> tuple[Vectors, NDArray[np.int64]]:
+        """Scores and row numbers of the best ``k`` rows, [n, at most k]; -1 where there is none.
+
+        Args:
+            queries: float32 [n, dim].
+            k: how many, at least 1.
+            chosen: the rows to find, bool [rows], no removed one; None: all that are not removed.
+        """
+        if chosen is not None and self.vectors is not None and np.count_nonzero(chosen) <= FEW:
+            return search_few(self.vectors, chosen, queries, k)
+        live = self.live if chosen is None else chosen
+        exact = search_halved(self.index, self.vectors, queries, k) if live is None else None
+        if exact is not None:
+            return exact
+        wide = min(k * self.refine, self.rows)
+        scores, rows = self._searcher.search(queries, wide, live)
+        if self.parts.vectors is None or self.vectors is None:
+            return scores, rows
+        return rescored(rows, self.vectors, queries, min(k, self.rows))

@@ -1,0 +1,277 @@
+"""IndexWriter: change an index in one step, however much is changed and whenever it is killed.
+
+What is removed and appended is collected first; ``commit`` writes new files and then the manifest
+that names them (``segments`` says why that is safe). One writer at a time; readers need no lock.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from clipkit.artifacts import (
+    MANIFEST,
+    ArtifactWriter,
+    Manifest,
+    read_manifest,
+    sync_tree,
+    write_json,
+)
+from clipkit.errors import ArtifactError
+from clipkit.index.build import cannot_write, sealed, write_segment
+from clipkit.index.segments import Parts, Segment, parts_of
+from clipkit.index.vector_index import VectorIndex
+from clipkit.store.shards import Vectors, check_vectors
+
+Live = NDArray[np.bool_] | None
+"""bool [rows], False where a row is removed; None where none is."""
+MOST_COMPARED = 10_000
+"""Keys that a misspelt one is compared with: all of a million would take minutes."""
+_OURS = re.compile(
+    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|questions\.npy)\.tmp"
+)
+GROWTH = 2
+"""A later segment is joined with what is added unless it has more than so many times its rows."""
+
+
+class IndexWriter:
+    """Changes a finished index; use it in a ``with`` statement and ``commit``.
+
+    Args:
+        path: the index.
+
+    Attributes:
+        index: the index as it was found, or as the last commit left it.
+
+    Raises:
+        ArtifactError: no index, damaged, or another process is writing it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        read_manifest(self.path, "index")
+        # Also the lock that building it anew takes; its directory stays empty here.
+        self._artifact = ArtifactWriter(self.path, "index", replace=True)
+        try:
+            self._begin(VectorIndex.open(self.path))
+        except BaseException:
+            self._artifact.__exit__(None, None, None)
+            raise
+
+    def _begin(self, index: VectorIndex) -> None:
+        self.index = index
+        self._live = [segment.live for segment in index.segments]
+        self._added: list[tuple[Vectors, pa.Table]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._artifact.__exit__(kind, error, trace)
+
+    def find(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Where each key stands, int64 [n], counted over all segments; -1 where it is not held.
+
+        What was appended since the last commit is not found.
+        """
+        found, wanted, start = np.full(len(keys), -1), pa.array(keys, pa.string()), 0
+        for segment, live in zip(self.index.segments, self._live, strict=True):
+            at = pc.index_in(segment.keys, value_set=wanted)
+            rows = np.flatnonzero(np.asarray(at.is_valid()) & (True if live is None else live))
+            found[np.asarray(at.take(pa.array(rows)), np.int64)] = start + rows
+            start += segment.rows
+        return found
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Take items out of the index.
+
+        Raises:
+            ArtifactError: a key is not held.
+        """
+        keys = list(keys)
+        rows = self.find(keys)
+        if (rows < 0).any():
+            raise self._unknown(keys[int(np.argmin(rows))])
+        self.remove_rows(rows)
+
+    def remove_rows(self, rows: NDArray[np.int64]) -> None:
+        """Take out what ``find`` found."""
+        start = 0
+        for number, segment in enumerate(self.index.segments):
+            own = rows[(rows >= start) & (rows < start + segment.rows)] - start
+            if len(own):
+                old = self._live[number]
+                live = np.ones(segment.rows, bool) if old is None else old.copy()
+                live[own] = False
+                self._live[number] = live
+            start += segment.rows
+
+    def append(self, vectors: Vectors, records: pa.Table) -> None:
+        """Add items: float32 [m, dim] of unit length, and a table of m rows.
+
+        Columns beyond those of a store are kept. Rows with an ``id`` keep it, for items that are
+        replaced; others get the next ones.
+
+        Raises:
+            ArtifactError: wrong shape or type, not finite, or not of unit length.
+        """
+        vectors = np.asarray(vectors)
+        check_vectors(vectors, records.select(["key"]).to_pylist(), self.index.dim)
+        if len(records):
+            self._added.append((vectors, records))
+
+    def commit(self, *, compact: bool = False, source: dict[str, Any] | None = None) -> VectorIndex:
+        """Make the changes the state of the index, in one step, and open it.
+
+        Args:
+            compact: build the base anew: of all rows, trained on them, without removed ones.
+            source: a new ``source`` for the manifest.
+
+        Raises:
+            ArtifactError: a key would be held twice, or the disk is full; nothing has changed.
+            SpecError: ``compact``, and too few rows are left to train on.
+        """
+        given, changed = self.index.manifest.source, self._added or not self._unchanged()
+        if not (compact or changed or source not in (None, given)):
+            return self.index
+        self._refuse_twins()
+        detail = dict(self.index.manifest.detail)
+        detail["generation"] = detail.get("generation", 0) + 1
+        self._sweep()
+        try:
+            parts = self._write(detail, compact)
+            count = sum(one.rows - one.removed for one in parts)
+            source = given if source is None else source
+            detail["segments"] = [one.to_dict() for one in parts]
+            manifest = Manifest("index", self.index.model, count, source, detail)
+            sync_tree(self.path)
+            write_json(self.path / MANIFEST, manifest.to_dict())
+            sync_tree(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        finally:
+            self._sweep()
+        self._begin(self.index.renewed())
+        return self.index
+
+    def _unchanged(self) -> bool:
+        segments = zip(self.index.segments, self._live, strict=True)
+        return all(live is segment.live for segment, live in segments)
+
+    def _write(self, detail: dict[str, Any], compact: bool) -> list[Parts]:
+        """Write the files of the next state, and into ``detail`` what becomes of the index."""
+        segments = list(zip(self.index.segments, self._live, strict=True))
+        first = 0 if compact else self._first_joined()
+        parts = [
+            self._with_dead(segment, live, f"dead-{detail['generation']:06d}-{number}.npy")
+            for number, (segment, live) in enumerate(segments[:first])
+        ]
+        rows = _Joined(self.index.dim, self.path, segments[first:], self._added)
+        if compact or len(rows):
+            next_id = detail.get("next_id", self.index.manifest.count)
+            built = write_segment(
+                self.path,
+                rows,
+                self.index.spec if compact else "Flat",
+                self.path,
+                generation=detail["generation"],
+                next_id=next_id,
+            )
+            detail["next_id"] = built.next_id
+            if compact:
+                detail["trained_on"] = built.trained_on
+            parts.append(built.parts)
+        return parts
+
+    def _first_joined(self) -> int:
+        """The first segment that is written anew together with what is added; never the base."""
+        rows, first = sum(len(table) for _, table in self._added), len(self._live)
+        while first > 1:
+            held = _count(self.index.segments[first - 1], self._live[first - 1])
+            if held > GROWTH * rows:
+                break
+            rows, first = rows + held, first - 1
+        return first
+
+    def _with_dead(self, segment: Segment, live: Live, name: str) -> Parts:
+        """The segment's parts with what is removed by now."""
+        if live is segment.live:
+            return segment.parts
+        files = {n: f for n, f in segment.parts.files.items() if n != segment.parts.dead}
+        np.save(self.path / name, np.packbits(~np.asarray(live), bitorder="little"))
+        removed = segment.rows - _count(segment, live)
+        return replace(
+            segment.parts,
+            dead=name,
+            removed=removed,
+            files={**files, name: sealed(self.path / name)},
+        )
+
+    def _refuse_twins(self) -> None:
+        keys = [key for _, table in self._added for key in table["key"].to_pylist()]
+        held = self.find(keys) >= 0
+        twin = keys[int(np.argmax(held))] if held.any() else None
+        if twin is None and len(set(keys)) < len(keys):
+            twin = Counter(keys).most_common(1)[0][0]
+        if twin is not None:
+            raise ArtifactError(
+                f"the key {twin!r} would be in {self.path} twice; give each item one key, or "
+                "remove the old one first"
+            )
+
+    def _unknown(self, key: str) -> ArtifactError:
+        close = get_close_matches(key, self.index.keys[:MOST_COMPARED], 1)
+        hint = f"did you mean {close[0]!r}" if close else "`clipkit info` tells what made it"
+        return ArtifactError(f"{self.path} has no item {key!r}, nothing is removed; {hint}")
+
+    def _sweep(self) -> None:
+        """Delete the files of earlier states and of writers that were killed."""
+        with suppress(ArtifactError, OSError):
+            parts = parts_of(read_manifest(self.path, "index"), self.path)
+            named = {MANIFEST, *(name for one in parts for name in one.names)}
+            for file in self.path.iterdir():
+                if file.name not in named and _OURS.fullmatch(file.name):
+                    file.unlink()
+
+
+class _Joined:
+    """The live rows of some segments, then rows that are added."""
+
+    def __init__(
+        self,
+        dim: int,
+        path: Path,
+        segments: list[tuple[Segment, Live]],
+        added: list[tuple[Vectors, pa.Table]],
+    ) -> None:
+        self.dim, self._path, self._segments, self._added = dim, path, segments, added
+
+    def __len__(self) -> int:
+        held = sum(_count(segment, live) for segment, live in self._segments)
+        return held + sum(len(table) for _, table in self._added)
+
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Vectors and records, a bounded number of rows at a time."""
+        for segment, live in self._segments:
+            yield from segment.blocks(live, self._path)
+        yield from self._added
+
+
+def _count(segment: Segment, live: Live) -> int:
+    return segment.rows if live is None else int(np.count_nonzero(live))

@@ -1,1 +1,0 @@
-"""From batches to unit vectors: tokenizer, towers, loss, checkpoints."""

@@ -1,0 +1,1 @@
+"""Dual encoders for inference: loading, tokenizing, encoding."""

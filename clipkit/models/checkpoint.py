@@ -1,0 +1,164 @@
+"""A checkpoint directory that open_clip itself can load.
+
+``open_clip_config.json`` and ``open_clip_model.safetensors`` are the names open_clip looks for in
+``local-dir:PATH``; ``training_state.pt`` beside them is what a run needs to go on.
+"""
+
+import hashlib
+import json
+import pickle
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from clipkit.artifacts import ArtifactWriter, Manifest, ModelRef, write_json
+from clipkit.data.transforms import Preprocess
+from clipkit.errors import ArtifactError
+from clipkit.models.dual_encoder import DualEncoder, LockedTower, activations, heads
+from clipkit.models.encoder import Encoder
+from clipkit.models.tokenizer import CONTEXT, VOCAB
+
+
+@dataclass(frozen=True)
+class Towers:
+    """An open_clip model and all that is needed to build it again.
+
+    Attributes:
+        clip: the open_clip model.
+        model_config: its constructor's arguments, open_clip's ``model_cfg``.
+        preprocess: its ``preprocess_cfg`` (size, mean, std, interpolation, resize mode).
+        locked: the towers that are not to be trained, "image" or "text".
+    """
+
+    clip: Any
+    model_config: dict[str, Any]
+    preprocess: dict[str, Any]
+    locked: dict[str, LockedTower] = field(default_factory=dict)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it takes, in pixels."""
+        size = self.preprocess["size"]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    def encoder(self, network: DualEncoder) -> Encoder:
+        """An Encoder over ``network`` while it changes: fit to measure it, not to make artifacts.
+
+        It has no fingerprint, which would take reading all weights and hold until the next step.
+        """
+        model = ModelRef("a network in training", "", "", vector_dim(self.clip))
+        return Encoder(network, model, Preprocess.of(self.preprocess))
+
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+STATE = "training_state.pt"
+
+
+def fingerprint(clip: nn.Module, preprocess: dict[str, Any]) -> str:
+    """SHA-256 of all that decides a vector: weights, activation, preprocessing, tokenizer.
+
+    Args:
+        clip: an open_clip model.
+        preprocess: its ``preprocess_cfg``.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        array = tensor.detach().float().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    facts = {
+        "activations": activations(clip),
+        "heads": heads(clip.modules()),
+        "preprocess": {key: preprocess[key] for key in sorted(preprocess)},
+        "tokenizer": f"CLIP byte-level BPE, {VOCAB} entries, context {CONTEXT}",
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=list).encode())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: Path, towers: Towers, state: dict[str, Any], detail: dict[str, Any]
+) -> ModelRef:
+    """Write a whole checkpoint directory, in one step.
+
+    Args:
+        path: the directory, ``RUN/step-N``.
+        towers: the model to save and its configuration.
+        state: what training needs to go on; tensors, numbers, strings and containers of them.
+        detail: what the manifest says beside the model: ``step`` and held-out metrics.
+
+    Raises:
+        ArtifactError: it cannot be written, as on a full disk; nothing of it is left then.
+    """
+    clip, preprocess = towers.clip, towers.preprocess
+    model = ModelRef(str(path), "", fingerprint(clip, preprocess), vector_dim(clip))
+    with ArtifactWriter(path, "checkpoint", replace=True) as writer:
+        config = {"model_cfg": towers.model_config, "preprocess_cfg": preprocess}
+        write_json(writer.temp / CONFIG, config)
+        tensors = {name: t.detach().contiguous().clone() for name, t in clip.state_dict().items()}
+        try:
+            save_file(tensors, writer.temp / WEIGHTS, metadata={"format": "pt"})
+            torch.save(state, writer.temp / STATE)
+            writer.finish(Manifest("checkpoint", model, int(detail["step"]), detail=detail))
+        # Neither library raises an OSError for a disk that is full or gone.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ArtifactError(_cannot_save(path, error)) from None
+    return model
+
+
+def _cannot_save(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120].rstrip(".")
+    if shutil.disk_usage(path.parent).free < 2**20:  # torch itself only says "unexpected pos"
+        reason = "its disk is full"
+    return (
+        f"the checkpoint {path} cannot be saved ({reason}); make room and go on from the last one "
+        "with --resume"
+    )
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """The ``training_state.pt`` of a checkpoint; raises ArtifactError if it cannot be read."""
+    try:
+        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise damaged(path / STATE, "it would run code, or is cut short") from None
+    except Exception as error:  # damaged bytes make it raise nearly anything
+        raise damaged(path / STATE, error) from None
+    return state
+
+
+def damaged(file: Path, error: object) -> ArtifactError:
+    """The error for a checkpoint of which a file is not what was saved."""
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return ArtifactError(
+        f"{file} cannot be read ({reason}); remove {file.parent} to go on from the checkpoint "
+        "before it"
+    )
+
+
+def is_step(path: Path) -> bool:
+    """Whether a path has the name of a run's checkpoint, and not that of a copy of one."""
+    return path.name.removeprefix("step-").isdecimal()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint, which its name says."""
+    return int(path.name.removeprefix("step-"))
+
+
+def vector_dim(clip: Any) -> int:
+    """Width of the vectors that an open_clip model makes."""
+    text = getattr(clip, "text", clip)
+    projection = text.text_projection
+    if projection is None:
+        return int(text.ln_final.weight.shape[0])
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
+    return int(projection.shape[1])

@@ -1,0 +1,227 @@
+"""The dual encoder: open_clip's two towers as one module that returns unit vectors."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipkit.models import transformer
+from clipkit.models.tokenizer import CONTEXT, VOCAB
+from clipkit.models.transformer import send
+
+
+@dataclass(frozen=True)
+class LockedTower:
+    """A tower that is not trained.
+
+    Attributes:
+        body: the frozen part; its outputs can be stored.
+        head: its projection into the shared space where that is trained, else the identity.
+    """
+
+    body: nn.Module
+    head: nn.Module
+
+
+class DualEncoder(nn.Module):
+    """Images and tokens to unit vectors, and the scale of their products.
+
+    Args:
+        clip: open_clip's ``CLIP`` or ``CustomTextCLIP`` with CLIP's own text tower.
+        precision: ``"bf16"`` runs the towers' matrix products so; weights and outputs stay float32.
+        locked: the towers that stay in evaluation mode, "image" or "text".
+        compiled: compile the towers with ``torch.compile`` for training, where batches keep their
+            size; measuring, where they do not, runs them as they are.
+
+    Attributes:
+        precisions: that of each tower, "image" and "text".
+        given_features: locked towers of which ``forward`` takes the stored features, in place of
+            images or tokens.
+    """
+
+    clip: Any  # its attributes are open_clip's, which has no types
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        precision: str = "fp32",
+        locked: Mapping[str, LockedTower] = MappingProxyType({}),
+        *,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.precisions = {"image": precision, "text": precision}
+        self.locked = locked
+        self.given_features: frozenset[str] = frozenset()
+        self.runs_images = transformer.runs_image_tower(self.clip.visual)
+        self.runs_texts = transformer.runs_text_tower(getattr(clip, "text", clip))
+        # Functions, not modules: names in a checkpoint stay what they are.
+        self._compiled = [
+            torch.compile(project, dynamic=False)
+            for project in (self._project_images, self._project_padded)
+            if compiled
+        ]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a locked tower stays without dropout, its running statistics at rest."""
+        super().train(mode)
+        for tower in self.locked.values():
+            tower.body.eval()
+        return self
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode a batch of pairs.
+
+        Args:
+            images: float32 [n, 3, height, width], normalised; or features of them.
+            tokens: int64 [n, 77]; or features of them.
+
+        Returns:
+            image vectors and caption vectors, float32 [n, dim], rows of unit length, and the
+            logit scale, float32 [].
+        """
+        encoded = [
+            self.encode_features(tower, given) if tower in self.given_features else encode(given)
+            for tower, encode, given in (
+                ("image", self.encode_images, images),
+                ("text", self.encode_tokens, tokens),
+            )
+        ]
+        return encoded[0], encoded[1], self.scale
+
+    @property
+    def precision(self) -> str:
+        """That of the image tower, whose vectors and features are stored."""
+        return self.precisions["image"]
+
+    @property
+    def scale(self) -> Tensor:
+        """The inverse temperature, float32 []."""
+        scale: Tensor = self.clip.logit_scale
+        return scale.reshape(()).exp()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """float32 [n, 3, height, width] to unit vectors, float32 [n, dim]."""
+        project = self._compiled[0] if self._compiled and self.training else self._project_images
+        return self._unit(project(images))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """int64 [n, 77], best on the CPU, to unit vectors, float32 [n, dim].
+
+        Nothing behind the end tokens is run.
+        """
+        if not self._compiled or not self.training:
+            return self._unit(self._project_tokens(tokens))
+        longest = int(tokens.argmax(dim=1).max()) + 1
+        cut = tokens[:, : padded_length(longest)]
+        return self._unit(self._compiled[1](send(cut, self.clip.logit_scale.device)))
+
+    def encode_features(self, tower: str, features: Tensor) -> Tensor:
+        """Features of a locked tower, float32 [n, …], to unit vectors, float32 [n, dim]."""
+        with self._autocast(tower, features.device):
+            return self._unit(self.locked[tower].head(features))
+
+    @torch.no_grad()
+    def features(self, tower: str, given: Tensor) -> Tensor:
+        """What the frozen part of a locked tower makes of images or tokens, float32 [n, …]."""
+        body = self.locked[tower].body
+        if tower == "text":
+            features = self._project_tokens(given)
+        elif body is self.clip.visual:
+            features = self._project_images(given)
+        else:
+            with self._autocast(tower, given.device):
+                features = body(given)
+        return features.float()
+
+    def _project_images(self, images: Tensor) -> Tensor:
+        visual = self.clip.visual
+        if self.runs_images:
+            return transformer.encode_images(visual, images, self._dtype("image"))
+        with self._autocast("image", images.device):
+            projected: Tensor = visual(images)
+        return projected
+
+    def _project_tokens(self, tokens: Tensor) -> Tensor:
+        if self.runs_texts:
+            text = getattr(self.clip, "text", self.clip)
+            return transformer.encode_tokens(text, tokens, self._dtype("text"))
+        tokens = send(tokens, self.clip.logit_scale.device)
+        with self._autocast("text", tokens.device):
+            projected: Tensor = self.clip.encode_text(tokens)
+        return projected
+
+    def _project_padded(self, tokens: Tensor) -> Tensor:
+        if not self.runs_texts:
+            return self._project_tokens(F.pad(tokens, (0, CONTEXT - tokens.shape[1])))
+        text = getattr(self.clip, "text", self.clip)
+        return transformer.encode_padded(text, tokens, self._dtype("text"))
+
+    def _unit(self, projected: Tensor) -> Tensor:
+        return F.normalize(projected.to(self.clip.logit_scale.dtype), dim=-1)
+
+    def _dtype(self, tower: str) -> torch.dtype:
+        """Of a tower's matrix products."""
+        dtype: torch.dtype = self.clip.logit_scale.dtype
+        return torch.bfloat16 if self.precisions[tower] == "bf16" else dtype
+
+    def _autocast(self, tower: str, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precisions[tower] != "bf16":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def padded_length(longest: int) -> int:
+    """Tokens to which a compiled tower pads: one of five lengths, for each is compiled anew."""
+    return min(-(-longest // 16) * 16, CONTEXT)
+
+
+def is_convolutional(clip: Any) -> bool:
+    """Whether the image tower is a convolutional network, which runs faster channels-last."""
+    # A vision transformer has one convolution, its patch embedding.
+    return sum(isinstance(m, nn.Conv2d) for m in clip.visual.modules()) > 4
+
+
+def why_unsuitable(text_config: dict[str, Any]) -> str | None:
+    """Why a text tower cannot take CLIP's 77 tokens; None if it can.
+
+    Args:
+        text_config: open_clip's ``text_cfg``.
+    """
+    context = text_config.get("context_length", CONTEXT)
+    vocabulary = text_config.get("vocab_size", VOCAB)
+    if text_config.get("hf_model_name"):
+        return f"its text tower is the Hugging Face model {text_config['hf_model_name']}"
+    if text_config.get("hf_tokenizer_name"):
+        return f"its tokenizer is {text_config['hf_tokenizer_name']}"
+    if context != CONTEXT:
+        return f"its context is {context} tokens, CLIP's is {CONTEXT}"
+    if vocabulary != VOCAB:
+        return f"its vocabulary has {vocabulary} entries, CLIP's has {VOCAB}"
+    if text_config.get("tokenizer_kwargs", {}).get("clean", "lower") != "lower":
+        return f"it cleans text by {text_config['tokenizer_kwargs']['clean']!r}, CLIP by 'lower'"
+    return None
+
+
+def activations(clip: nn.Module) -> list[str]:
+    """Names of the activation functions in use, sorted."""
+    found = {type(module).__name__ for module in clip.modules()}
+    return sorted(name for name in found if _is_activation(name))
+
+
+def _is_activation(name: str) -> bool:
+    return any(
+        part in name.lower() for part in ("gelu", "relu", "silu", "swish", "sigmoid", "tanh")
+    )
+
+
+def heads(modules: Iterable[nn.Module]) -> list[int]:
+    """Attention heads of each layer, in order: they shape the result but not the weights."""
+    found = (getattr(module, "num_heads", None) for module in modules)
+    return [count for count in found if isinstance(count, int)]

@@ -1,0 +1,257 @@
+"""From rows of a source to vectors: decode in the background, encode in batches.
+
+The images and captions of a source as vectors, encoded once per model and kept.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from clipkit.data.images import Decode, Skipped
+from clipkit.data.open_source import Source, no_captions, row_image
+from clipkit.data.transforms import Pixels
+from clipkit.data.workers import map_ordered, worker_count
+from clipkit.errors import DataError, ImageError
+from clipkit.models.encoder import Batcher, BatchSize, Encoder, Vectors
+from clipkit.models.tokenizer import TruncationReport, tokenize
+from clipkit.user_cache import Entry, key_of, user_cache
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Images and captions of a source as vectors.
+
+    Attributes:
+        images: float32 [n, dim].
+        captions: float32 [m, dim].
+        owners: int64 [m], the row of each caption's image.
+        keys: the n images' keys.
+        texts: the m captions.
+        labels: the n images' labels, None where there is none.
+        skipped: images that could not be used, and those of which a caption was left out.
+        report: how many captions were cut to 77 tokens.
+    """
+
+    images: Vectors
+    captions: Vectors
+    owners: NDArray[np.int64]
+    keys: list[str]
+    texts: list[str]
+    labels: list[str | None]
+    skipped: list[Skipped] = field(default_factory=list)
+    report: TruncationReport = field(default_factory=TruncationReport)
+
+
+def encoded_batches(
+    encoder: Encoder,
+    rows: Iterable[Row],
+    *,
+    batch_size: BatchSize,
+    workers: int,
+    on_skip: Callable[[str, str], None],
+    decode: Decode = "exact",
+    known: Callable[[Row], Vectors | None] | None = None,
+) -> Iterator[tuple[Vectors, list[Row]]]:
+    """Encode the images of rows, decoding the next ones meanwhile.
+
+    Args:
+        encoder: the model.
+        rows: rows of a Source.
+        batch_size: images per batch; memory that does not suffice makes it smaller.
+        workers: decoding threads.
+        on_skip: called with key and reason of each image that cannot be read.
+        decode: "fast" reads pictures at the size that is enough.
+        known: gives the vector of a row that need not be encoded, float32 [1, dim], or None;
+            called from the decoding threads, before the row's image is read. It may raise
+            ImageError.
+
+    Yields:
+        vectors, float32 [m, dim], and the m rows they belong to, in order; those known already
+        come before others that wait for their batch to be full.
+    """
+    batcher = Batcher(encoder, batch_size)
+    reduction = encoder.preprocess.reduction(decode)
+
+    def read(row: Row) -> tuple[Row, Vectors | None, Pixels | str]:
+        try:
+            vector = known(row) if known else None
+            if vector is not None:
+                return row, vector, ""
+            return row, None, encoder.preprocess.pixels(row_image(row, reduction), decode)
+        except ImageError as error:
+            return row, None, str(error)
+
+    ready: list[tuple[Row, Pixels]] = []
+    for row, vector, result in map_ordered(read, rows, workers=workers, ahead=2 * batcher.size):
+        if vector is not None:
+            yield vector, [row]
+        elif isinstance(result, str):
+            on_skip(row["key"], result)
+        else:
+            ready.append((row, result))
+        if len(ready) >= batcher.size:
+            yield _encoded(batcher, ready)
+            ready = []
+    if ready:
+        yield _encoded(batcher, ready)
+
+
+def _encoded(batcher: Batcher, ready: Sequence[tuple[Row, Pixels]]) -> tuple[Vectors, list[Row]]:
+    return batcher.encode([pixels for _, pixels in ready]), [row for row, _ in ready]
+
+
+def encode_pairs(
+    encoder: Encoder,
+    source: Source,
+    *,
+    workers: int,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: bool = True,
+    with_captions: bool = True,
+    known: Callable[[Row], Vectors | None] | None = None,
+    known_captions: Callable[[Sequence[str], TruncationReport], Vectors] | None = None,
+) -> EncodedPairs:
+    """Encode every image and every caption of a source.
+
+    Args:
+        encoder: the model.
+        source: where the pairs come from.
+        workers: decoding threads.
+        batch_size: images per batch.
+        limit: read at most so many rows.
+        progress: show a bar on stderr.
+        with_captions: encode the captions too, and leave out images that have none.
+        known: as in ``encoded_batches``.
+        known_captions: gives captions' vectors, float32 [m, dim], and counts what is cut of them,
+            in place of the encoder.
+
+    Raises:
+        DataError: not one image can be read, or there is no caption where captions are wanted.
+    """
+    unused: dict[str, str] = {}
+
+    def wanted() -> Iterator[Row]:
+        for row in islice(iter(source.rows), limit):
+            if row["captions"] or not with_captions:
+                yield row
+            else:
+                unused[row["key"]] = "has no caption"
+
+    vectors, rows = [], []
+    total = None if source.streaming else len(source.rows)
+    with tqdm(total=total, unit="img", desc="encoding", disable=None if progress else True) as bar:
+        for part, encoded in encoded_batches(
+            encoder,
+            wanted(),
+            batch_size=batch_size,
+            workers=workers,
+            on_skip=unused.__setitem__,
+            known=known,
+        ):
+            vectors.append(part)
+            rows += encoded
+            bar.update(len(encoded))
+    if not rows and set(unused.values()) == {"has no caption"}:
+        raise no_captions(source)
+    if not rows:
+        raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
+    pairs = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
+    texts = [text for _, text in pairs] if with_captions else []
+    # Only now, for a stream learns what it left out while it is read.
+    skipped = {item.key: item.reason for item in source.skipped} | unused
+    report = TruncationReport()
+    if known_captions:
+        captions = known_captions(texts, report)
+    else:
+        captions = encoder.encode_text(texts, report=report)
+    return EncodedPairs(
+        images=np.concatenate(vectors),
+        captions=captions,
+        owners=np.array([i for i, _ in pairs], np.int64),
+        keys=[row["key"] for row in rows],
+        texts=texts,
+        labels=[row["label"] for row in rows],
+        skipped=[Skipped(key, reason) for key, reason in skipped.items()],
+        report=report,
+    )
+
+
+FEWEST = 64
+"""Fewer images are encoded again each time, in a second or so."""
+_WANTED = ["key", "captions", "label"]
+
+
+def cached_pairs(
+    encoder: Encoder, source: Source, *, with_captions: bool = True, progress: bool = True
+) -> EncodedPairs:
+    """What ``encode_pairs`` gives, from the person's cache where the same was encoded before.
+
+    Kept vectors are taken when the fingerprints of model and source, the precision, the keys and
+    the captions are all the same, one after the other.
+
+    Args:
+        encoder: the model.
+        source: where the pairs come from.
+        with_captions: encode the captions too, and leave out images that have none.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: not one image can be read, or there is no caption where captions are wanted.
+    """
+    cache = user_cache()
+    model = encoder.model
+    name = key_of("pairs", model.fingerprint, model.precision, source.fingerprint, with_captions)
+    kept = cache.get(name) if cache else None
+    pairs = _restore(kept, source, with_captions) if kept else None
+    if pairs is not None:
+        return pairs
+    pairs = encode_pairs(
+        encoder,
+        source,
+        workers=worker_count("auto"),
+        progress=progress,
+        with_captions=with_captions,
+    )
+    if cache and len(pairs.keys) >= FEWEST:
+        texts = {
+            "keys": json.dumps(pairs.keys),
+            "captions": key_of(pairs.texts),
+            "skipped": json.dumps([[item.key, item.reason] for item in pairs.skipped]),
+        }
+        cache.put(name, {"images": pairs.images, "captions": pairs.captions}, texts)
+    return pairs
+
+
+def _restore(kept: Entry, source: Source, with_captions: bool) -> EncodedPairs | None:
+    """Kept vectors beside the rows as they are now; None where these are others."""
+    keys = json.loads(kept.texts["keys"])
+    known = set(keys)
+    rows = [row for row in source.rows.select_columns(_WANTED) if row["key"] in known]
+    if [row["key"] for row in rows] != keys:
+        return None
+    captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
+    texts = [text for _, text in captions] if with_captions else []
+    if key_of(texts) != kept.texts["captions"]:
+        return None
+    report = TruncationReport()
+    if texts:
+        tokenize(texts, report=report)
+    return EncodedPairs(
+        images=kept.arrays["images"],
+        captions=kept.arrays["captions"],
+        owners=np.array([i for i, _ in captions], np.int64),
+        keys=keys,
+        texts=texts,
+        labels=[row["label"] for row in rows],
+        skipped=[Skipped(*item) for item in json.loads(kept.texts["skipped"])],
+        report=report,
+    )

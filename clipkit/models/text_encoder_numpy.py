@@ -1,0 +1,227 @@
+"""Encode a query without torch: the text tower alone, in numpy, from weights read where they lie.
+
+Importing torch and open_clip and building a model take seconds, the words of one query
+milliseconds. The same function of the same weights as ``transformer``'s.
+
+Models known to lie unchanged on this machine: their fingerprints need no second reading.
+
+A fingerprint takes reading all weights. When a model was loaded whole, a note is kept of the file
+whose weights it stands for; the file is taken to be unchanged while its size, its inode and the
+times of its last change are, of which the kernel sets one itself.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from clipkit.artifacts import ModelRef, write_json
+from clipkit.errors import ModelError
+from clipkit.models.tokenizer import tokenize
+from clipkit.user_cache import cache_folder
+
+EPSILON = 1e-5
+"""Of the layer norms of a tower that is noted, and that is run from a note."""
+
+
+@dataclass(frozen=True)
+class KnownTower:
+    """A text tower on disk, and what shapes its result beside its weights.
+
+    Attributes:
+        file: a .safetensors file.
+        stamp: what ``stamp`` said of it when it was read.
+        prefix: of the names of the tower's weights in it.
+        heads: of attention.
+        layers: how many blocks.
+        activation: "gelu" or "quick_gelu".
+    """
+
+    file: str
+    stamp: list[int]
+    prefix: str
+    heads: int
+    layers: int
+    activation: str
+
+
+def stamp(file: str | Path) -> list[int]:
+    """What changes when a file does; raises OSError where there is none."""
+    status = os.stat(file)
+    return [
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_dev,
+    ]
+
+
+def note(model: ModelRef, tower: KnownTower) -> None:
+    """Keep a note of where a model's text tower lies; without a place for it, none is kept."""
+    file = _file(model)
+    if file is None:
+        return
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"model": [model.name, model.weights], "tower": asdict(tower)})
+
+
+def recall(model: ModelRef) -> KnownTower | None:
+    """Where a model's text tower lies unchanged; None where that is not known."""
+    file = _file(model)
+    if file is None or not re.fullmatch("[0-9a-f]{64}", model.fingerprint):
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        tower = KnownTower(**kept["tower"])
+        same = kept["model"] == [model.name, model.weights] and stamp(tower.file) == tower.stamp
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tower if same else None
+
+
+def _file(model: ModelRef) -> Path | None:
+    folder = cache_folder()
+    return folder / "models" / f"{model.fingerprint}.json" if folder else None
+
+
+Array = NDArray[np.float32]
+
+# Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", equation 7.1.26: the error
+# function to 1.5e-7, which numpy lacks.
+_SCALE = 0.3275911
+_POLYNOMIAL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0)
+
+
+def load_query_encoder(model: ModelRef) -> "QueryEncoder | None":
+    """The text tower of a model known to lie on this machine as it was when it was loaded whole.
+
+    Args:
+        model: the reference in an artifact's manifest.
+
+    Returns:
+        None where it is not known, or cannot be read: ``load_model_ref`` it.
+    """
+    tower = recall(model)
+    try:
+        return None if tower is None else QueryEncoder(model, tower)
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+class QueryEncoder:
+    """Captions to vectors, float32 [n, dim], rows of unit length.
+
+    Attributes:
+        model: which model this is.
+        dim: width of the vectors.
+    """
+
+    def __init__(self, model: ModelRef, tower: KnownTower) -> None:
+        self.model, self.dim, self._tower = model, model.dim, tower
+        self._file = _open(tower.file)
+        # 49,408 rows, of which a query needs few.
+        self._words = self._file.get_slice(f"{tower.prefix}token_embedding.weight")
+        parts = ("positional_embedding", "transformer.", "ln_final.", "text_projection")
+        wanted = tuple(tower.prefix + part for part in parts)
+        names = [name for name in self._file.keys() if name.startswith(wanted)]  # noqa: SIM118
+        self._weights: dict[str, Array] = {
+            name.removeprefix(tower.prefix): self._file.get_tensor(name).astype(
+                np.float32, copy=False
+            )
+            for name in names
+        }
+
+    def encode_text(self, captions: Sequence[str]) -> Array:
+        """Encode captions of at most 77 tokens each; what does not fit is cut, with a warning."""
+        rows = tokenize(list(captions))
+        vectors = [self._encode(row[: row.argmax() + 1].tolist()) for row in rows]
+        return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
+
+    def encode_images(self, images: Any) -> Any:
+        """Refuse images; raises ModelError."""
+        del images
+        return self.preprocess
+
+    @property
+    def preprocess(self) -> Any:
+        """Refuse images; raises ModelError."""
+        raise ModelError(
+            f"the image tower of {self.model} is not loaded; load the model with clipkit.load"
+        )
+
+    def _encode(self, ids: list[int]) -> Array:
+        words = np.concatenate([self._words[i : i + 1] for i in ids]).astype(np.float32)
+        x = words + self._weights["positional_embedding"][: len(ids)]
+        for number in range(self._tower.layers):
+            x = self._block(x, f"transformer.resblocks.{number}.")
+        x = self._norm(x[-1:], "ln_final")
+        if "text_projection" in self._weights:
+            x = x @ self._weights["text_projection"]
+        elif "text_projection.weight" in self._weights:
+            x = self._linear(x, "text_projection.")
+        vector: Array = x[0] / np.linalg.norm(x[0])
+        return vector
+
+    def _block(self, x: Array, name: str) -> Array:
+        """One residual block, float32 [tokens, width] to the same."""
+        h = self._linear(self._norm(x, f"{name}ln_1"), f"{name}attn.in_proj_")
+        h = self._linear(_attend(h, self._tower.heads), f"{name}attn.out_proj.")
+        x = x + self._scaled(h, f"{name}ls_1.gamma")
+        h = self._linear(self._norm(x, f"{name}ln_2"), f"{name}mlp.c_fc.")
+        h = _gelu(h) if self._tower.activation == "gelu" else _quick_gelu(h)
+        h = self._linear(h, f"{name}mlp.c_proj.")
+        return x + self._scaled(h, f"{name}ls_2.gamma")
+
+    def _norm(self, x: Array, name: str) -> Array:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = np.square(centred).mean(axis=-1, keepdims=True)
+        scaled: Array = centred / np.sqrt(variance + np.float32(EPSILON))
+        return scaled * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+
+    def _linear(self, x: Array, name: str) -> Array:
+        out: Array = x @ self._weights[f"{name}weight"].T
+        return out + self._weights[f"{name}bias"] if f"{name}bias" in self._weights else out
+
+    def _scaled(self, x: Array, name: str) -> Array:
+        return x * self._weights[name] if name in self._weights else x
+
+
+def _open(file: str) -> Any:  # safetensors leaves its methods untyped
+    return safe_open(file, "np")
+
+
+def _attend(qkv: Array, heads: int) -> Array:
+    """Causal self-attention: [tokens, 3 · width] to [tokens, width]."""
+    length, width = len(qkv), qkv.shape[1] // 3
+    q, k, v = qkv.reshape(length, 3, heads, width // heads).transpose(1, 2, 0, 3)
+    scores = q @ k.transpose(0, 2, 1) / np.float32(np.sqrt(width // heads))
+    scores[:, ~np.tri(length, dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    attended: Array = (weights @ v).transpose(1, 0, 2).reshape(length, width)
+    return attended
+
+
+def _gelu(x: Array) -> Array:
+    """Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", equation 2."""
+    z = np.abs(x) * np.sqrt(0.5)
+    t = 1 / (1 + _SCALE * z)
+    tail: Any = np.polyval(_POLYNOMIAL, t) * np.exp(-z * z)  # 1 - erf(z)
+    out: Array = (x * np.where(x < 0, tail, 2 - tail) / 2).astype(np.float32)
+    return out
+
+
+def _quick_gelu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # far below zero it is zero
+        out: Array = x / (1 + np.exp(-1.702 * x))
+    return out

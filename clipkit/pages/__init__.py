@@ -1,1 +1,0 @@
-"""Pages of results that need nothing beside them, as HTML."""

@@ -1,0 +1,358 @@
+"""Whose work a half-written store is: the model that encodes it and how its pictures are read.
+
+EmbeddingStore: vectors of images at rest, beside their records.
+
+A store is a directory of shards, ``vectors-00000.npy`` beside ``records-00000.parquet`` in the same
+row order, with ``skipped.jsonl`` (what was left out and why) and ``manifest.json``. A finished
+shard is a finished unit of work: an interrupted writer goes on after the last one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from clipkit.artifacts import (
+    ArtifactWriter,
+    Manifest,
+    ModelRef,
+    is_complete,
+    partial_path,
+    read_manifest,
+    write_json,
+)
+from clipkit.errors import ArtifactError, ModelMismatchError
+from clipkit.store.shards import (
+    Record,
+    ShardWriter,
+    Vectors,
+    check_vectors,
+    digest,
+    read_shard,
+    remove_shard,
+    shard_names,
+    shard_numbers,
+    together,
+    write_shard,
+)
+
+OWNER = "partial.json"
+EXACT = "exact"
+"""How pictures were read before there was another way."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What all vectors of a store have in common.
+
+    Attributes:
+        model: what encodes them.
+        decode: how their pictures are read, "exact" or "fast".
+    """
+
+    model: ModelRef
+    decode: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Of the half-written store in ``folder``; None where that is not known."""
+        try:
+            found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+            return cls(ModelRef(**found["model"]), found.get("decode", EXACT))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        """Say whose the half-written store in ``folder`` is."""
+        write_json(folder / OWNER, asdict(self))
+
+    def require(self, other: Self, folder: Path) -> None:
+        """Refuse to go on with the store in ``folder``, which is of this owner, as another.
+
+        Raises:
+            ModelMismatchError: another model began it.
+            ArtifactError: its pictures were read in another way.
+        """
+        if self.model.fingerprint != other.model.fingerprint:
+            raise ModelMismatchError(
+                f"{folder} is a half-written store of {self.model}, but the model at hand is "
+                f"{other.model}; go on with that model or remove the directory"
+            )
+        require_decode(f"{folder} is a half-written store", self.decode, other.decode)
+
+
+def require_decode(what: str, found: str, asked: str) -> None:
+    """Refuse to mix pictures read in two ways; raises ArtifactError."""
+    if found != asked:
+        raise ArtifactError(
+            f"{what} made with --decode {found}, asked for is {asked}; leave --decode out, or name "
+            "another place with --out"
+        )
+
+
+def decode_of(path: Path) -> str | None:
+    """How pictures of the store at ``path`` were read, half-written or finished; None: no store."""
+    owner = Owner.read(partial_path(path))
+    if owner is not None:
+        return owner.decode
+    if is_complete(path):
+        return str(read_manifest(path, "store").detail.get("decode", EXACT))
+    return None
+
+
+_SKIPPED = "skipped.jsonl"
+
+
+class EmbeddingStore:
+    """A finished store: vectors memory-mapped, records read when asked for.
+
+    Attributes:
+        path: the directory.
+        manifest: what made it and from what.
+        model: the model that encoded it.
+        dim: width of its vectors.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.model = manifest.require_model()
+        self.dim = self.model.dim
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a finished store; nothing but its manifest and its file names is read.
+
+        Raises:
+            ArtifactError: no store, half-written, or shards are missing.
+        """
+        path = Path(path)
+        store = cls(path, read_manifest(path, "store"))
+        found, expected = len(shard_numbers(path)), store.manifest.detail.get("shards")
+        if found != expected:
+            raise ArtifactError(
+                f"{path} holds {found} shards of vectors, its manifest says {expected}; "
+                "remove the store and embed again"
+            )
+        return store
+
+    @staticmethod
+    def create(
+        path: str | Path,
+        model: ModelRef,
+        *,
+        decode: str = EXACT,
+        shard_size: int = 4096,
+        replace: bool = False,
+    ) -> "StoreWriter":
+        """Start a store, or go on with the half-written one at ``path``.
+
+        Args:
+            path: where the store shall stand.
+            model: what encodes it.
+            decode: how its pictures are read, "exact" or "fast".
+            shard_size: rows of a shard; a crash can lose the open one and the one being written.
+            replace: allow a finished store to stand there; it stays until the new one is finished.
+
+        Raises:
+            ArtifactError: ``path`` is taken, another process writes there, or pictures of the
+                half-written one were read in another way.
+            ModelMismatchError: another model began the half-written one.
+        """
+        return StoreWriter(Path(path), model, decode, shard_size, replace)
+
+    @property
+    def decode(self) -> str:
+        """How its pictures were read: "exact" or "fast"."""
+        return str(self.manifest.detail.get("decode", EXACT))
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Each shard's vectors, memory-mapped float32 [m, dim], and its records, a table of m rows.
+
+        Raises:
+            ArtifactError: a shard is damaged, or the rows are not as many as the manifest says.
+        """
+        rows = 0
+        for number in shard_numbers(self.path):
+            vectors, table = read_shard(self.path, number, self.dim)
+            rows += len(vectors)
+            yield vectors, table
+        if rows != len(self):
+            raise ArtifactError(
+                f"{self.path} holds {rows} rows, its manifest says {len(self)}; "
+                "remove the store and embed again"
+            )
+
+    def vectors(self) -> Vectors:
+        """All vectors in memory, float32 [n, dim]."""
+        empty = np.empty((0, self.dim), np.float32)
+        return np.concatenate([empty, *(vectors for vectors, _ in self.shards())])
+
+    def records(self) -> pa.Table:
+        """All records: key, size in bytes, mtime_ns, captions, label, content_hash, and others."""
+        return together(table for _, table in self.shards())
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of every row, in row order."""
+        keys: list[str] = self.records()["key"].to_pylist()
+        return keys
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        """Key and reason of everything that was left out."""
+        with (self.path / _SKIPPED).open(encoding="utf-8") as lines:
+            for line in lines:
+                item = json.loads(line)
+                yield item["key"], item["reason"]
+
+
+class StoreWriter:
+    """Writes a store shard by shard; use it in a ``with`` statement.
+
+    Left by an exception it keeps what it has, so that the next writer of the same model goes on.
+
+    Attributes:
+        done: the keys already held, each with the ``digest`` of its record.
+    """
+
+    def __init__(
+        self, path: Path, model: ModelRef, decode: str, shard_size: int, replace: bool
+    ) -> None:
+        self.owner, self.shard_size = Owner(model, decode), shard_size
+        self.done: dict[str, int] = {}
+        self._stale: set[int] = set()
+        self._skips = 0
+        self._finished = False
+        self._artifact = ArtifactWriter(path, "store", replace=replace, resume=True)
+        self.path, self.temp = self._artifact.path, self._artifact.temp
+        try:
+            self._resume()
+            self._skipped = (self.temp / _SKIPPED).open("w", encoding="utf-8")
+        except (ArtifactError, OSError) as error:
+            self._artifact.__exit__(None, None, None)
+            if isinstance(error, OSError):
+                raise _cannot_write(path, error) from None
+            raise
+
+    def _resume(self) -> None:
+        """Keep the sound shards of an interrupted writer of this model; clear away the rest."""
+        owner = Owner.read(self.temp)
+        if owner:
+            owner.require(self.owner, self.temp)
+        sound: list[int] = []
+        for number in shard_numbers(self.temp) if owner else []:
+            try:
+                _, table = read_shard(self.temp, number, self.owner.model.dim)
+            except ArtifactError:
+                break
+            for record in table.to_pylist():
+                # A key comes twice where the writer before us renewed an outdated row.
+                if record["key"] in self.done:
+                    self.forget(record["key"])
+                self.done[record["key"]] = digest(record)
+            sound.append(number)
+        _clear(self.temp, keep={OWNER, *(name for n in sound for name in shard_names(n))})
+        self.owner.write(self.temp)
+        self._shards = ShardWriter(self.temp, sound[-1] + 1 if sound else 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, vectors: Vectors, records: list[Record]) -> None:
+        """Add rows: float32 [m, dim] of unit length, and m records.
+
+        Raises:
+            ArtifactError: wrong shape or type, not finite, not of unit length, a key that is
+                already held, or a shard cannot be written.
+        """
+        vectors = np.asarray(vectors)
+        check_vectors(vectors, records, self.owner.model.dim)
+        for record in records:
+            if record["key"] in self.done:
+                raise ArtifactError(
+                    f"the key {record['key']!r} is already in {self.path}; give each item one key"
+                )
+            self.done[record["key"]] = digest(record)
+        try:
+            self._shards.append(vectors, records, self.shard_size)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def skip(self, key: str, reason: str) -> None:
+        """Note an item that is left out, and why."""
+        # ASCII escapes also carry file names that are not UTF-8.
+        self._skipped.write(json.dumps({"key": key, "reason": reason}) + "\n")
+        self._skips += 1
+
+    def forget(self, key: str) -> None:
+        """Take back a row held from an earlier run, because its item has changed or is gone."""
+        self._stale.add(self.done.pop(key))
+
+    def _drop_stale(self) -> None:
+        for number in shard_numbers(self.temp) if self._stale else []:
+            vectors, table = read_shard(self.temp, number, self.owner.model.dim)
+            keep = [digest(record) not in self._stale for record in table.to_pylist()]
+            if not any(keep):
+                remove_shard(self.temp, number)
+            elif not all(keep):
+                write_shard(self.temp, number, np.array(vectors[keep]), table.filter(keep))
+
+    def finish(self, source: dict[str, Any]) -> EmbeddingStore:
+        """Write what is buffered, move the store into place and open it.
+
+        Args:
+            source: where the content came from, for the manifest.
+        """
+        try:
+            self._shards.flush()
+            self._drop_stale()
+            shards = len(shard_numbers(self.temp))
+            detail = {"shards": shards, "skipped": self._skips, "decode": self.owner.decode}
+            self._skipped.close()
+            self._artifact.finish(
+                Manifest("store", self.owner.model, len(self.done), source=source, detail=detail)
+            )
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+        # Only now: until the move is done, it tells a resuming writer whose work this is.
+        (self.path / OWNER).unlink(missing_ok=True)
+        self._finished = True
+        return EmbeddingStore.open(self.path)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._finished:
+            # An orderly end, Ctrl-C too, keeps even the open shard; a full disk may forbid it.
+            for end in (self._shards.flush, self._skipped.close):
+                with suppress(OSError):
+                    end()
+            if not shard_numbers(self.temp):
+                shutil.rmtree(self.temp, ignore_errors=True)
+        self._shards.close()
+        self._artifact.__exit__(kind, error, trace)
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    for file in folder.iterdir():
+        if file.name not in keep:
+            file.unlink()
+
+
+def _cannot_write(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{path} cannot be written ({error.strerror or error}); make room on that disk and run "
+        "the same command again, finished shards are kept"
+    )

@@ -1,0 +1,236 @@
+"""Report what is in data and what is wrong with it: ``clipkit data check DATA``."""
+
+from collections.abc import Hashable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.data.duplicates import near_groups
+from clipkit.data.open_source import Source, open_source
+from clipkit.data.statistics import EXAMPLES, Problem, Spread, Survey, survey
+from clipkit.models.tokenizer import CONTEXT, CaptionSurvey, Repeated, TruncationReport, shorten
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Images that belong together: how many groups, how many images in them, the largest few."""
+
+    groups: int
+    images: int
+    examples: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What two sets share.
+
+    Attributes:
+        against: the other set.
+        exact, near: images of this set that the other holds too, pixel by pixel or nearly.
+        captions: different captions that both hold.
+        exact_examples, near_examples: a key of this set beside one of the other.
+    """
+
+    against: str
+    exact: int
+    near: int
+    captions: int
+    exact_examples: list[tuple[str, str]]
+    near_examples: list[tuple[str, str]]
+    caption_examples: list[str]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What is in data and what is wrong with it.
+
+    Attributes:
+        images: how many can be read; rows: how many there are, readable or not.
+        bytes: the images' size as stored.
+        captions_per_image: how many images have how many captions.
+        labels, formats: how many images of each, the most frequent first.
+        caption_tokens: lengths with start and end token, before anything is cut.
+        exact, near: images of the same pixels; groups that look the same without being so.
+    """
+
+    spec: str
+    kind: str
+    rows: int
+    images: int
+    bytes: int
+    captions: int
+    captions_per_image: dict[int, int]
+    labels: dict[str, int]
+    formats: dict[str, int]
+    widths: Spread | None
+    heights: Spread | None
+    problems: list[Problem]
+    caption_tokens: Spread | None
+    cut: TruncationReport
+    repeated: Repeated
+    exact: Groups
+    near: Groups
+    leaks: Leaks | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """The report for a person."""
+        lines = [f"{self.spec} ({self.kind})", *_render_content(self), *_render_captions(self)]
+        return "\n".join([*lines, *_render_problems(self), *_render_leaks(self.leaks)])
+
+
+def check_data(
+    spec: str | Path,
+    against: str | Path | None = None,
+    *,
+    image: str | None = None,
+    caption: str | None = None,
+    label: str | None = None,
+) -> DataReport:
+    """Go through data once and report what is in it and what is wrong with it.
+
+    Args:
+        spec: any source that ``open_source`` opens.
+        against: another one, of the same column names: what both hold is reported as leaks.
+        image, caption, label: column names, where they are not the usual ones.
+
+    Raises:
+        DataError: a source cannot be opened.
+    """
+    sources = [open_source(spec, image=image, caption=caption, label=label)]
+    if (
+        against is not None
+    ):  # opened before the first is gone through: a misspelt name shows at once
+        sources.append(open_source(against, image=image, caption=caption, label=label))
+    captions = CaptionSurvey()
+    found = survey(sources[0], captions.add)
+    leaks = _find_leaks(found, captions, sources[1]) if against is not None else None
+    return _report(sources[0], found, captions, leaks)
+
+
+def _report(
+    source: Source, found: Survey, captions: CaptionSurvey, leaks: Leaks | None
+) -> DataReport:
+    near = near_groups(found.looks).tolist()
+    originals = {content: i for i, content in reversed(list(enumerate(found.contents)))}
+    firsts = sorted(originals.values())
+    return DataReport(
+        spec=source.spec,
+        kind=source.kind,
+        rows=found.rows,
+        images=len(found.keys),
+        bytes=found.size,
+        captions=len(captions.tokens),
+        captions_per_image=dict(sorted(found.per_image.items())),
+        labels=dict(found.labels.most_common()),
+        formats=dict(found.forms.most_common()),
+        widths=Spread.of(found.widths) if found.keys else None,
+        heights=Spread.of(found.heights) if found.keys else None,
+        problems=sorted(found.problems.values(), key=lambda problem: -problem.count),
+        caption_tokens=Spread.of(captions.tokens) if captions.tokens else None,
+        cut=captions.cut,
+        repeated=captions.repeated(),
+        exact=_groups(zip(found.contents, found.keys, strict=True)),
+        near=_groups((near[i], found.keys[i]) for i in firsts),
+        leaks=leaks,
+    )
+
+
+def _groups(pairs: Iterable[tuple[Hashable, str]]) -> Groups:
+    """Groups of two keys or more that share their first."""
+    members: dict[Hashable, list[str]] = {}
+    for group, key in pairs:
+        members.setdefault(group, []).append(key)
+    groups = sorted((keys for keys in members.values() if len(keys) > 1), key=len, reverse=True)
+    examples = [keys[:EXAMPLES] for keys in groups[:EXAMPLES]]
+    return Groups(len(groups), sum(map(len, groups)), examples)
+
+
+def _find_leaks(found: Survey, captions: CaptionSurvey, against: Source) -> Leaks:
+    other_captions = CaptionSurvey(known=captions.counts)
+    other = survey(against, other_captions.add)
+    near = near_groups(np.concatenate([found.looks, other.looks])).tolist()
+    twins = dict(zip(other.contents, other.keys, strict=True))
+    alike = dict(zip(near[len(found.keys) :], other.keys, strict=True))
+    exact_pairs, near_pairs = [], []
+    for key, content, group in zip(found.keys, found.contents, near, strict=False):
+        if content in twins:
+            exact_pairs.append((key, twins[content]))
+        elif group in alike:
+            near_pairs.append((key, alike[group]))
+    shared = [key for key in captions.counts if key in other_captions.counts]
+    return Leaks(
+        against=against.spec,
+        exact=len(exact_pairs),
+        near=len(near_pairs),
+        captions=len(shared),
+        exact_examples=exact_pairs[:EXAMPLES],
+        near_examples=near_pairs[:EXAMPLES],
+        caption_examples=[other_captions.texts[key] for key in shared[:EXAMPLES]],
+    )
+
+
+def _render_content(report: DataReport) -> list[str]:
+    lines = [f"images    {report.images} readable of {report.rows}, {_megabytes(report.bytes)}"]
+    if report.widths and report.heights:
+        lines.append(f"widths    {report.widths} pixels")
+        lines.append(f"heights   {report.heights} pixels")
+        lines.append(f"formats   {_counts(report.formats)}")
+    if report.labels:
+        lines.append(f"labels    {len(report.labels)}: {_counts(report.labels)}")
+    for name, groups in (("exact", report.exact), ("near", report.near)):
+        lines.append(f"{name + ' duplicates':18}{groups.images} images in {groups.groups} groups")
+        lines += [f"  {' = '.join(keys)}" for keys in groups.examples]
+    return lines
+
+
+def _render_captions(report: DataReport) -> list[str]:
+    if not report.caption_tokens:
+        return ["captions  none"]
+    per_image = ", ".join(f"{n} with {k}" for k, n in report.captions_per_image.items())
+    repeated = report.repeated
+    return [
+        f"captions  {report.captions} (images: {per_image})",
+        f"tokens    {report.caption_tokens}, of {CONTEXT}",
+        *report.cut.render().splitlines(),
+        f"repeated  {repeated.repeats} captions repeat one of {repeated.distinct} distinct",
+        *(f"  {count} × {shorten(text, 100)}" for text, count in repeated.top),
+    ]
+
+
+def _render_problems(report: DataReport) -> list[str]:
+    if not report.problems:
+        return ["problems  none"]
+    lines = [f"problems  {sum(problem.count for problem in report.problems)}"]
+    for problem in report.problems:
+        lines.append(f"  {problem.count} × {problem.reason}")
+        lines += [f"    {item.key}: {item.reason}" for item in problem.examples]
+    return lines
+
+
+def _render_leaks(leaks: Leaks | None) -> list[str]:
+    if leaks is None:
+        return []
+    lines = [
+        f"shared with {leaks.against}: {leaks.exact} images exactly, {leaks.near} nearly, "
+        f"{leaks.captions} captions"
+    ]
+    lines += [f"  {key} = {other}" for key, other in leaks.exact_examples]
+    lines += [f"  {key} ≈ {other}" for key, other in leaks.near_examples]
+    return lines + [f"  “{shorten(text, 100)}”" for text in leaks.caption_examples]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:SHOWN])
+    return shown + ", …" if len(counts) > SHOWN else shown
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""Contrastive pretraining: data, loss, step, loop, recovery."""

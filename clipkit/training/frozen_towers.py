@@ -1,0 +1,245 @@
+"""Features of locked towers for a training run: from pictures and captions to what is stored.
+
+Locked towers: which of their parts are frozen, and which are trained on top.
+
+Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image Text Tuning".
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipkit.artifacts import ModelRef
+from clipkit.config import ModelConfig, TrainConfig
+from clipkit.data.feature_cache import Encoded, Features, stored_features
+from clipkit.data.open_source import Row, Source, row_image
+from clipkit.data.sampler import stable_hash
+from clipkit.data.transforms import Preprocess, augmentation
+from clipkit.data.workers import map_ordered, worker_count
+from clipkit.errors import ConfigError, ImageError
+from clipkit.models.checkpoint import Towers, fingerprint, vector_dim
+from clipkit.models.dual_encoder import DualEncoder, LockedTower
+from clipkit.models.tokenizer import TruncationReport, split_caption, tokenize
+
+BATCH = 64
+"""Images, or captions, that go through a locked tower at a time."""
+
+
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """Stored features of captions, found by their tokens."""
+
+    features: Features
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """int64 [n, 77] to float32 [n, dim]."""
+        rows = [self.features.rows[_key(row)] for row in tokens.cpu().numpy()]
+        return torch.from_numpy(self.features.values[rows, 0])
+
+
+def uses_features(config: TrainConfig, source: Source) -> bool:
+    """Whether locked towers are run once, before training, instead of in every step.
+
+    Raises:
+        ConfigError: they shall be, and the training pairs are a stream, or captions are changed;
+            or there are none and yet they are set.
+    """
+    if not config.model.lock and (config.data.features or config.data.feature_views > 1):
+        raise ConfigError(
+            "data.features and data.feature_views are about locked towers, and none is locked; "
+            "leave them out, or set model.lock"
+        )
+    if not (config.model.lock and config.data.feature_views):
+        return False
+    if source.streaming:
+        raise ConfigError(
+            "the features of a locked tower are stored for tables, and these training pairs are a "
+            'stream; set data.feature_views = 0 to run it in every step, or data.streaming = "no"'
+        )
+    if "text" in config.model.lock and config.augment.drop_tokens:
+        raise ConfigError(
+            "augment.drop_tokens changes captions in every step, and those of a locked text tower "
+            "are encoded once; leave it out, or set data.feature_views = 0"
+        )
+    return True
+
+
+def locked_features(
+    network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
+) -> tuple[Features | None, CaptionFeatures | None]:
+    """Features of the images and of the captions of a source, of those towers that are locked.
+
+    Args:
+        network: holds the locked towers.
+        towers: their preprocessing.
+        config: of the run: views, augmentation, seed, precision, and what is done to long captions.
+        source: a table.
+        folder: where features are stored.
+    """
+    made_of = (network, towers, config, source, folder)
+    return (
+        _image_features(*made_of) if "image" in network.locked else None,
+        _caption_features(*made_of) if "text" in network.locked else None,
+    )
+
+
+def _image_features(
+    network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
+) -> Features:
+    """Of the images of a source, of one or several views each."""
+    maker = _ImageMaker(network, towers, config, source)
+    views = config.data.feature_views
+    facts = {"views": views, "precision": network.precision, "data": source.fingerprint}
+    if views > 1:
+        facts |= {"augment": asdict(config.augment), "seed": config.train.seed}
+        facts["decode"] = config.data.decode
+    body = network.locked["image"].body
+    model = _reference(config, towers, fingerprint(body, towers.preprocess))
+    return stored_features(folder, "image", model, facts, source.rows["key"], maker.encode)
+
+
+def _caption_features(
+    network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
+) -> CaptionFeatures:
+    """Of the captions of a source, each once."""
+    blank = tokenize("")[0]  # stands in where a process has no pair
+    captions = {_key(blank): blank}
+    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
+        texts = [text for some in batch["captions"] for text in some]
+        if config.data.long_captions == "split":
+            texts = [part for text in texts for part in split_caption(text)]
+        captions |= {_key(row): row for row in tokenize(texts, report=TruncationReport())}
+    rows = list(captions.values())
+
+    def encode(start: int) -> Iterator[Encoded]:
+        for at in tqdm(range(start, len(rows), BATCH), desc="locked text tower", disable=None):
+            tokens = torch.from_numpy(np.stack(rows[at : at + BATCH]))
+            features = network.features("text", tokens.to(network.scale.device))
+            yield features.cpu().numpy()[:, None], {}
+
+    model = _reference(config, towers, fingerprint(network.locked["text"].body, {}))
+    facts = {"precision": network.precision}
+    return CaptionFeatures(stored_features(folder, "text", model, facts, list(captions), encode))
+
+
+class _ImageMaker:
+    """Images of a table through the locked image tower, the next ones being read meanwhile."""
+
+    def __init__(
+        self, network: DualEncoder, towers: Towers, config: TrainConfig, source: Source
+    ) -> None:
+        self.network, self.config, self.source = network, config, source
+        self.size = towers.image_size
+        self.plain = preprocess = Preprocess.of(towers.preprocess)
+        self.augment = augmentation(config.augment, self.size, config.data.decode)
+        self.mean, self.std = (
+            255 * torch.tensor(values)[:, None, None]
+            for values in (preprocess.mean, preprocess.std)
+        )
+
+    def encode(self, start: int) -> Iterator[Encoded]:
+        """Features of the rows from ``start`` on, float32 [m, views, …], and what was bad."""
+        views, rows = self.config.data.feature_views, self.source.rows
+        rest = rows.select(range(start, len(rows)))
+        results = map_ordered(
+            self._read, rest, workers=worker_count(self.config.data.workers), ahead=2 * BATCH
+        )
+        with tqdm(total=len(rest), unit="img", desc="locked image tower", disable=None) as bar:
+            while some := list(islice(results, max(1, BATCH // views))):
+                bad = {key: found for key, found in some if isinstance(found, str)}
+                # A bad row goes through as zeros, so that every row keeps its place.
+                nothing = torch.zeros(views, 3, *self.size)
+                images = [nothing if isinstance(found, str) else found for _, found in some]
+                batch = torch.cat(images).to(self.network.scale.device)
+                features = self.network.features("image", batch).cpu().numpy()
+                yield features.reshape(len(some), views, *features.shape[1:]), bad
+                bar.update(len(some))
+
+    def _read(self, row: Row) -> tuple[str, Tensor | str]:
+        """A row's key and its views, float32 [views, 3, height, width], or why there are none."""
+        key = row["key"]
+        try:
+            image = row_image(row)
+        except ImageError as error:
+            return key, str(error)
+        views = [self.plain(image)]
+        for view in range(1, self.config.data.feature_views):
+            generator = random.Random(stable_hash(self.config.train.seed, view, key))
+            pixels = torch.tensor(self.augment(np.asarray(image), generator)).permute(2, 0, 1)
+            views.append((pixels - self.mean) / self.std)
+        return key, torch.stack(views)
+
+
+def _reference(config: TrainConfig, towers: Towers, body: str) -> ModelRef:
+    model = config.model
+    name = model.start or model.name or str(model.vision.get("timm_model_name", ""))
+    return ModelRef(name, model.image_weights, body, vector_dim(towers.clip))
+
+
+def _key(tokens: NDArray[np.int64]) -> str:
+    """A caption's tokens up to the end token, as text."""
+    return tokens[: tokens.argmax() + 1].astype("<u2").tobytes().hex()
+
+
+def lock_towers(config: ModelConfig, clip: Any) -> dict[str, LockedTower]:
+    """Freeze the towers that ``config.lock`` names: those parts whose weights were loaded.
+
+    Args:
+        config: which towers, and where their weights came from.
+        clip: the open_clip model.
+
+    Raises:
+        ConfigError: a tower with random weights is to be locked, or nothing is left to train.
+    """
+    if set(config.lock) == {"image", "text"}:
+        raise ConfigError("model.lock names both towers, which leaves nothing to train; name one")
+    locked = {}
+    if "text" in config.lock:
+        locked["text"] = LockedTower(_text_tower(config, clip), nn.Identity())
+    if "image" in config.lock:
+        locked["image"] = _image_tower(config, clip.visual)
+    for tower in locked.values():
+        tower.body.requires_grad_(False).eval()
+    return locked
+
+
+def _image_tower(config: ModelConfig, visual: Any) -> LockedTower:
+    if config.start:
+        return LockedTower(visual, nn.Identity())
+    if not config.image_weights:
+        raise _random_weights("image", "model.start or model.image_weights")
+    if visual.trunk.num_classes:  # its last layer stands for the projection
+        raise ConfigError(
+            "model.lock cannot part this image tower from its projection; set vision.timm_proj to "
+            '"linear" or "mlp"'
+        )
+    return LockedTower(visual.trunk, visual.head)
+
+
+def _text_tower(config: ModelConfig, clip: Any) -> nn.Module:
+    if not config.start:
+        raise _random_weights("text", "model.start")
+    if hasattr(clip, "text"):
+        return clip.text  # type: ignore[no-any-return]
+    # open_clip's CLIP holds the parts of its text tower itself.
+    tower = nn.Module()
+    for name in ("token_embedding", "positional_embedding", "transformer", "ln_final"):
+        setattr(tower, name, getattr(clip, name))
+    tower.text_projection = clip.text_projection
+    return tower
+
+
+def _random_weights(tower: str, fields: str) -> ConfigError:
+    return ConfigError(
+        f'model.lock names "{tower}", whose weights would stay random; set {fields}, or leave it '
+        "out"
+    )

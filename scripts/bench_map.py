@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from browser import chromium, missing  # noqa: E402
-
-from clipkit.index.projection import lay_out
-from clipkit.reports.map import Cluster, MapPage, render_map
+from clipkit.index.projection import lay_out  # noqa: E402
+from clipkit.reports.map import Cluster, MapPage, render_map  # noqa: E402
+from tests.helpers.browser import chromium, missing  # noqa: E402
 
 CLUSTERS = 24
 FILL_RECT = """() => {

@@ -138,8 +138,8 @@ async def connection(port: int, until: float, queries: Iterator[str], load: Load
         length = re.search(rb"content-length: (\d+)", head)
         body = await reader.readexactly(int(length[1])) if length else b""
         if not head.startswith(b"HTTP/1.1 200") or body.count(b'"rank"') != 60:
-            load_model.errors.append(f"{head[:40]!r} {body[:200]!r}")
-        load_model.times.append(time.perf_counter() - start)
+            load.errors.append(f"{head[:40]!r} {body[:200]!r}")
+        load.times.append(time.perf_counter() - start)
     writer.close()
 
 
@@ -149,16 +149,16 @@ async def watch(server: "subprocess.Popen[str]", until: float, load: Load) -> No
         while time.perf_counter() < min(until, start + STEP):
             seen.append(resident(server))
             await asyncio.sleep(LOOK)
-        load_model.memory.append((min(seen), max(seen)))
+        load.memory.append((min(seen), max(seen)))
 
 
 async def load_server(
     server: "subprocess.Popen[str]", port: int, count: int, seconds: float, queries: Iterator[str]
 ) -> Load:
-    load_model, until = Load(), time.perf_counter() + seconds
-    asking = (connection(port, until, queries, load_model) for _ in range(count))
-    await asyncio.gather(watch(server, until, load_model), *asking)
-    return load_model
+    load, until = Load(), time.perf_counter() + seconds
+    asking = (connection(port, until, queries, load) for _ in range(count))
+    await asyncio.gather(watch(server, until, load), *asking)
+    return load
 
 
 def distinct(seed: int) -> Iterator[str]:
@@ -193,16 +193,16 @@ def batches(port: int) -> tuple[float, float]:
 
 
 def report(name: str, load: Load, took: float, used: float, encoded: tuple[float, float]) -> None:
-    p50, p99 = np.percentile(load_model.times, [50, 99])
-    count, (captions, calls) = len(load_model.times), encoded
+    p50, p99 = np.percentile(load.times, [50, 99])
+    count, (captions, calls) = len(load.times), encoded
     print(f"{name}: {count} requests in {took:.1f} s")
     print(f"  requests/s        {count / took:.1f}")
     print(f"  p50, p99          {1000 * p50:.0f} ms, {1000 * p99:.0f} ms")
-    print(f"  errors            {len(load_model.errors)} {load_model.errors[:1] or ''}")
+    print(f"  errors            {len(load.errors)} {load.errors[:1] or ''}")
     print(f"  processor time    {1000 * used / count:.1f} ms a request")
     print(f"  captions encoded  {captions:.0f}, {captions / max(calls, 1):.1f} a call")
     # Work under way comes and goes; what is kept shows in the least.
-    shown = ", ".join(f"{least:.0f}-{most:.0f}" for least, most in load_model.memory)
+    shown = ", ".join(f"{least:.0f}-{most:.0f}" for least, most in load.memory)
     print(f"  resident          {shown} MiB, least and most in each {STEP:.0f} s", flush=True)
 
 
@@ -224,12 +224,12 @@ def main() -> None:
                     processor_seconds(server),
                     batches(port),
                 )
-                load_model = asyncio.run(
+                load = asyncio.run(
                     load_server(server, port, options.connections, options.seconds, queries)
                 )
                 took, used = time.perf_counter() - start, processor_seconds(server) - used
                 after = batches(port)
-                report(name, load_model, took, used, (after[0] - captions, after[1] - calls))
+                report(name, load, took, used, (after[0] - captions, after[1] - calls))
         finally:
             server.terminate()
             server.wait()

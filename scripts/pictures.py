@@ -18,15 +18,15 @@ from typing import Any
 from urllib.parse import urlencode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import pyarrow.parquet as pq  # noqa: E402
-from browser import chromium, missing  # noqa: E402
 
 import clipkit  # noqa: E402
-from clipkit.models.loading import load_model_ref
-from clipkit.tasks.index import calibrate_index
-from clipkit.tasks.map import draw_map
+from clipkit.models.loading import load_model_ref  # noqa: E402
+from clipkit.tasks.index import calibrate_index  # noqa: E402
+from clipkit.tasks.map import draw_map  # noqa: E402
+from tests.helpers.browser import chromium, missing  # noqa: E402
 
 LIMIT = 200_000  # bytes; what is kept under version control stays small
 

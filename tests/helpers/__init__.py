@@ -1,0 +1,1 @@
+"""What tests share: toys, builders, and programs that are run beside them."""

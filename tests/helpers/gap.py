@@ -1,0 +1,13 @@
+"""Made-up vectors with CLIP's gap, from the script of this name, in a size for tests."""
+
+import numpy as np
+
+from tests.helpers.scripts import script
+
+gap_vectors = script("gap_vectors")
+
+
+def gap(images, texts, dim=64, topics=40):
+    """Unit float32 image vectors and text vectors."""
+    world = gap_vectors.GapVectors(dim, topics)
+    return np.concatenate([*world.images(images)]), world.texts(texts)

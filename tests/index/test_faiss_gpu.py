@@ -1,0 +1,95 @@
+"""FAISS on a card: the same answers. What stands for a card here is a copy on the CPU."""
+
+import faiss
+import numpy as np
+import pytest
+
+from clipkit.index import faiss_gpu as device
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from tests.helpers.indexes import DIM, MODEL, QUERIES, make_store
+from tests.helpers.toys import unit_rows
+
+
+@pytest.fixture
+def fresh():
+    device.cards.cache_clear()
+    device._resources.cache_clear()
+    yield
+    device.cards.cache_clear()
+    device._resources.cache_clear()
+
+
+@pytest.fixture
+def card(fresh, monkeypatch):
+    """One card that is the CPU; the list takes the classes of what is copied to it."""
+    copied = []
+
+    def copy(resources, number, index):
+        index = faiss.downcast_index(index)
+        copied.append(type(index).__name__)
+        if isinstance(index, faiss.IndexHNSW):
+            raise RuntimeError("not implemented on GPU")
+        return faiss.clone_index(index)
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", copy, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    return copied
+
+
+@pytest.mark.parametrize("spec", ["Flat", "IVF8,Flat", "IVF8,SQ8", "HNSW8"])
+def test_answers_are_the_same_with_a_card(card, tmp_path, monkeypatch, spec):
+    store = make_store(tmp_path / "store", unit_rows(300, DIM))
+    queries = np.tile(QUERIES, (4, 1))
+    VectorIndex.build(store, tmp_path / "with", spec)
+    assert ("IndexFlatIP" in card or "IndexFlat" in card) == spec.startswith("IVF")  # its cells
+    with IndexWriter(tmp_path / "with") as writer:
+        writer.remove(store.keys[:5])
+        writer.commit()
+    card.clear()
+    index = VectorIndex.open(tmp_path / "with")
+    few = index.search(queries[:20], 5)
+    assert not card  # not for so few queries
+    many = index.search(queries, 5)
+    assert card
+    monkeypatch.setattr(device, "cards", lambda: 0)
+    assert VectorIndex.open(tmp_path / "with").search(queries, 5) == many
+    assert many[:20] == few
+    VectorIndex.build(store, tmp_path / "without", spec)
+    with IndexWriter(tmp_path / "without") as writer:
+        writer.remove(store.keys[:5])
+        assert writer.commit().search(queries, 5) == many
+
+
+def test_without_a_card_nothing_is_copied(fresh):
+    if hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("this FAISS knows cards")
+    assert device.cards() == 0
+    assert device.to_card(faiss.IndexFlatIP(3)) is None
+
+
+def test_a_package_that_is_covered_up_is_told(fresh, monkeypatch, capsys):
+    monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
+    monkeypatch.setattr(device, "version", lambda name: "1.15.1")
+    assert device.cards() == 0
+    assert "--force-reinstall --no-deps faiss-gpu" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["Flat", "IVF64,Flat", "IVF64,SQ8", "IVF64,PQ8x8", "HNSW16"])
+def test_a_real_card_answers_as_the_cpu(tmp_path, monkeypatch, spec):
+    if not device.cards():
+        pytest.skip("FAISS has no card here")
+    store = make_store(tmp_path / "store", unit_rows(20_000, DIM))
+    built = VectorIndex.build(store, tmp_path / "index", spec)
+    queries = unit_rows(200, DIM, seed=2)
+    on_card = built.search(queries, 10)
+    monkeypatch.setattr(device, "cards", lambda: 0)
+    on_cpu = VectorIndex.open(tmp_path / "index").search(queries, 10)
+    same = [
+        len({h.key for h in a} & {h.key for h in b}) / 10
+        for a, b in zip(on_card, on_cpu, strict=True)
+    ]
+    assert np.mean(same) > 0.99
+    assert built.model == MODEL

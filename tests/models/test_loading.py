@@ -1,0 +1,223 @@
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip import pretrained
+from PIL import Image
+from safetensors.torch import save_file
+
+import clipkit
+from clipkit.config import parse_config
+from clipkit.errors import ModelError, ModelMismatchError
+from clipkit.models.dual_encoder import why_unsuitable
+from clipkit.models.loading import load_model, load_model_ref, resolve
+from clipkit.training.build import build_towers
+from tests.helpers.models import tiny_model
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """A tiny model that open_clip knows by name, and its weights on disk."""
+    towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=0)
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(towers.model_config))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    monkeypatch.setattr(
+        open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS)
+    )
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    weights = tmp_path / "weights.safetensors"
+    save_file(towers.clip.state_dict(), weights)
+    return towers, weights
+
+
+def picture(seed=0):
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 255, (50, 70, 3), np.uint8))
+
+
+def test_weights_on_disk_give_open_clips_vectors(named):
+    _, weights = named
+    encoder = load_model(f"tiny-clip/{weights}")
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        "tiny-clip", pretrained=str(weights)
+    )
+    model.eval()
+    with torch.no_grad():
+        wanted = model.encode_image(preprocess(picture())[None], normalize=True)
+        tokens = open_clip.SimpleTokenizer()(["a dog", "a much longer caption of a dog", ""])
+        texts = model.encode_text(tokens, normalize=True)
+    np.testing.assert_allclose(encoder.encode_images([picture()]), wanted, atol=1e-6)
+    found = encoder.encode_text(["a dog", "a much longer caption of a dog", ""])
+    np.testing.assert_allclose(found, texts, atol=1e-6)
+    assert found.dtype == np.float32
+    assert encoder.dim == 32
+
+
+def test_batches_of_any_size_give_the_same_vectors(tiny_checkpoint):
+    encoder = load_model(tiny_checkpoint)
+    captions = ["a dog", "two dogs on a beach at night, seen from far above", "", "cat"] * 5
+    images = [picture(seed) for seed in range(9)]
+    for size in (1, 4, 100):
+        np.testing.assert_allclose(
+            encoder.encode_text(captions, size), encoder.encode_text(captions), atol=1e-6
+        )
+        np.testing.assert_allclose(
+            encoder.encode_images(images, size), encoder.encode_images(images), atol=1e-6
+        )
+    lengths = np.linalg.norm(encoder.encode_images(images), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)
+    assert encoder.encode_text([]).shape == (0, 32)
+    assert encoder.encode_images([]).shape == (0, 32)
+
+
+def test_text_trimmed_to_the_batch_equals_the_full_context(tiny_checkpoint):
+    encoder = load_model(tiny_checkpoint)
+    # "!" before another sign has the id of padding, 0.
+    odd = ["!€ what", "", "two <end_of_text> words", "a red bicycle at the sea", "word " * 75]
+    texts = odd + [f"{'very ' * (number % 20)}long caption {number}" for number in range(120)]
+    tokens = torch.from_numpy(clipkit.tokenize(texts))
+    assert 0 in tokens[0, : int(tokens[0].argmax())].tolist()
+    with torch.no_grad():
+        whole = encoder.network.clip.encode_text(tokens, normalize=True)
+        trimmed = encoder.network.encode_tokens(tokens)
+    torch.testing.assert_close(trimmed, whole, atol=1e-6, rtol=0)
+
+
+def test_the_fingerprint_covers_what_decides_a_vector(named, tmp_path):
+    towers, weights = named
+    first = load_model(f"tiny-clip/{weights}").model
+    assert load_model(f"tiny-clip/{weights}").model.fingerprint == first.fingerprint
+    quick = json.loads((tmp_path / "tiny-clip.json").read_text()) | {"quick_gelu": True}
+    wide = json.loads((tmp_path / "tiny-clip.json").read_text())
+    wide["text_cfg"]["heads"] = 4
+    changed = dict(towers.clip.state_dict())
+    changed["text_projection"] = changed["text_projection"] + 1e-4
+    variants = {}
+    for name, settings, tensors, mean in (
+        ("same", towers.model_config, towers.clip.state_dict(), None),
+        ("activation", quick, towers.clip.state_dict(), None),
+        ("heads", wide, towers.clip.state_dict(), None),
+        ("weights", towers.model_config, changed, None),
+        ("preprocessing", towers.model_config, towers.clip.state_dict(), [0.5, 0.5, 0.5]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        preprocess = {"mean": mean} if mean else {}
+        config = {"model_cfg": settings, "preprocess_cfg": preprocess}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "open_clip_model.safetensors")
+        variants[name] = load_model(folder).model.fingerprint
+    assert variants.pop("same") == first.fingerprint
+    assert len({first.fingerprint, *variants.values()}) == 5
+
+
+def test_the_activation_follows_the_tag(named, monkeypatch):
+    _, weights = named
+    tags = {"plain": {"file": str(weights)}, "quick": {"file": str(weights), "quick_gelu": True}}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-clip", tags)
+    kinds = {
+        tag: {type(module).__name__ for module in load_model(f"tiny-clip/{tag}").network.modules()}
+        for tag in tags
+    }
+    assert "QuickGELU" in kinds["quick"]
+    assert "QuickGELU" not in kinds["plain"]
+
+
+def test_a_model_that_changed_behind_an_artifact_is_refused(tiny_checkpoint):
+    reference = load_model(tiny_checkpoint).model
+    assert load_model_ref(reference).model == reference
+    changed = clipkit.ModelRef(reference.name, "", "0" * 64, reference.dim)
+    with pytest.raises(ModelMismatchError, match="put the model back"):
+        load_model_ref(changed)
+
+
+def test_openais_spelling_of_names():
+    assert resolve("ViT-B/32/openai") == ("ViT-B-32", "openai")
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("ViT-B-33/x", "did you mean ViT-B-32"),
+        ("ViT-B-32", "names no weights"),
+        ("ViT-B-32/laion", "neither a file nor a tag of ViT-B-32; its tags: openai"),
+        ("ViT-B-16-SigLIP/webli", "its tokenizer is timm/ViT-B-16-SigLIP"),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", "another text tower"),
+        ("roberta-ViT-B-32/laion2b_s12b_b32k", "Hugging Face model roberta-base"),
+        ("no/such/folder", "no directory"),
+    ],
+)
+def test_unsuitable_models_are_refused_at_once(model, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        load_model(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, None),
+        ({"context_length": 77, "vocab_size": 49408}, None),
+        ({"context_length": 64}, "its context is 64 tokens, CLIP's is 77"),
+        ({"vocab_size": 32000}, "its vocabulary has 32000 entries"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "cleans text by 'canonicalize'"),
+    ],
+)
+def test_why_a_text_tower_is_unsuitable(settings, reason):
+    found = why_unsuitable(settings)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32/laion2b_s34b_b79k", "hf-hub:org/name"])
+def test_offline_is_one_sentence(model, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
+    with pytest.raises(ModelError, match="not in the local cache and the hub was not reached"):
+        load_model(model)
+
+
+def test_weights_that_do_not_fit_or_are_no_weights(named, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"text_projection": torch.zeros(3, 3)}, other)
+    with pytest.raises(ModelError, match="do not fit the model"):
+        load_model(f"tiny-clip/{other}")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(ModelError, match="do not fit the model"):
+        load_model(f"tiny-clip/{tmp_path / 'torn.safetensors'}")
+
+
+def test_a_pickle_that_runs_code_is_not_opened(named, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match="would run code"):
+        load_model(f"tiny-clip/{tmp_path / 'evil.pt'}")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_directories_without_a_model(tmp_path):
+    with pytest.raises(ModelError, match="holds nothing of clipkit's"):
+        load_model(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(ModelError, match="a run without a finished checkpoint"):
+        load_model(tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "open_clip_config.json").write_text("{")
+    with pytest.raises(ModelError, match="open_clip_config.json cannot be read"):
+        load_model(broken)
+
+
+def test_a_configuration_without_weights_is_refused(named, tmp_path):
+    towers, _ = named
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    config = {"model_cfg": towers.model_config, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no weights"):
+        load_model(folder)

@@ -1,0 +1,383 @@
+"""The HTTP API against what the same searches give in Python."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkit.artifacts import MANIFEST
+from clipkit.classifiers.zero_shot import ZeroShotClassifier
+from clipkit.data.labels import parse_label
+from clipkit.index.calibration import Calibration
+from clipkit.index.hits import MINUS
+from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
+from clipkit.tasks.embed import embed
+from clipkit.tasks.index import build_index
+from clipkit.tasks.search import Searcher
+from clipkit.web import batching as vectors
+from clipkit.web.collection import Collection
+from clipkit.web.security import RequestError
+from tests.helpers.toys import COLOURS, png, soft, square, write_squares
+from tests.helpers.web_toys import ServedEncoder, build, client, keys, scores
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("web"))
+
+
+@pytest.fixture
+def ask(index):
+    with client(index) as asking:
+        yield asking
+
+
+@pytest.fixture
+def searcher(index):
+    return Searcher(VectorIndex.open(index), ServedEncoder())
+
+
+def vector(colour):
+    found = np.array(COLOURS[colour]) / 255 - 0.5
+    return found / np.linalg.norm(found)
+
+
+def test_words_find_what_a_searcher_finds(ask, searcher):
+    answer = ask.get("/search", params={"q": "a red square", "limit": 5})
+    expected = searcher.by_caption("a red square", k=5)
+    assert keys(answer) == [hit.key for hit in expected]
+    np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-6)
+    body = answer.json()
+    assert (body["total"], body["notes"], body["matched"], body["image"]) == (24, [], None, None)
+    first = body["hits"][0]
+    assert (first["rank"], first["label"], first["more"]) == (1, "red", {"folder": "red"})
+    assert first["probability"] is None
+
+
+def test_a_picture_is_sent_and_then_known_by_name(ask, searcher, index):
+    data = png(square("blue", 30))
+    answer = ask.post("/search", content=data, params={"limit": 4})
+    expected = searcher.by_image(square("blue", 30), k=4)
+    assert keys(answer) == [hit.key for hit in expected]
+    np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-6)
+    name = answer.json()["image"]
+    again = ask.get("/search", params={"image": name, "limit": 4})
+    assert again.json()["hits"] == answer.json()["hits"]
+    assert ask.get(f"/sent/{name}").headers["content-type"] == "image/jpeg"
+
+    both = ask.post("/search", content=data, params={"q": "red", "limit": 24})
+    found = searcher.search(caption="red", image=square("blue", 30), k=24)
+    np.testing.assert_allclose(scores(both), [hit.score for hit in found], atol=1e-6)
+    assert ask.get("/search", params={"image": "0" * 32}).status_code == 404
+
+
+def test_words_are_taken_away(ask):
+    answer = ask.get("/search", params={"q": "yellow", "minus": ["red", " "], "limit": 24})
+    query = vector("yellow") - MINUS * vector("red")
+    squares = {key: vector(key.split("/")[0]) for key in keys(answer) if key.endswith("-0.png")}
+    by_key = dict(zip(keys(answer), scores(answer), strict=True))
+    for key, of_it in squares.items():
+        assert by_key[key] == pytest.approx(query @ of_it / np.linalg.norm(query), abs=1e-6)
+
+
+@pytest.fixture
+def calibrated(tmp_path):
+    """An index whose scores are probabilities: above 0.5 from a margin of 0.6 on."""
+    path = build(tmp_path)
+    index = VectorIndex.open(path)
+    background = np.mean([index_vector for index_vector, _ in index.shards()], axis=(0, 1))
+    calibration = Calibration(background, (10.0, -6.0), 0.9, 0.05, 100, "captions")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["detail"]["calibration"] = calibration.to_dict()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def test_hits_of_words_have_a_probability_and_no_good_match_is_said(calibrated, monkeypatch):
+    searcher = Searcher(VectorIndex.open(calibrated), ServedEncoder())
+    with client(calibrated) as ask:
+        assert ask.get("/info").json()["calibrated"] is True
+        for offset in (0, 5):
+            body = ask.get("/search", params={"q": "red", "offset": offset, "limit": 5}).json()
+            expected = [hit.probability for hit in searcher.by_caption("red", k=24)]
+            found = [hit["probability"] for hit in body["hits"]]
+            np.testing.assert_allclose(found, expected[offset : offset + 5], atol=1e-6)
+            assert body["matched"] is True
+        monkeypatch.setattr("clipkit.web.service.GOOD", 0.999)
+        assert ask.get("/search", params={"q": "red"}).json()["matched"] is False
+        for other in ({"like": "red/red-0.png"}, {"q": "red", "minus": "blue"}, {}):
+            body = ask.get("/search", params=other).json()
+            assert (body["matched"], body["hits"][0]["probability"]) == (None, None)
+
+
+def test_opposites_are_refused(ask):
+    answer = ask.post("/search", content=png(square("cyan")), params={"q": "red"})
+    assert answer.status_code == 422
+    assert "opposites" in answer.json()["detail"]
+
+
+def test_more_like_this_leaves_itself_out(ask, searcher):
+    key = "green/green-1.png"
+    found = searcher.by_image(square("green", 10), k=6)
+    expected = [hit.key for hit in found if hit.key != key][:5]
+    assert keys(ask.get(f"/similar/{key}", params={"limit": 5})) == expected
+    assert keys(ask.get("/search", params={"like": key, "limit": 5})) == expected
+    away = ask.get("/search", params={"q": "red", "unlike": "yellow/yellow-0.png", "limit": 24})
+    taken = ask.get("/search", params={"q": "red", "minus": "yellow", "limit": 24})
+    np.testing.assert_allclose(scores(away), scores(taken), atol=1e-6)
+    assert ask.get("/similar/nothing.png").status_code == 404
+
+
+def test_an_index_that_keeps_no_vectors_has_its_pictures_encoded_again(ask, monkeypatch):
+    held = ask.get("/similar/blue/blue-1.png").json()["hits"]
+    monkeypatch.setattr(Collection, "vector", lambda self, key: None)
+    again = ask.get("/similar/blue/blue-1.png").json()["hits"]
+    assert [hit["key"] for hit in again] == [hit["key"] for hit in held]
+    np.testing.assert_allclose([h["score"] for h in again], [h["score"] for h in held], atol=1e-6)
+
+
+def test_vectors_are_those_of_their_keys_in_an_index_of_several_parts(tmp_path):
+    index = build(tmp_path)
+    write_squares(tmp_path / "more", per_colour=4)
+    store = embed(tmp_path / "more", tmp_path / "store", ServedEncoder())
+    new = [f"{colour}/{colour}-3.png" for colour in COLOURS]
+    rows = [store.keys.index(key) for key in new]
+    with IndexWriter(index) as writer:
+        writer.append(store.vectors()[rows], store.records().take(rows))
+        writer.commit()
+        writer.remove(["red/red-0.png", "green/green-1.png", "blue/blue-3.png"])
+        writer.commit()
+    collection = Collection(VectorIndex.open(index), ServedEncoder())
+    assert len(collection.index.segments) == 2
+    vectors = dict(zip(store.keys, store.vectors(), strict=True))
+    assert len(collection.keys) == 29
+    for key in collection.keys:
+        np.testing.assert_array_equal(collection.vector(key), vectors[key])
+    with pytest.raises(RequestError, match="no picture of this key"):
+        collection.vector("red/red-0.png")
+
+
+def test_without_a_query_pictures_are_listed(ask, searcher):
+    answer = ask.get("/search", params={"offset": 5, "limit": 4})
+    assert keys(answer) == searcher.index.keys[5:9]
+    assert [hit["score"] for hit in answer.json()["hits"]] == [None] * 4
+    assert [hit["rank"] for hit in answer.json()["hits"]] == [6, 7, 8, 9]
+
+
+def test_pages_put_together_are_the_whole(ask):
+    whole = ask.get("/search", params={"q": "cyan", "limit": 24})
+    parts = [
+        hit
+        for offset in (0, 7, 14, 21)
+        for hit in ask.get("/search", params={"q": "cyan", "offset": offset, "limit": 7}).json()[
+            "hits"
+        ]
+    ]
+    assert parts == whole.json()["hits"]
+    assert keys(ask.get("/search", params={"q": "cyan", "offset": 24})) == []
+
+
+@pytest.mark.parametrize("query", [{}, {"q": "magenta"}])
+@pytest.mark.parametrize(
+    ("where", "meant"),
+    [
+        (["label=red"], {"red"}),
+        (["label=red", "folder=blue", "label=blue"], {"blue"}),
+        (["label=red", "label=green"], {"red", "green"}),
+        (["folder!=red"], set(COLOURS) - {"red"}),
+        (["label~E", "label~l"], {"yellow", "blue"}),
+        (["label="], set()),
+        (["label>m"], {"magenta", "red", "yellow", "white"}),
+    ],
+    ids=lambda given: " ".join(sorted(given)),
+)
+def test_conditions_choose_rows_and_keep_the_order(ask, query, where, meant):
+    everything = ask.get("/search", params={**query, "limit": 24})
+    answer = ask.get("/search", params={**query, "where": where, "limit": 24})
+    expected = [key for key in keys(everything) if key.split("/")[0] in meant]
+    if not query:
+        expected.sort(key=keys(everything).index)
+    assert keys(answer) == expected
+    assert answer.json()["total"] == len(expected)
+    few = ask.get("/search", params={**query, "where": where, "limit": 2})
+    assert keys(few) == expected[:2]
+
+
+def test_few_rows_among_many_are_found_by_asking_for_more(index):
+    collection = Collection(VectorIndex.open(index), ServedEncoder())
+    queries = np.stack([vector("red"), vector("blue")]).astype(np.float32)
+    everything = collection.search(queries, 24)
+    for meant in (["white"], ["black", "cyan"], [], list(COLOURS)):
+        rows = np.array([key.split("/")[0] in meant for key in collection.keys])
+        for k in (1, 4):
+            found = collection.search(queries, k, rows)
+            expected = [
+                [hit for hit in hits if hit.key.split("/")[0] in meant][:k] for hits in everything
+            ]
+            assert [[h.score for h in hits] for hits in found] == [
+                [h.score for h in hits] for hits in expected
+            ]
+            assert all(rows[collection.rows[hit.key]] for hits in found for hit in hits)
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("labl=red", "did you mean label?"),
+        ("year=2020", "there are: label, folder"),
+        ("label", "expected COLUMN=VALUE"),
+        ("__import__('os').system('id')=1", "no column"),
+    ],
+)
+def test_conditions_that_mean_nothing_are_refused(ask, where, sentence):
+    answer = ask.get("/search", params={"where": where})
+    assert answer.status_code == 422
+    assert sentence in answer.json()["detail"]
+
+
+def test_many_requests_at_a_time_share_calls_and_get_their_own_answers(index):
+    encoder = ServedEncoder()
+    with client(index, encoder=encoder) as ask, ThreadPoolExecutor(24) as pool:
+        alone = {c: ask.get("/search", params={"q": c, "limit": 24}).json() for c in COLOURS}
+        assert len(encoder.calls) == len(COLOURS)
+        encoder.calls.clear()
+        queries = [f"a {colour} square {n}" for colour in COLOURS for n in range(3)]
+        encoder.gate.clear()
+        asked = [pool.submit(ask.get, "/search", params={"q": q, "limit": 24}) for q in queries]
+        threading.Timer(0.5, encoder.gate.set).start()
+        answers = [one.result() for one in asked]
+        assert sorted(text for call in encoder.calls for text in call) == sorted(queries)
+        assert len(encoder.calls) <= 6  # 24 where each had its own
+        for query, answer in zip(queries, answers, strict=True):
+            assert answer.json()["hits"] == alone[query.split()[1]]["hits"]
+        text = ask.get("/metrics").text
+    assert 'clipkit_requests_total{route="/search",status="200"} 32.0' in text
+    assert f"clipkit_encoder_batch_size_count {len(COLOURS) + len(encoder.calls)}.0" in text
+    assert "clipkit_index_pictures 24.0" in text
+
+
+def test_a_caption_is_encoded_once(index):
+    encoder = ServedEncoder()
+    with client(index, encoder=encoder) as ask:
+        first = ask.get("/search", params={"q": "red"}).json()["hits"]
+        assert ask.get("/search", params={"q": "red", "offset": 0}).json()["hits"] == first
+    assert encoder.calls == [["red"]]
+
+
+def test_a_caption_that_is_being_encoded_is_not_encoded_again(index):
+    encoder = ServedEncoder()
+    with client(index, encoder=encoder) as ask, ThreadPoolExecutor(12) as pool:
+        encoder.gate.clear()
+        first = pool.submit(ask.get, "/search", params={"q": "red"})
+        while not encoder.calls:
+            time.sleep(0.01)
+        others = ["red", "blue"] * 5
+        asked = [pool.submit(ask.get, "/search", params={"q": text}) for text in others]
+        threading.Timer(0.3, encoder.gate.set).start()
+        answers = [one.result().json()["hits"] for one in asked]
+        assert first.result().json()["hits"] == answers[0]
+        assert all(hits == answers[n % 2] for n, hits in enumerate(answers))
+    assert encoder.calls == [["red"], ["blue"]]
+
+
+def test_no_more_captions_are_kept_than_meant(index, monkeypatch):
+    monkeypatch.setattr(vectors, "CAPTIONS_KEPT", 2)
+    encoder = ServedEncoder()
+    with client(index, encoder=encoder) as ask:
+        for text in ("red", "blue", "red", "green", "red", "blue"):
+            ask.get("/search", params={"q": text})
+    assert encoder.calls == [["red"], ["blue"], ["green"], ["blue"]]
+
+
+def test_classification_is_that_of_the_classifier(ask, index):
+    encoder, labels = ServedEncoder(), ["red", "green", "blue"]
+    name = ask.post("/search", content=png(square("blue")), params={"limit": 1}).json()["image"]
+    chosen = ["red/red-1.png", "green/green-0.png"]
+    for templates in ([], ["a {} thing"]):
+        asked = {"labels": labels, "keys": chosen, "image": name, "templates": templates}
+        answer = ask.post("/classify", json=asked).json()
+        extra = {"templates": templates} if templates else {}
+        classifier = ZeroShotClassifier.from_labels(encoder, labels, **extra)
+        vectors = encoder.encode_images([square("blue"), square("red", 10), square("green")])
+        expected = classifier.probabilities(vectors)
+        assert [one["key"] for one in answer["pictures"]] == [None, *chosen]
+        found = [one["probabilities"] for one in answer["pictures"]]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert answer["labels"] == labels
+
+
+def test_labels_may_have_synonyms(ask):
+    labels = ["warm: red, yellow", "cold:  blue ; cyan"]
+    answer = ask.post("/classify", json={"labels": labels, "keys": ["cyan/cyan-0.png"]}).json()
+    assert answer["labels"] == ["warm", "cold"]
+    parsed = [parse_label(label) for label in labels]
+    classifier = ZeroShotClassifier.from_labels(ServedEncoder(), parsed)
+    expected = classifier.probabilities(vector("cyan").astype(np.float32)[None])
+    np.testing.assert_allclose([answer["pictures"][0]["probabilities"]], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"labels": ["a", "A"], "keys": ["red/red-0.png"]}, "twice"),
+        ({"labels": ["a", ""], "keys": ["red/red-0.png"]}, "empty label"),
+        ({"labels": ["a"], "keys": ["red/red-0.png"]}, "at least 2"),
+        ({"labels": ["a", "b"]}, "no picture to classify"),
+        ({"labels": ["a", "b"], "keys": ["red/red-0.png"], "templates": ["x"]}, "has no slot"),
+        ({"labels": ["a", "b"], "keys": ["x"], "more": 1}, "Extra inputs"),
+        (
+            {"labels": [str(n) for n in range(200)], "keys": ["x"], "templates": ["{}"] * 4},
+            "at most 600",
+        ),
+    ],
+)
+def test_classifications_without_meaning_are_refused(ask, asked, sentence):
+    answer = ask.post("/classify", json=asked)
+    assert answer.status_code == 422
+    assert sentence in answer.json()["detail"]
+
+
+def test_what_is_served_is_told(ask, index):
+    info = ask.get("/info").json()
+    assert (info["name"], info["count"], info["spec"]) == ("index", 24, "Flat")
+    assert info["model"].startswith("colours/toy")
+    assert info["missing"] is None
+    label, folder = info["columns"]
+    assert (label["name"], label["kind"], folder["name"]) == ("label", "text", "folder")
+    assert label["values"] == [[colour, 3] for colour in sorted(COLOURS)]
+    assert ask.get("/health").json() == {"status": "ok"}
+    schema = ask.get("/openapi.json").json()
+    assert {"/search", "/classify", "/similar/{key}", "/image/{key}", "/thumb/{key}"} <= set(
+        schema["paths"]
+    )
+
+
+def test_a_query_of_a_thousand_words_says_what_is_not_read(ask):
+    answer = ask.get("/search", params={"q": "red " + "word " * 1000, "limit": 3})
+    assert [key.split("/")[0] for key in keys(answer)] == ["red"] * 3
+    (note,) = answer.json()["notes"]
+    assert note.startswith("The words after the first 75 tokens are not read: word word")
+    assert ask.get("/search", params={"q": "a" * 10_001}).status_code == 422
+
+
+def test_a_picture_is_read_as_those_of_the_index_were(tmp_path):
+    write_squares(tmp_path / "photos")
+    photo = Image.fromarray(soft(160, 120))
+    photo.save(tmp_path / "photos" / "photo.jpg")
+    photo.rotate(90, expand=True).save(tmp_path / "other.jpg")
+    for decode in ("exact", "fast"):
+        index = build_index(
+            tmp_path / "photos", tmp_path / decode, load=ServedEncoder, decode=decode
+        )
+        searcher = Searcher(VectorIndex.open(index.path), ServedEncoder())
+        with client(index.path) as ask:
+            data = (tmp_path / "other.jpg").read_bytes()
+            answer = ask.post("/search", content=data, params={"limit": 17})
+            expected = searcher.by_image(tmp_path / "other.jpg", k=17)
+            assert keys(answer) == [hit.key for hit in expected]
+            np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-6)

@@ -28,12 +28,14 @@ _HOMES = {
     "check_index": "clipkit.tasks.check_index",
     "classify": "clipkit.tasks.classify",
     "compact_index": "clipkit.tasks.index",
+    "config_fields": "clipkit.tasks.config",
     "draw_map": "clipkit.tasks.map",
     "embed": "clipkit.tasks.embed",
     "evaluate_retrieval": "clipkit.tasks.evaluate",
     "evaluate_zero_shot": "clipkit.tasks.evaluate",
     "find_images": "clipkit.data.images",
     "info_nce": "clipkit.training.loss",
+    "init_config": "clipkit.tasks.config",
     "load_model": "clipkit.models.loading",
     "merge_indexes": "clipkit.index.merge",
     "open_source": "clipkit.data.open_source",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from clipkit.tasks.check_data import check_data as check_data
     from clipkit.tasks.check_index import check_index as check_index
     from clipkit.tasks.classify import classify as classify
+    from clipkit.tasks.config import config_fields as config_fields
+    from clipkit.tasks.config import init_config as init_config
     from clipkit.tasks.embed import embed as embed
     from clipkit.tasks.evaluate import evaluate_retrieval as evaluate_retrieval
     from clipkit.tasks.evaluate import evaluate_zero_shot as evaluate_zero_shot

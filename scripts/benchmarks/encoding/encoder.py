@@ -1,11 +1,11 @@
-"""Tokenizer, captions and images against open_clip's own, in turn, on the same weights.
+"""Tokenizer, text encoding and image encoding: clipkit and open_clip with the same weights.
 
-python scripts/bench_encoder.py ../shared/data/flickr8k-224-dev.parquet
-python scripts/bench_encoder.py PAIRS --only images --weights lite2.safetensors
+    python -m scripts.benchmarks.encoding.encoder PAIRS.parquet
+    python -m scripts.benchmarks.encoding.encoder PAIRS.parquet --only images --weights WEIGHTS
 
-Weights of ViT-B-32 are random: there are none of it without the hub. For a convolutional tower,
-`--weights` names those of EfficientNet-Lite2 that scripts/recipes/efficientnet_weights.py makes;
-vectors of real photos then differ as much as those of a trained model.
+The ViT-B-32 has random weights, so that nothing is downloaded. `--weights` adds a convolutional
+tower, an EfficientNet-Lite2 with the weights that scripts/recipes/efficientnet_weights.py writes;
+its vectors of real photos vary as much as those of a trained model.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import open_clip
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from measuring import Times, image_flops, in_turn, matrix_peaks, share_of_peak, spread
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -36,6 +35,8 @@ from clipkit.models.checkpoint import vector_dim
 from clipkit.models.encoder import Encoder
 from clipkit.models.inference_precision import prepare
 from clipkit.training.build import build_towers
+from scripts.benchmarks.common.flops import image_flops, matrix_peaks, share_of_peak
+from scripts.benchmarks.common.timing import Times, alternate, ratios, spread
 
 MODEL = "ViT-B-32"
 CONVOLUTIONAL = {
@@ -51,34 +52,33 @@ CONVOLUTIONAL = {
 
 
 def show(times: Times, items: int, unit: str, peer: str = "open_clip") -> None:
-    """What each does in a second, and how many times as fast as the peer it is."""
+    """Print the rate of each contender and its speed relative to the peer."""
     for name, seconds in times.items():
-        ratios = [theirs / ours for theirs, ours in zip(times[peer], seconds, strict=True)]
         rate = items / statistics.median(seconds)
-        beside = "" if name == peer else f"  {spread(ratios)} times {peer}"
+        beside = "" if name == peer else f"  {spread(ratios(times[peer], seconds))} times {peer}"
         print(f"  {name:24} {rate:10.1f} {unit}/s{beside}")
 
 
 MANY = 20
-"""How often the captions are read by two processes, beside which handing out work is little."""
+"""Repetitions of the captions for two processes, so that dispatching the work costs little."""
 halves: list[list[str]] = []
 
 
 def tokenize_half(number: int) -> int:
-    """What a worker does; it was forked with the captions and the words in its memory."""
+    """The work of one process, forked with the captions and cached words in memory."""
     return len(tokenizer.tokenize(halves[number]))
 
 
 def bench_tokenizer(captions: list[str], rounds: int) -> None:
-    """One thread each, with nothing remembered and with the words of the first pass, and two.
+    """Compare the tokenizers with an empty cache and a warm one, on one and two threads.
 
-    Two processes each read half of the captions, as the workers of a loader do.
+    Also with two processes, each with half of the captions, like the workers of a loader.
     """
     print(f"tokenizer, {len(captions)} captions")
-    known = open_clip.SimpleTokenizer()
-    known(captions)
+    warm = open_clip.SimpleTokenizer()
+    warm(captions)
 
-    def ours_afresh() -> None:
+    def ours_cold() -> None:
         tokenizer._chunks.clear()
         tokenizer.tokenize(captions)
 
@@ -88,14 +88,14 @@ def bench_tokenizer(captions: list[str], rounds: int) -> None:
             list(pool.map(tokenize, (captions[:half], captions[half:])))
 
     runs: dict[str, Callable[[], Any]] = {
-        "open_clip": lambda: known(captions),
-        "open_clip, new words": lambda: open_clip.SimpleTokenizer()(captions),
-        "clipkit, new words": ours_afresh,
+        "open_clip": lambda: warm(captions),
+        "open_clip, empty cache": lambda: open_clip.SimpleTokenizer()(captions),
+        "clipkit, empty cache": ours_cold,
         "clipkit": lambda: tokenizer.tokenize(captions),
         "clipkit, two threads": lambda: on_two(tokenizer.tokenize),
-        "open_clip, two threads": lambda: on_two(known),
+        "open_clip, two threads": lambda: on_two(warm),
     }
-    show(in_turn(runs, rounds), len(captions), "captions")
+    show(alternate(runs, rounds), len(captions), "captions")
     many = captions * MANY
     halves[:] = many[::2], many[1::2]
     with multiprocessing.get_context("fork").Pool(2) as workers:
@@ -103,23 +103,23 @@ def bench_tokenizer(captions: list[str], rounds: int) -> None:
             "one process": lambda: tokenizer.tokenize(many),
             "two processes": lambda: workers.map(tokenize_half, (0, 1), 1),
         }
-        show(in_turn(runs, rounds), len(many), "captions", "one process")
+        show(alternate(runs, rounds), len(many), "captions", "one process")
 
 
 def encoder(clip: Any, precision: Any) -> Encoder:
-    """Our encoder of a copy of open_clip's model."""
+    """A clipkit encoder of a copy of an open_clip model."""
     network = prepare(deepcopy(clip), precision, torch.device("cpu"))
     model = ModelRef("benchmark", "", "", vector_dim(clip), network.precision)
     return Encoder(network, model, lambda image: image)
 
 
 def bench_captions(clip: Any, captions: list[str], count: int, rounds: int) -> None:
-    """Captions of 8 to 24 tokens, each different."""
+    """Compare text encoding on distinct captions of 8 to 24 tokens."""
     lengths = (tokenizer.tokenize(captions).argmax(axis=1) + 1).tolist()
     fitting = [c for c, n in zip(captions, lengths, strict=True) if 8 <= n <= 24]
-    chosen = list(dict.fromkeys(fitting))[:count]
-    tokens = open_clip.SimpleTokenizer()(chosen)
-    print(f"captions, {MODEL}, {len(chosen)} of 8 to 24 tokens")
+    texts = list(dict.fromkeys(fitting))[:count]
+    tokens = open_clip.SimpleTokenizer()(texts)
+    print(f"captions, {MODEL}, {len(texts)} of 8 to 24 tokens")
     encoders = {name: encoder(clip, name) for name in ("fp32", "auto")}
 
     def theirs() -> Tensor:
@@ -129,11 +129,11 @@ def bench_captions(clip: Any, captions: list[str], count: int, rounds: int) -> N
 
     runs: dict[str, Callable[[], Any]] = {"open_clip": theirs}
     for name, ours in encoders.items():
-        # Words as they come: the tokenizer's share is in ours.
-        runs[_label(name, ours, "text")] = lambda ours=ours: ours.encode_text(chosen)
-    show(in_turn(runs, rounds), len(chosen), "captions")
+        # clipkit starts from strings, so its time includes the tokenizer.
+        runs[_label(name, ours, "text")] = lambda ours=ours: ours.encode_text(texts)
+    show(alternate(runs, rounds), len(texts), "captions")
     for name, ours in encoders.items():
-        compare(_label(name, ours, "text"), ours.encode_text(chosen), theirs())
+        compare(_label(name, ours, "text"), ours.encode_text(texts), theirs())
 
 
 def _label(asked: str, encoder: Encoder, tower: str) -> str:
@@ -144,9 +144,9 @@ def _label(asked: str, encoder: Encoder, tower: str) -> str:
 def bench_images(
     name: str, clip: Any, images: Tensor, peaks: dict[str, float], rounds: int
 ) -> None:
-    """Images already preprocessed, in batches of 64, and what share of the peak each reaches."""
+    """Compare image encoding on preprocessed images in batches of 64."""
     work = image_flops(clip)
-    print(f"images, {name}, {len(images)} photos, {work / 1e9:.2f} GFLOP each")
+    print(f"images, {name}, {len(images)} photos, {work / 1e9:.2f} GFLOP per image")
     encoders = {asked: encoder(clip, asked) for asked in ("fp32", "auto", "bf16")}
 
     def theirs(size: int = 64) -> Tensor:
@@ -154,41 +154,44 @@ def bench_images(
             parts = torch.split(images, size)
             return torch.cat([clip.encode_image(part, normalize=True) for part in parts])
 
-    # A convolutional tower makes gigabytes of 64, which the system hands out anew each time.
+    # A convolutional tower allocates gigabytes for 64 images, anew for each batch.
     runs: dict[str, Callable[[], Any]] = {
         "open_clip": theirs,
-        "open_clip in fours": lambda: theirs(4),
+        "open_clip, batches of 4": lambda: theirs(4),
     }
     for asked, ours in encoders.items():
         runs[_label(asked, ours, "image")] = lambda ours=ours: ours.encode_images(images)
-    times = in_turn(runs, rounds)
+    times = alternate(runs, rounds)
     show(times, len(images), "images")
     rates = {run: work * len(images) / statistics.median(times[run]) for run in times}
     limit = peaks["bf16"] / rates["open_clip"]
     print(f"  open_clip reaches {share_of_peak(rates['open_clip'], peaks, 'fp32')}; ", end="")
-    print(f"at the peak in bf16 an encoder would be {limit:.2f} times as fast")
-    wanted = theirs()
+    print(f"an encoder at the bf16 peak would be {limit:.2f} times as fast")
+    expected = theirs()
     for asked, ours in encoders.items():
         label = _label(asked, ours, "image")
         share = share_of_peak(rates[label], peaks, ours.network.precision)
-        compare(label, ours.encode_images(images), wanted, f", {share}")
+        compare(label, ours.encode_images(images), expected, f", {share}")
 
 
-def compare(name: str, ours: NDArray[np.float32], wanted: Tensor, more: str = "") -> None:
-    """The worst agreement of vectors; also about their mean, which random weights share much of."""
-    theirs = wanted.numpy()
+def compare(name: str, ours: NDArray[np.float32], expected: Tensor, more: str = "") -> None:
+    """Print the worst agreement of the vectors, also after centring.
+
+    With random weights, most of a vector is the mean that all vectors share.
+    """
+    theirs = expected.numpy()
     plain = np.sum(ours * theirs, axis=1).min()
     mean = theirs.mean(axis=0)
-    about = F.cosine_similarity(torch.from_numpy(ours - mean), torch.from_numpy(theirs - mean))
+    centred = F.cosine_similarity(torch.from_numpy(ours - mean), torch.from_numpy(theirs - mean))
     worst = np.abs(ours - theirs).max()
     print(
-        f"  {name:24} worst cosine {plain:.6f}, about the mean {float(about.min()):.5f}, "
+        f"  {name:24} worst cosine {plain:.6f}, centred {float(centred.min()):.5f}, "
         f"largest difference {worst:.1e}{more}"
     )
 
 
 def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:
-    """Real photos as float32 [count, 3, height, width], normalised as EfficientNet-Lite's."""
+    """Photos as float32 [count, 3, height, width], normalised as for EfficientNet-Lite."""
     rows = pq.read_table(file, columns=["image"]).slice(0, count).to_pylist()
     pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
     pixels = [
@@ -198,19 +201,21 @@ def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:
 
 
 def build_convolutional(weights: Path) -> Any:
-    """open_clip's model on an EfficientNet-Lite2."""
+    """An open_clip model with an EfficientNet-Lite2."""
     settings = {"model": {**CONVOLUTIONAL, "image_weights": str(weights)}}
-    warnings.simplefilter("ignore")  # that the file's classifier is left out
+    warnings.simplefilter("ignore")  # the classifier in the file is not loaded
     return build_towers(parse_config(settings).model, 0.07, seed=0).clip.eval()
 
 
 def main() -> None:
-    """Run the parts that are asked for."""
+    """Run the selected parts."""
     parts = ("tokenizer", "captions", "images")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", type=Path, help="Parquet with images and captions")
+    parser.add_argument("pairs", type=Path, help="Parquet file with images and captions")
     parser.add_argument("--only", choices=parts, nargs="*", default=parts)
-    parser.add_argument("--weights", type=Path, help="of EfficientNet-Lite2, in timm's layout")
+    parser.add_argument(
+        "--weights", type=Path, help="weights of EfficientNet-Lite2, with timm's names"
+    )
     parser.add_argument("--photos", type=int, default=128)
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)

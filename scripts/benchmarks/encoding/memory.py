@@ -1,8 +1,9 @@
-"""Memory of `clipkit embed` for more and more images: small files, a tiny model of random weights.
+"""Peak memory of `clipkit embed` as the number of images grows.
 
-python scripts/bench_embed_memory.py --images 1000 10000 50000
+    python -m scripts.benchmarks.encoding.memory --images 1000 10000 50000
 
-Each number is a process of its own, run twice: encoding all images, and again when none is new.
+Uses small files and a tiny model with random weights. Each number of images is measured twice, in
+separate processes: encoding all images, and again when none is new.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from scripts.benchmarks.common.memory import peak_memory
+
 MODEL = {
     "embed_dim": 32,
     "vision": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
@@ -24,7 +27,7 @@ MODEL = {
 
 
 def save_model(path: Path) -> None:
-    """A checkpoint of a tiny network."""
+    """Write a checkpoint of a tiny network."""
     from clipkit.config import parse_config
     from clipkit.models.checkpoint import save_checkpoint
     from clipkit.training.build import build_towers
@@ -34,7 +37,7 @@ def save_model(path: Path) -> None:
 
 
 def write_images(folder: Path, first: int, count: int) -> None:
-    """Small JPEGs, no two alike, a thousand to a folder."""
+    """Write small, distinct JPEGs, a thousand per folder."""
     generator = np.random.default_rng(first)
     for number in range(first, count):
         target = folder / f"{number // 1000:03}"
@@ -45,7 +48,7 @@ def write_images(folder: Path, first: int, count: int) -> None:
 
 
 def embed_once(photos: str, out: str, model: str) -> None:
-    """Embed, then print images, seconds and the most memory held, in MiB."""
+    """Embed, then print images, seconds and peak memory in MiB."""
     from clipkit.models.loading import load_model
     from clipkit.tasks.embed import embed
 
@@ -53,16 +56,15 @@ def embed_once(photos: str, out: str, model: str) -> None:
     start = time.perf_counter()
     count = len(embed(photos, out, encoder))
     seconds = time.perf_counter() - start
-    # Not ru_maxrss, which would count the peak of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    print(count, seconds, int(line.split()[1]) / 1024)
+    print(count, seconds, peak_memory())
 
 
 def main() -> None:
-    """Run each number of images and print a line for each."""
+    """Print two lines for each number of images."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, nargs="*", default=[1000, 10_000, 50_000])
+    parser.add_argument(
+        "--images", type=int, nargs="*", default=[1000, 10_000, 50_000], help="numbers of images"
+    )
     parser.add_argument("--once", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
@@ -76,15 +78,14 @@ def main() -> None:
             made = images
             for what in ("encoding all", "nothing new"):
                 paths = [str(folder / name) for name in ("photos", f"store-{images}", "model")]
-                done = subprocess.run(
-                    [sys.executable, __file__, "--once", *paths], stdout=subprocess.PIPE, text=True
-                )
+                command = [sys.executable, "-m", __spec__.name, "--once", *paths]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if done.returncode:
                     sys.exit(done.returncode)
                 count, seconds, memory = map(float, done.stdout.split())
                 print(
                     f"{count:8.0f} images, {what:12} {count / seconds:8.0f} images/s "
-                    f"{memory:7.0f} MiB at most"
+                    f"{memory:7.0f} MiB peak"
                 )
 
 

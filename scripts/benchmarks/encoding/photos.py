@@ -1,7 +1,7 @@
-"""Photos of 2 and 12 megapixels for the benchmarks, made of those that lie beside the project.
+"""Photos of 2 and 12 megapixels for the benchmarks, upscaled from small ones.
 
-They are enlarged, with grain on top so that a pixel takes about as many bits as in a camera's JPEG:
-without it, they would be read in half the time. What they show is no sharper than the originals.
+Grain is added so that a pixel takes about as many bits as in a JPEG from a camera. Without it,
+decoding would take half the time. The upscaled photos are no sharper than the originals.
 """
 
 import io
@@ -26,13 +26,13 @@ def originals(source: Path, count: int) -> Iterator[tuple[str, bytes]]:
 
 
 def enlarged(photo: bytes, side: int, seed: int = 0) -> bytes:
-    """A JPEG of ``side`` pixels of a photo; of 224, the photo itself."""
+    """A photo as a JPEG of ``side`` × ``side`` pixels; unchanged if it has that size already."""
     image = Image.open(io.BytesIO(photo)).convert("RGB")
     if side == image.width == image.height:
         return photo
     image = image.resize((side, side), Image.Resampling.BICUBIC)
     generator = np.random.default_rng(seed)
-    # One patch of grain side by side: drawing a whole picture of it would take a second.
+    # Tile one patch of grain: generating a full image of it would take a second.
     patch = generator.normal(0, GRAIN, (512, 512, 1)).astype(np.float32)
     tiles = -(-side // 512)
     grain = np.tile(patch, (tiles, tiles, 1))[:side, :side]
@@ -43,7 +43,7 @@ def enlarged(photo: bytes, side: int, seed: int = 0) -> bytes:
 
 
 def write_photos(source: Path, folder: Path, size: str, count: int) -> Path:
-    """JPEG files of one of ``SIDES`` in a folder of their number, made where they are missing."""
+    """Write JPEG files of one of ``SIDES``, unless they exist, and return their folder."""
     target = folder / f"{size}-{count}"
     target.mkdir(parents=True, exist_ok=True)
     for number, (_, photo) in enumerate(originals(source, count)):

@@ -1,13 +1,13 @@
-"""Time and memory of retrieval metrics against CLIP_benchmark's, in turn, on the same vectors.
+"""Time and memory of retrieval metrics: clipkit and CLIP_benchmark on the same vectors.
 
-CLIP_benchmark wants an environment of its own:
     python -m venv PEER && PEER/bin/pip install clip-benchmark==1.6.2
-    python scripts/bench_eval.py --peer-python PEER/bin/python --images 5000 --rounds 3
-    python scripts/bench_eval.py --images 100000 --rounds 1 --only clipkit
+    python -m scripts.benchmarks.evaluation.retrieval --peer-python PEER/bin/python --images 5000
+    python -m scripts.benchmarks.evaluation.retrieval --images 100000 --rounds 1 --only clipkit
 
-Each runs in a process of its own. Memory is the most that it held beyond what it held before, the
-vectors that it read or mapped included. Beside both stand the matrix products alone, by blocks as
-clipkit makes them, which nothing that computes all scores can go below.
+CLIP_benchmark needs its own environment, as above. Each contender runs in a separate process, in
+alternation. Memory is the peak beyond the memory held before, including the vectors read or mapped.
+For reference, `product` is the blocked matrix product alone: a lower bound on the time of any
+method that computes all scores.
 """
 
 import argparse
@@ -22,13 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from scripts.benchmarks.common.memory import peak_memory
+from scripts.benchmarks.common.timing import ratios, spread
+
 KS = (1, 5, 10)
-BATCH = 64  # images that CLIP_benchmark is handed at a time
-ROWS = 1000  # images made at a time
+BATCH = 64  # images per batch of CLIP_benchmark
+ROWS = 1000  # images generated at once
 
 
 def write_vectors(folder: Path, images: int, captions: int, dim: int) -> None:
-    """Unit vectors of images and of captions about as near to them as those of a good model."""
+    """Write unit vectors of images and of captions, as similar as those of a good model."""
     generator = np.random.default_rng(0)
 
     def unit(rows: Any) -> Any:
@@ -50,20 +53,13 @@ def write_vectors(folder: Path, images: int, captions: int, dim: int) -> None:
     texts.flush()
 
 
-def peak_memory() -> float:
-    """MiB this process held at most."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024
-
-
 def mapped(folder: Path) -> list[Any]:
-    """Images and captions, read where they are needed."""
+    """Memory-mapped vectors of images and captions."""
     return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "captions")]
 
 
 def run_product(folder: Path, _: int) -> dict[str, float]:
-    """Only the scores, made and thrown away."""
+    """Compute the scores and discard them."""
     from clipkit.evaluation.retrieval import BLOCK
 
     images, texts = mapped(folder)
@@ -74,7 +70,7 @@ def run_product(folder: Path, _: int) -> dict[str, float]:
 
 
 def run_clipkit(folder: Path, captions: int) -> dict[str, float]:
-    """Recall, and beside it median ranks and average precision."""
+    """Recall, median ranks and average precision."""
     from clipkit.evaluation.retrieval import retrieval_figures, retrieved
 
     images, texts = mapped(folder)
@@ -85,7 +81,7 @@ def run_clipkit(folder: Path, captions: int) -> dict[str, float]:
 
 
 def run_clip_benchmark(folder: Path, captions: int) -> dict[str, float]:
-    """Recall by CLIP_benchmark's own function, fed with vectors in place of pictures and texts."""
+    """Recall by CLIP_benchmark's own function, given vectors in place of images and texts."""
     import torch
     from clip_benchmark.metrics.zeroshot_retrieval import evaluate
 
@@ -120,8 +116,8 @@ RUNS = {"clipkit": run_clipkit, "product": run_product, "peer": run_clip_benchma
 
 
 def child(name: str, folder: Path, captions: int) -> None:
-    """Run one of them in this process and print what it took."""
-    RUNS[name](folder / "tiny", captions)  # imports and first calls are not counted
+    """Run one contender in this process and print its time and memory."""
+    RUNS[name](folder / "tiny", captions)  # exclude imports and first calls
     before = peak_memory()
     start = time.perf_counter()
     figures = RUNS[name](folder, captions)
@@ -130,41 +126,42 @@ def child(name: str, folder: Path, captions: int) -> None:
 
 
 def measure(python: str, name: str, folder: Path, captions: int) -> dict[str, Any]:
-    """What one run took, in a process of its own."""
-    words = [python, __file__, "--child", name, "--folder", folder, "--captions", captions]
-    done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+    """Time and memory of one run in a separate process."""
+    command = [python, "-m", __spec__.name, "--child", name, "--folder", folder]
+    command += ["--captions", captions]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"{name} ended with exit code {done.returncode} (-9: memory did not suffice)")
+        sys.exit(f"error: {name} exited with code {done.returncode} (-9: out of memory)")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def peer_needs(images: int, captions: int, dim: int) -> float:
-    """About what CLIP_benchmark holds at most, MiB: what its evaluate() makes, one by one."""
+    """Estimated peak memory of CLIP_benchmark in MiB: the arrays that its evaluate() creates."""
     texts = images * captions
     scores = 4 * images * texts  # float32
     positive = images * texts  # bool
-    vectors = 3 * 4 * dim * (images + texts)  # as read, normalised, joined
+    vectors = 3 * 4 * dim * (images + texts)  # as read, normalised, concatenated
     one_hot = 2 * 8 * BATCH * max(KS) * texts  # int64, and its product with ``positive``
     return (scores + positive + vectors + one_hot) / 2**20
 
 
 def available() -> float:
-    """MiB that a new process can have."""
+    """MiB available to a new process."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return int(next(one for one in lines if one.startswith("MemAvailable:")).split()[1]) / 1024
 
 
-def contestants(args: argparse.Namespace) -> dict[str, str]:
-    """Who runs, with which Python."""
+def contenders(args: argparse.Namespace) -> dict[str, str]:
+    """The contenders, each with its Python."""
     pythons = {"clipkit": sys.executable, "product": sys.executable}
     needed = peer_needs(args.images, args.captions, args.dim)
     if not args.peer_python:
         if args.only == "peer":
-            sys.exit("--only peer takes --peer-python, the Python of an environment with it")
+            sys.exit("error: --only peer requires --peer-python")
     elif needed > available():
         print(
-            f"CLIP_benchmark is left out: it would take about {needed:,.0f} MiB, and "
+            f"CLIP_benchmark is skipped: it needs about {needed:,.0f} MiB, and only "
             f"{available():,.0f} MiB are available"
         )
     else:
@@ -173,11 +170,11 @@ def contestants(args: argparse.Namespace) -> dict[str, str]:
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """A line each, the ratios, and the largest difference of recall."""
+    """Print a line for each contender, the ratios and the largest difference in recall."""
     for name, found in runs.items():
         times = [run["seconds"] for run in found]
         print(
-            f"{name:15} {statistics.median(times):9.2f} s ({min(times):.2f} to {max(times):.2f})  "
+            f"{name:15} {spread(times):>24} s  "
             f"{statistics.median(run['memory'] for run in found):9.0f} MiB"
         )
     for one, other, what in (
@@ -186,29 +183,25 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> None:
         ("peer", "clipkit", "memory"),
     ):
         if one in runs and other in runs:
-            pairs = zip(runs[one], runs[other], strict=True)
-            ratios = sorted(a[what] / max(b[what], 1e-9) for a, b in pairs)
-            print(
-                f"{what}: {one} / {other} {statistics.median(ratios):.2f} "
-                f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            )
+            above, below = ([run[what] for run in runs[name]] for name in (one, other))
+            print(f"{what}: {one} / {other} {spread(ratios(above, [max(v, 1e-9) for v in below]))}")
     if "peer" in runs and "clipkit" in runs:
         theirs, ours = runs["peer"][0]["figures"], runs["clipkit"][0]["figures"]
         worst = max(abs(value - ours[name]) for name, value in theirs.items())
-        print(f"largest difference of recall: {worst:.1e}")
+        print(f"largest difference in recall: {worst:.1e}")
 
 
 def main() -> None:
-    """Run in turn; print what each took, and the ratios."""
+    """Alternate the contenders and print time, memory and ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer-python", help="Python of an environment with CLIP_benchmark.")
+    parser.add_argument("--peer-python", help="Python of an environment with CLIP_benchmark")
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--captions", type=int, default=5, help="Of each image.")
+    parser.add_argument("--captions", type=int, default=5, help="per image")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=RUNS, help="Run this alone.")
+    parser.add_argument("--only", choices=RUNS, help="run this contender only")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -218,7 +211,7 @@ def main() -> None:
     texts = args.images * args.captions
     size = 4 * args.dim * (args.images + texts) / 2**20
     print(f"{args.images} images x {texts} captions, {args.dim} dimensions, {size:,.0f} MiB")
-    pythons = contestants(args)
+    pythons = contenders(args)
     if not pythons:
         return
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}

@@ -1,39 +1,48 @@
-"""What an index of many vectors costs: a part of bench_search.
+"""Time and memory to build and open a large index, with an estimate for a billion vectors.
 
-Vectors are written as shards, from which the index is built block by block as `clipkit index build`
-does; it is opened and asked in a process of its own. From what that took, a thousand times as many
-are reckoned on paper.
+    python -m scripts.benchmarks.search.build --count 1000000
+    python -m scripts.benchmarks.search.build --count 10000000 --half  # 33 GB of disk
+    python -m scripts.benchmarks.search.build --step build --folder FOLDER --spec SPEC
+
+Writes synthetic vectors with CLIP's modality gap (gap_vectors.py) as shards and builds the index
+block by block, as `clipkit index build` does. A separate process opens and searches it. From these
+times it estimates the cost of a billion vectors. `--step` runs one step on the shards in
+FOLDER/shards.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from bench_life import table
-from gap_vectors import GapVectors, unit
 
 from clipkit.artifacts import ModelRef
+from clipkit.cli.index import parse_size
 from clipkit.index.faiss_factory import ROWS_PER_CENTROID
 from clipkit.index.tuning import candidates
 from clipkit.index.vector_index import VectorIndex, write_index
+from scripts.benchmarks.common.memory import peak_memory
+from scripts.benchmarks.common.timing import run_command
+from scripts.benchmarks.search.gap_vectors import GapVectors, unit
+from scripts.benchmarks.search.updates import table
 
+MODULE = "scripts.benchmarks.search.build"
 BLOCK = 2**16
-PAPER = 10**9
+BILLION = 10**9
 CORES = 64
-"""Of the machine that is reckoned with; a core is taken to be one of those measured on."""
+"""Cores of the machine in the estimate, each as fast as one of this machine."""
 DISK = 2e9
-"""Bytes a second that its disks read or write."""
+"""Bytes/s that its disks read or write."""
 
 
 class Shards:
-    """Shards of vectors in a folder, float32 or float16, with made-up records."""
+    """Shards of vectors in a folder, float32 or float16, with synthetic records."""
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.glob("*.npy"))
@@ -53,78 +62,72 @@ class Shards:
 
 
 def write_shards(folder: Path, count: int, dim: int, half: bool) -> None:
-    """Made-up vectors with CLIP's gap, ``BLOCK`` rows a file."""
+    """Write synthetic vectors, ``BLOCK`` rows per file."""
     folder.mkdir()
     for number, block in enumerate(GapVectors(dim).images(count, block=BLOCK)):
-        kept = block.astype(np.float16) if half else block
-        np.save(folder / f"{number:05d}.npy", kept)
+        rows = block.astype(np.float16) if half else block
+        np.save(folder / f"{number:05d}.npy", rows)
 
 
 def scale(folder: Path, count: int, dim: int, memory: int, half: bool) -> None:
-    """Build, open and ask an index of so many, and reckon what a billion would cost."""
+    """Build, open and search an index of ``count`` vectors, and estimate a billion."""
     write_shards(folder / "shards", count, dim, half)
     spec = candidates(count, dim, memory)[0]
-    built = _apart("build", folder, spec)
+    built = _run_step("build", folder, spec)
     size = sum(file.stat().st_size for file in (folder / "index").iterdir())
     print(
-        f"build {spec} of {count} × {dim}: {built['seconds']:.0f} s, {built['peak']:.0f} MiB at "
-        f"most (memory-mapped files included), {size / 2**30:.1f} GiB on disk",
+        f"build {spec} of {count} × {dim}: {built['seconds']:.0f} s, {built['peak']:.0f} MiB peak "
+        f"(memory-mapped files included), {size / 2**30:.1f} GiB on disk",
         flush=True,
     )
-    opened = _apart("open", folder, spec)
+    opened = _run_step("open", folder, spec)
     print(
-        f"open it in a fresh process: {opened['seconds']:.2f} s, first answer after "
+        f"open in a fresh process: {opened['seconds']:.2f} s, first answer after "
         f"{opened['answer']:.2f} s, then {1000 * opened['next']:.1f} ms each; "
-        f"{opened['peak']:.0f} MiB at most",
+        f"{opened['peak']:.0f} MiB peak",
         flush=True,
     )
     lists = int(spec.partition("IVF")[2].partition(",")[0] or 0)
     if lists:
-        _on_paper(count, dim, lists, built["seconds"])
+        _print_estimate(count, dim, lists, built["seconds"])
 
 
-def _apart(what: str, folder: Path, spec: str) -> dict[str, float]:
-    command = [sys.executable, __file__, what, str(folder), spec]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    facts: dict[str, float] = json.loads(done.stdout)
-    return facts
+def _run_step(step: str, folder: Path, spec: str) -> dict[str, float]:
+    command = [sys.executable, "-m", MODULE, "--step", step, "--folder", str(folder)]
+    figures: dict[str, float] = json.loads(run_command([*command, "--spec", spec])[0])
+    return figures
 
 
-def _on_paper(count: int, dim: int, lists: int, seconds: float) -> None:
-    """The spec for a billion, its machine and its time, from the time that ``count`` took.
+def _print_estimate(count: int, dim: int, lists: int, seconds: float) -> None:
+    """Estimate spec, machine and time for a billion vectors from the time for ``count``.
 
-    Almost all of it goes into comparing rows with the centres of lists: ``count`` rows with
-    ``lists`` centres, and at least ``ROWS_PER_CENTROID`` rows a centre ten times in training.
+    Almost all the work is comparing rows with list centroids: all rows once, and in training at
+    least ``ROWS_PER_CENTROID`` rows per centroid ten times.
     """
-    most = 40 * PAPER + 2**33
-    spec = candidates(PAPER, dim, most)[0]
+    memory = 40 * BILLION + 2**33
+    spec = candidates(BILLION, dim, memory)[0]
     many = int(spec.partition("IVF")[2].partition(",")[0])
-    steps = (many * (PAPER + 10 * ROWS_PER_CENTROID * many)) / (
+    steps = (many * (BILLION + 10 * ROWS_PER_CENTROID * many)) / (
         lists * (count + 10 * ROWS_PER_CENTROID * lists)
     )
     cores = len(os.sched_getaffinity(0))
     hours = seconds * steps * cores / CORES / 3600
-    moved = 3 * 4 * dim * PAPER / DISK / 3600  # read to train and to add, written beside the codes
+    # Vectors are read for training and for adding, and written next to the codes.
+    transfer = 3 * 4 * dim * BILLION / DISK / 3600
     print(
-        f"on paper, {PAPER:,} × {dim}: {spec} within {most / 2**30:.0f} GiB of memory and "
-        f"{4 * dim * PAPER / 2**40:.1f} TiB of disk; {hours:.0f} h on {CORES} cores ({steps:,.0f} "
-        f"times the work of this one, on {cores}) and {moved:.1f} h of reading and writing at "
-        f"{DISK / 1e9:.0f} GB/s: {hours + moved:.0f} machine-hours"
+        f"estimate for {BILLION:,} × {dim}: {spec} within {memory / 2**30:.0f} GiB of memory and "
+        f"{4 * dim * BILLION / 2**40:.1f} TiB of disk; {hours:.0f} h on {CORES} cores "
+        f"({steps:,.0f} times the work of this build on {cores}) and {transfer:.1f} h of disk "
+        f"transfer at {DISK / 1e9:.0f} GB/s: {hours + transfer:.0f} machine-hours"
     )
-
-
-def _peak() -> float:
-    """The most memory that this process has held, MiB; getrusage would count the parent's, too."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _build(folder: Path, spec: str) -> dict[str, float]:
     rows = Shards(folder / "shards")
-    model = ModelRef("made up", "", "bench", rows.dim)
+    model = ModelRef("synthetic", "", "bench", rows.dim)
     start = time.perf_counter()
     write_index(rows, model, folder / "index", spec, {}, {})
-    return {"seconds": time.perf_counter() - start, "peak": _peak()}
+    return {"seconds": time.perf_counter() - start, "peak": peak_memory()}
 
 
 def _open(folder: Path) -> dict[str, float]:
@@ -132,30 +135,43 @@ def _open(folder: Path) -> dict[str, float]:
     index = VectorIndex.open(folder / "index")
     opened = time.perf_counter()
     texts = GapVectors(index.dim).texts(21)
-    asked = time.perf_counter()
+    started = time.perf_counter()
     index.search(texts[:1], 10)
     answered = time.perf_counter()
     for text in texts[1:]:
         index.search(text[None], 10)
     ended = time.perf_counter()
-    first = opened - start + answered - asked
+    first = opened - start + answered - started
     return {
         "seconds": opened - start,
         "answer": first,
         "next": (ended - answered) / (len(texts) - 1),
-        "peak": _peak(),
+        "peak": peak_memory(),
     }
 
 
 def main() -> None:
-    """One step in a process of its own; its figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["build", "open"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("spec")
+    """Run everything, or one step."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=100_000, help="vectors")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--memory", help="memory limit of the index, such as 50MiB")
+    parser.add_argument("--half", action="store_true", help="write shards in float16")
+    parser.add_argument("--step", choices=["build", "open"], help="run one step, print JSON")
+    parser.add_argument("--folder", type=Path, help="with --step: folder of shards and index")
+    parser.add_argument("--spec", help="with --step build: FAISS factory string")
     options = parser.parse_args()
-    build = options.what == "build"
-    print(json.dumps(_build(options.folder, options.spec) if build else _open(options.folder)))
+    if options.step:
+        if options.folder is None or (options.step == "build" and options.spec is None):
+            parser.error("--step takes --folder, and --step build takes --spec")
+        build = options.step == "build"
+        print(json.dumps(_build(options.folder, options.spec) if build else _open(options.folder)))
+        return
+    memory = parse_size(options.memory or f"{options.dim * options.count // 2}B")
+    with tempfile.TemporaryDirectory() as name:
+        scale(Path(name), options.count, options.dim, memory, options.half)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Do probabilities tell what an index holds from what it does not? Flickr8k, UCM and random words.
+"""Calibrated probabilities as a detector of out-of-distribution queries.
 
-Two indexes, of Flickr8k's dev photos and of UCM's aerial ones, are calibrated with one caption of
-each image. Asked are other captions of theirs (present), captions of the other one and strings of
-random words (absent); the probability is that of the best hit.
+    python -m scripts.benchmarks.search.calibration RUN DATA
 
-python scripts/bench_calibration.py RUN ../shared/data
+Calibrates an index of the Flickr8k dev photos and one of the UCM aerial photos with one caption per
+image. Then searches each with its other captions (in distribution), with the captions of the other
+data set and with random words (both out of distribution), and compares the probabilities of the
+best hits. DATA holds flickr8k-224-dev.parquet and ucm-val.parquet.
 """
 
 import argparse
@@ -24,7 +25,7 @@ SETS = {"Flickr8k dev": "flickr8k-224-dev.parquet", "UCM val": "ucm-val.parquet"
 
 
 def random_words(count: int) -> list[str]:
-    """Strings of two to six words of CLIP's vocabulary."""
+    """Strings of two to six random words from CLIP's vocabulary."""
     file = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         merges = [line.split() for line in lines.readlines()[1:20000] if len(line.split()) == 2]
@@ -34,30 +35,32 @@ def random_words(count: int) -> list[str]:
     return [" ".join(random.choice(words, random.integers(2, 7))) for _ in range(count)]
 
 
-def best_chances(found: Calibration, images: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The probability of each query's best hit; its margin where there is no probability."""
+def best_probabilities(found: Calibration, images: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The probability of the best hit of each query, or its margin if there are none."""
     best = (queries @ images.T).max(axis=1, keepdims=True)
-    chances = [found.probabilities(q, s) for q, s in zip(queries, best, strict=True)]
-    if chances[0] is None:
+    probabilities = [found.probabilities(q, s) for q, s in zip(queries, best, strict=True)]
+    if probabilities[0] is None:
         return best[:, 0] - queries @ found.background
-    return np.concatenate(chances)
+    return np.concatenate(probabilities)
 
 
 def split(pairs: EncodedPairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One caption of each image and its row, and all the others."""
+    """One caption per image with its row, and all other captions."""
     random = np.random.default_rng(0)
     order = random.permutation(len(pairs.owners))
     _, first = np.unique(pairs.owners[order], return_index=True)
-    mine = np.sort(order[first])
-    other = np.setdiff1d(np.arange(len(pairs.owners)), mine)
-    return pairs.captions[mine], pairs.owners[mine], pairs.captions[other]
+    picked = np.sort(order[first])
+    rest = np.setdiff1d(np.arange(len(pairs.owners)), picked)
+    return pairs.captions[picked], pairs.owners[picked], pairs.captions[rest]
 
 
 def main() -> None:
-    """Print a line for each index and what it is asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
+    """Print a line for each index and each kind of query."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a run or a model name")
+    parser.add_argument("data", type=Path, help="folder with the two Parquet files")
     options = parser.parse_args()
     encoder = load_model(options.model)
     sets = {
@@ -66,29 +69,29 @@ def main() -> None:
     }
     without, words = (encoder.encode_text(texts) for texts in (nonsense(), random_words(500)))
     for name, pairs in sets.items():
-        captions, rows, present = split(pairs)
+        captions, rows, matching = split(pairs)
         images = pairs.images
         found = calibrate(
             captions, rows, without, lambda images=images: [images], "captions of the images"
         )
         print(
-            f"{name}: {len(images)} images, {len(captions)} captions to calibrate, AUROC "
+            f"{name}: {len(images)} images, {len(captions)} captions for calibration, AUROC "
             f"{found.auroc:.3f}, calibration error {found.error:.3f}, weights {found.weights}"
         )
         if not found.informative:
-            print("  its scores say nothing: no probabilities; the figures are of raw margins")
-        there = best_chances(found, images, present)
+            print("  scores are not informative: no probabilities; the figures are for raw margins")
+        positive = best_probabilities(found, images, matching)
         other = next(pairs for key, pairs in sets.items() if key != name)
-        for kind, queries in (("captions of the other", other.captions), ("random words", words)):
-            gone = best_chances(found, images, queries)
-            chance = np.concatenate([there, gone]).astype(np.float64)
-            right = np.arange(len(chance)) < len(there)
-            line = f"  present against {kind:22} AUROC {auroc(there, gone):.3f}"
+        for kind, queries in (("other captions", other.captions), ("random words", words)):
+            negative = best_probabilities(found, images, queries)
+            probability = np.concatenate([positive, negative]).astype(np.float64)
+            target = np.arange(len(probability)) < len(positive)
+            line = f"  in distribution vs {kind:14} AUROC {auroc(positive, negative):.3f}"
             if found.informative:
                 line += (
-                    f"  calibration error {expected_error(chance, right):.3f}"
-                    f"  no good match: {(there < GOOD).mean():.3f} of the present,"
-                    f" {(gone < GOOD).mean():.3f} of the absent"
+                    f"  calibration error {expected_error(probability, target):.3f}"
+                    f"  no good match: {(positive < GOOD).mean():.3f} of the former,"
+                    f" {(negative < GOOD).mean():.3f} of the latter"
                 )
             print(line)
 

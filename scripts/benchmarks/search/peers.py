@@ -1,6 +1,6 @@
-"""Indexes built by others on the same vectors: autofaiss, and clip-retrieval's index command.
+"""Indexes that autofaiss and clip-retrieval build from the same vectors, for tuned.py.
 
-Each runs in an environment of its own, as a process that is stopped when its time is over.
+Each peer runs in its own environment, in a process that is killed after a time limit.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import faiss
 
 QUERY_MILLISECONDS = 10.0
-"""What autofaiss is told a query may take, which is its own default."""
+"""Time limit of a query for autofaiss: its own default."""
 AUTOFAISS = """
 import logging, sys
 from autofaiss import build_index
@@ -28,13 +28,13 @@ build_index(folder, index_path=out, index_infos_path=out.replace(".index", ".jso
 
 @dataclass(frozen=True)
 class Peer:
-    """What another program built.
+    """An index that a peer has built.
 
     Attributes:
-        index: a FAISS index with the knobs that it chose.
+        index: a FAISS index with the search parameters of the peer.
         key: its factory string.
-        knobs: these knobs.
-        seconds: time to build and tune, start of the process included.
+        knobs: its search parameters.
+        seconds: time to build and tune, including the start of the process.
     """
 
     index: Any
@@ -44,14 +44,14 @@ class Peer:
 
 
 def autofaiss(python: Path, folder: Path, memory: int, limit: float) -> Peer | str:
-    """Of the ``.npy`` files in ``folder/img_emb``; a sentence where none came to be."""
+    """Build an index of ``folder/img_emb/*.npy``; returns the reason if that fails."""
     out = folder / f"autofaiss-{memory}.index"
     command = [python, "-c", AUTOFAISS, folder / "img_emb", out, f"{memory}B", QUERY_MILLISECONDS]
     return _built("autofaiss", command, out, limit)
 
 
 def clip_retrieval(python: Path, folder: Path, memory: int, limit: float) -> Peer | str:
-    """The same with ``clip-retrieval index``, which calls the autofaiss beside it."""
+    """The same with ``clip-retrieval index``, which calls the autofaiss of its environment."""
     out = folder / f"clip-retrieval-{memory}"
     out.mkdir()
     command = [python, "-m", "clip_retrieval.clip_index", "--embeddings_folder", folder]
@@ -70,16 +70,16 @@ def _built(name: str, command: list[Any], out: Path, limit: float) -> Peer | str
         start_new_session=True,
     )
     try:
-        _, told = process.communicate(timeout=limit)
+        _, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return f"{name} was cut off after {limit:.0f} s, before it had an index"
+        return f"{name} was killed after {limit:.0f} s without an index"
     seconds = time.perf_counter() - start
     infos = out.with_suffix(".json")
     if process.returncode or not out.exists() or not infos.exists():
-        reason = (told.strip() or "it wrote no index").splitlines()[-1]
-        return f"{name} built nothing in {seconds:.0f} s: {reason}"
+        reason = (errors.strip() or "it wrote no index").splitlines()[-1]
+        return f"{name} failed after {seconds:.0f} s: {reason}"
     index = faiss.read_index(str(out))
     facts = json.loads(infos.read_text(encoding="utf-8"))
     knobs = str(facts.get("index_param", ""))

@@ -1,22 +1,22 @@
-"""One text query in a process of its own: `clipkit search` against open_clip and FAISS by hand.
+"""One text query in a fresh process: `clipkit search`, and open_clip with FAISS by hand.
 
-python scripts/bench_start.py --vectors 100000 --rounds 5
+    python -m scripts.benchmarks.search.startup --vectors 100000 --rounds 5
 
-Makes a ViT-B-32 with random weights and an index of random vectors in a temporary directory. Each
-answer is a process that ends; they take turns. The model is loaded whole once beforehand, as
-`clipkit embed` does, and so its weights are known when the search comes.
+Creates a ViT-B-32 with random weights and an index of random vectors in a temporary directory. Each
+query is a separate process; the contenders alternate. The model is loaded once beforehand, as
+`clipkit embed` does, so that its fingerprint is cached.
 """
 
 import argparse
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from scripts.benchmarks.common.timing import alternate, ratios, run_command, spread
 
 DIM = 512
 QUERY = "a dog runs through the grass"
@@ -37,7 +37,7 @@ IMPORTS = "import faiss, open_clip, torch"
 
 
 def make(folder: Path, vectors: int) -> None:
-    """The model, the index, and the keys as a list for the way by hand."""
+    """Write the model, the index, and the keys as a list for the search by hand."""
     import json
 
     import open_clip
@@ -64,59 +64,40 @@ def make(folder: Path, vectors: int) -> None:
 
 
 def _record(number: int) -> dict[str, object]:
-    captions = [f"a caption of picture {number}, as long as they are"] * 5
+    captions = [f"a caption of image {number}, as long as usual"] * 5
     kept = {"key": f"photos/{number:08}.jpg", "size": number, "mtime_ns": number}
     return {**kept, "captions": captions, "label": None}
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """The ways to an answer, and what the imports of the way by hand take alone."""
+    """The contenders, and the imports of the search by hand alone."""
     weights, index = str(folder / "weights.safetensors"), str(folder / "index" / "index.faiss")
     by_hand = [weights, index, str(folder / "keys.json"), QUERY]
     return {
         "open_clip by hand": [sys.executable, "-c", BY_HAND, *by_hand],
-        "its imports alone": [sys.executable, "-c", IMPORTS],
+        "the imports alone": [sys.executable, "-c", IMPORTS],
         "clipkit search": [sys.executable, "-m", "clipkit", "search", str(folder / "index"), QUERY],
     }
 
 
-def seconds(command: list[str]) -> float:
-    """How long a process takes, from its start to its end."""
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    taken = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command[:4])} failed:\n{done.stderr[-2000:]}")
-    return taken
-
-
-def measure(ways: dict[str, list[str]], rounds: int) -> None:
-    """Let them take turns, files being in memory after a first one, and print times and ratios."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, command in ways.items():
-            taken = seconds(command)
-            if number:
-                times[name].append(taken)
-    ours = times["clipkit search"]
+def measure(contenders: dict[str, list[str]], rounds: int) -> None:
+    """Alternate the processes, with files in the page cache, and print times and ratios."""
+    runs = {name: partial(run_command, command) for name, command in contenders.items()}
+    times = alternate(runs, rounds)
     for name, taken in times.items():
-        ratios = [theirs / own for theirs, own in zip(taken, ours, strict=True)]
-        print(
-            f"{name:20} {statistics.median(taken):6.2f} s "
-            f"({min(taken):.2f}–{max(taken):.2f})  {statistics.median(ratios):5.1f} "
-            f"({min(ratios):.1f}–{max(ratios):.1f}) times clipkit search"
-        )
+        ratio = spread(ratios(taken, times["clipkit search"]), 1)
+        print(f"{name:20} {spread(taken):>20} s  {ratio} times clipkit search")
 
 
 def main() -> None:
-    """Make what is needed in a directory that goes away, and measure."""
+    """Create model and index in a temporary directory, and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vectors", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        os.environ["CLIPKIT_CACHE"] = str(folder / "notes")
+        os.environ["CLIPKIT_CACHE"] = str(folder / "cache")
         make(folder, options.vectors)
         print(f"{options.vectors} vectors, {QUERY!r}")
         measure(commands(folder), options.rounds)

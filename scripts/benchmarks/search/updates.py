@@ -1,10 +1,9 @@
-"""What changes of an index cost: ten images more, ten fewer, opening it, compacting it.
+"""Time to open an index, to add and remove ten images, and to compact it.
 
-python scripts/bench_life.py --vectors 1000000
+python -m scripts.benchmarks.search.updates --vectors 1000000
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +15,13 @@ import pyarrow as pa
 from clipkit.artifacts import ModelRef
 from clipkit.index.vector_index import VectorIndex, write_index
 from clipkit.index.writer import IndexWriter
+from scripts.benchmarks.common.timing import spread
 
 BLOCK = 20_000
 
 
-class Made:
-    """Random unit rows with records, made block by block."""
+class RandomRows:
+    """Random unit rows with records, generated block by block."""
 
     def __init__(self, count: int, dim: int) -> None:
         self.count, self.dim = count, dim
@@ -66,13 +66,13 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--spec", default="Flat")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compact", action="store_true", help="time compacting, too")
+    parser.add_argument("--compact", action="store_true", help="also time compaction")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
-        made = Made(options.vectors, options.dim)
+        rows = RandomRows(options.vectors, options.dim)
         model = ModelRef("random", "", "bench", options.dim)
-        built = timed(lambda: write_index(made, model, path, options.spec, {}, {}))
+        built = timed(lambda: write_index(rows, model, path, options.spec, {}, {}))
         print(f"build {options.spec} of {options.vectors} x {options.dim}: {built:.2f} s")
         fresh = iter(range(options.vectors, options.vectors + 10 * options.rounds, 10))
 
@@ -96,7 +96,7 @@ def main() -> None:
             ("remove ten", remove),
         ):
             times = [timed(step) for _ in range(options.rounds)]
-            print(f"{name}: {statistics.median(times):.3f} s ({min(times):.3f}-{max(times):.3f})")
+            print(f"{name}: {spread(times, 3)} s")
         size = sum(file.stat().st_size for file in path.iterdir())
         print(f"on disk: {size / 2**20:.0f} MiB, {len(list(path.iterdir()))} files")
         if options.compact:

@@ -1,25 +1,25 @@
-"""Peak memory of one training step as the batch grows, with and without cached gradients.
+"""Peak memory of one training step as the batch grows, with and without the gradient cache.
 
-python scripts/bench_memory.py --chunk 32 --batches 64 128 256 512 1024
-python scripts/bench_memory.py --model ViT-S-32 --chunk 32 --batches 64 256 1024
+python -m scripts.benchmarks.training.memory --chunk 32 --batches 64 128 256 512 1024
+python -m scripts.benchmarks.training.memory --model ViT-S-32 --chunk 32 --batches 64 256 1024
 """
 
 import argparse
 import multiprocessing
-from pathlib import Path
 from typing import Any
+
+from scripts.benchmarks.common.memory import peak_memory, reset_peak_memory, resident_memory
 
 SMALL = {
     "embed_dim": 256,
     "vision": {"image_size": 112, "layers": 6, "width": 192, "patch_size": 16},
     "text": {"width": 192, "heads": 3, "layers": 6},
 }
-"""Towers for a quick look: 6 blocks of width 192 each, pictures of 112 pixels."""
+"""Small towers by default: 6 blocks of width 192 each, images of 112 pixels."""
 
 
 def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
-    """Send the MiB that one step takes beyond network and optimiser, and those of its batch."""
-
+    """Send the MiB of one step beyond network and optimiser, and those of its batch."""
     from clipkit.config import parse_config
     from clipkit.training.build import build_towers
     from clipkit.training.distributed import World
@@ -30,17 +30,17 @@ def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
     config = parse_config({"model": content, "train": train})
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     learner = Learner(towers, config, World())
-    # What a first step allocates for good, such as the optimiser's moments, is not the batch's.
+    # Exclude what the first step allocates for good, such as the moments of the optimiser.
     learner.take_step(_pairs(2, towers.image_size), 0, 0.5)
     pairs = _pairs(batch, towers.image_size)
-    before = _status("VmRSS")
-    _forget_peak()
+    before = resident_memory()
+    reset_peak_memory()
     learner.take_step(pairs, 1, 0.5)
-    send.send((_status("VmHWM") - before, (pairs.images.nbytes + pairs.tokens.nbytes) / 2**20))
+    send.send((peak_memory() - before, (pairs.images.nbytes + pairs.tokens.nbytes) / 2**20))
 
 
 def _pairs(n: int, size: tuple[int, int]) -> Any:
-    """Noise, and captions of 8 to 23 tokens."""
+    """Random images, and captions of 8 to 23 tokens."""
     import torch
 
     from clipkit.data.loader import PairBatch
@@ -53,40 +53,30 @@ def _pairs(n: int, size: tuple[int, int]) -> Any:
     return PairBatch(images, tokens, [str(number) for number in range(n)])
 
 
-def _status(field: str) -> float:
-    """MiB of this process (Linux): VmRSS is held now, VmHWM was held at most."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
-
-
-def _forget_peak() -> None:
-    """Let VmHWM start anew from what is held now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def peak(model: str, batch: int, chunk: int) -> tuple[float, float]:
-    """MiB of one step and of its batch, measured in a process of its own."""
+    """MiB of one step and of its batch, measured in a separate process."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_peak, args=(model, batch, chunk, send))
     process.start()
-    send.close()  # so that a process that dies ends the wait
+    send.close()  # if the process dies, recv() fails instead of waiting for ever
     found: tuple[float, float] = receive.recv()
     process.join()
     return found
 
 
 def main() -> None:
-    """Print a line per batch size."""
+    """Print a line for each batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="", help="an open_clip name; else small towers")
-    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--model", default="", help="open_clip model; default: small towers")
+    parser.add_argument("--chunk", type=int, default=32, help="pairs encoded at once")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--most-whole", type=int, default=256, help="largest batch taken whole")
+    parser.add_argument(
+        "--most-whole", type=int, default=256, help="largest batch without gradient cache"
+    )
     options = parser.parse_args()
-    print("MiB beyond network, gradients, optimiser and the batch itself")
-    print(f"{'batch':>6} {'its pictures':>13} {'whole':>8} {f'chunks of {options.chunk}':>14}")
+    print("MiB in addition to network, gradients, optimiser and the batch itself")
+    print(f"{'batch':>6} {'its images':>13} {'whole':>8} {f'chunks of {options.chunk}':>14}")
     for batch in options.batches:
         chunked, pictures = peak(options.model, batch, options.chunk)
         whole = "–"

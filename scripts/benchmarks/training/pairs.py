@@ -1,4 +1,4 @@
-"""Photos and captions as files that clipkit and open_clip_train both read, for bench_train.py."""
+"""Photos and captions as files that both clipkit and open_clip_train read, for speed.py."""
 
 import csv
 import random
@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 def draw_rows(
     captions: Sequence[Sequence[str]], count: int, generator: random.Random
 ) -> list[tuple[int, str]]:
-    """Photo and caption of each of `count` rows; every photo comes before one comes again.
+    """Draw a photo and a caption for each row; all photos are used before one repeats.
 
     Args:
-        captions: of each photo, at least one.
-        count: how many rows.
-        generator: the source of randomness.
+        captions: the captions of each photo, at least one.
+        count: number of rows.
+        generator: source of randomness.
     """
     turns = [generator.sample(of_photo, len(of_photo)) for of_photo in captions]
     rows: list[tuple[int, str]] = []
@@ -29,15 +29,15 @@ def draw_rows(
 
 
 def write_pairs(source: Path, folder: Path, count: int) -> tuple[Path, list[str], bool]:
-    """JPEG files and a CSV of `count` rows, which both sides read.
+    """Write JPEG files and a CSV file of `count` rows.
 
     Returns:
-        the CSV, the captions of its rows, and whether a photo comes in it more than once.
+        the CSV file, the captions of its rows, and whether any photo repeats.
     """
     table = pq.read_table(source, columns=["image", "captions"])
     table = table.filter([bool(captions) for captions in table["captions"].to_pylist()])
     rows = draw_rows(table["captions"].to_pylist(), count, random.Random(0))
-    print(f"{count} rows of {len(table)} photos: {-(-count // len(table))} of one photo at most")
+    print(f"{count} rows from {len(table)} photos, each at most {-(-count // len(table))} times")
     images, files = table["image"], {}
     with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)

@@ -1,18 +1,21 @@
-"""Training speed and loss curves against open_clip_train, in turn, on the same files.
+"""Training speed and loss curves of clipkit and open_clip_train, in alternation, on the same files.
 
-python scripts/bench_train.py ../shared/data/flickr8k-224-train.parquet --batch-size 64 --steps 12
-python scripts/bench_train.py PAIRS --batch-size 64 --steps 90 --rounds 1   # for the curves
-bash scripts/gpu_checks.sh   # what a GPU does with batches of 4,096
+    python -m scripts.benchmarks.training.speed PAIRS.parquet --batch-size 64 --steps 12
+    python -m scripts.benchmarks.training.speed PAIRS.parquet --steps 90 --rounds 1  # loss curves
+    bash scripts/benchmarks/gpu.sh PAIRS.parquet  # batches of 4,096 on a GPU
 
-Each run is a process of its own through the project's own command line: the same towers from random
-weights, one caption a photo, the same rates step by step, the same crops. Needs the `bench` extra.
+Each run is a separate process that uses the project's own command line. Both train the same towers
+from random weights with one caption per photo, the same learning rate at each step and the same
+crops. Needs the `bench` extra.
 
-A table with fewer photos than batch × steps gives each photo again with its next caption, and when
-all captions are read, from the first on; each row is a file of its own, and then clipkit counts
-duplicates as negatives, as the peer always does. Beside samples a second stands the share of the
-machine's fastest matrix product, measured just before: of each the FLOPs that its samples need
-(forward 2 for a product and its sum, backward twice that, captions at their real length), whatever
-it computes beside them, such as padding or a second forward pass, and whatever it skips.
+If the table has fewer photos than batch size × steps, photos repeat with their next caption, and
+captions repeat once all have been used. Each row is a separate file. clipkit then counts duplicates
+as negatives, as open_clip always does.
+
+The output also gives the share of the machine's fastest matrix product, measured just before. It
+counts the FLOPs that the samples need: 2 per multiply-add forward, twice that backward, captions at
+their real length. Extra work such as padding or a second forward pass does not count, and skipped
+work is not subtracted.
 """
 
 import argparse
@@ -26,23 +29,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measuring import matrix_peaks, run_command, share_of_peak, spread, training_flops
-from train_pairs import write_pairs
 
 from clipkit.training.log import read_log
+from scripts.benchmarks.common.flops import matrix_peaks, share_of_peak, training_flops
+from scripts.benchmarks.common.timing import ratios, run_command, spread
+from scripts.benchmarks.training.pairs import write_pairs
 
 WARMUP = 5  # steps
-SETTLING = 2  # steps whose time does not count: threads, caches and workers are still starting
+SETTLING = 2  # untimed steps at the start, while threads, caches and workers start up
 _LINE = re.compile(r"Batch \(t\): [\d.]+, ([\d.]+)/s.* Loss: ([\d.]+)")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run came to, step by step: samples a second and the loss; its arithmetic.
+    """Throughput and loss of a run, step by step, and the precision it used.
 
     Attributes:
-        counted: the steps whose speed counts: those of the last epoch, but for the first ones.
-        waited: share of the time in those steps spent waiting for data, where it is known.
+        speeds: samples/s.
+        losses: training loss.
+        precision: "fp32" or "bf16".
+        counted: the timed steps: the last epoch without the settling steps.
+        waited: share of the timed steps spent waiting for data, if known.
     """
 
     speeds: list[float]
@@ -53,7 +60,7 @@ class Curve:
 
     @property
     def speed(self) -> float:
-        """Samples a second in the middle step of those that count."""
+        """Median samples/s of the timed steps."""
         return statistics.median(self.speeds[self.counted])
 
 
@@ -101,8 +108,8 @@ seed = {options.seed}
 
 
 def run_theirs(pairs: Path, out: Path, options: argparse.Namespace, precision: str) -> Curve:
-    """`open_clip_train`; a batch in parts is what it calls accumulation."""
-    part = options.their_chunk_size or options.batch_size
+    """`open_clip_train`, with gradient accumulation for micro-batches."""
+    micro_batch = options.their_chunk_size or options.batch_size
     settings = {
         "train-data": pairs,
         "dataset-type": "csv",
@@ -110,8 +117,8 @@ def run_theirs(pairs: Path, out: Path, options: argparse.Namespace, precision: s
         "csv-caption-key": "caption",
         "csv-separator": ",",
         "model": options.model,
-        "batch-size": part,
-        "accum-freq": options.batch_size // part,
+        "batch-size": micro_batch,
+        "accum-freq": options.batch_size // micro_batch,
         "epochs": options.epochs,
         "lr": 5e-4,
         "wd": 0.2,
@@ -134,12 +141,12 @@ def run_theirs(pairs: Path, out: Path, options: argparse.Namespace, precision: s
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """That of both, in which a GPU that is not meant is not seen."""
+    """Environment variables of both: a run on the CPU sees no GPU."""
     return {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def counted_steps(options: argparse.Namespace) -> slice:
-    """Steps whose speed counts: of the last epoch, by which caches are full, and settled."""
+    """The timed steps: those of the last epoch, when caches are full and start-up is over."""
     return slice((options.epochs - 1) * options.steps + (options.epochs == 1) * SETTLING, None)
 
 
@@ -151,12 +158,12 @@ RUNNERS = {
 
 
 def show_ratios(curves: dict[str, list[Curve]], work: float, peaks: dict[str, float]) -> None:
-    """Samples a second of each, of what share of the peak, and ours over theirs round by round.
+    """Print samples/s, the share of the peak, and clipkit's speed relative to each peer.
 
     Args:
-        curves: of each runner, one a round.
-        work: FLOPs of a sample.
-        peaks: FLOP a second of matrix products, by precision.
+        curves: one per round, by runner.
+        work: FLOPs per sample.
+        peaks: FLOP/s of matrix products, by precision.
     """
     for name, rounds in curves.items():
         speeds = [curve.speed for curve in rounds]
@@ -169,13 +176,12 @@ def show_ratios(curves: dict[str, list[Curve]], work: float, peaks: dict[str, fl
         )
     for name, rounds in curves.items():
         if name != "clipkit" and "clipkit" in curves:
-            pairs = zip(curves["clipkit"], rounds, strict=True)
-            ratios = [ours.speed / theirs.speed for ours, theirs in pairs]
-            print(f"clipkit over {name:20} {spread(ratios)}")
+            ours, theirs = ([curve.speed for curve in runs] for runs in (curves["clipkit"], rounds))
+            print(f"clipkit relative to {name:20} {spread(ratios(ours, theirs))}")
 
 
 def show_losses(curves: dict[str, list[Curve]], windows: int = 10) -> None:
-    """The loss of the first round, mean over each tenth of the run, side by side."""
+    """Print the mean loss over each tenth of the first round, side by side."""
     steps = min(len(rounds[0].losses) for rounds in curves.values())
     width = max(1, steps // windows)
     print("\nsteps       " + "  ".join(f"{name:>20}" for name in curves))
@@ -185,7 +191,7 @@ def show_losses(curves: dict[str, list[Curve]], windows: int = 10) -> None:
 
 
 def work_of(model: str, captions: Sequence[str]) -> float:
-    """FLOPs of one sample in a step of training, captions at their real length."""
+    """FLOPs of one sample in a training step, with captions at their real length."""
     from clipkit.config import parse_config
     from clipkit.models.tokenizer import TruncationReport, tokenize
     from clipkit.training.build import build_towers
@@ -193,21 +199,21 @@ def work_of(model: str, captions: Sequence[str]) -> float:
     clip = build_towers(parse_config({"model": {"name": model}}).model, 0.07, seed=0).clip
     lengths = tokenize(captions, report=TruncationReport()).argmax(axis=1) + 1
     work = training_flops(clip, lengths.tolist())
-    print(f"captions of {lengths.mean():.1f} tokens in the mean; {work / 1e9:.1f} GFLOP a sample")
+    print(f"mean caption length {lengths.mean():.1f} tokens; {work / 1e9:.1f} GFLOP per sample")
     return work
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options, those of the command line if no words are given."""
+    """Parse the options, by default from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pairs", type=Path, help="Parquet with images and captions")
+    parser.add_argument("pairs", type=Path, help="Parquet file with images and captions")
     parser.add_argument("--model", default="ViT-S-32")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=12, help="in an epoch")
+    parser.add_argument("--steps", type=int, default=12, help="steps per epoch")
     parser.add_argument(
-        "--epochs", type=int, default=1, help="of more than one the last one's speed counts"
+        "--epochs", type=int, default=1, help="number of epochs; only the last one is timed"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -215,14 +221,19 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
     )
-    parser.add_argument("--chunk-size", type=int, default=0, help="clipkit's; 0: the whole batch")
+    parser.add_argument(
+        "--chunk-size",
+        type=int,
+        default=0,
+        help="pairs that clipkit encodes at once; 0: the whole batch",
+    )
     parser.add_argument(
         "--their-chunk-size", type=int, default=0, help="pairs that open_clip encodes at once"
     )
-    parser.add_argument("--workers", type=int, default=2, help="open_clip's loader processes")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of open_clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--set", action="append", default=[], help="clipkit's, such as data.cache=yes"
+        "--set", action="append", default=[], help="a setting for clipkit, such as data.cache=yes"
     )
     parser.add_argument("--only", choices=list(RUNNERS), nargs="*", default=list(RUNNERS))
     options = parser.parse_args(words)
@@ -232,7 +243,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run all in turn and print speeds, ratios and curves."""
+    """Alternate the runs, then print speeds, ratios and loss curves."""
     options = parse()
     curves: dict[str, list[Curve]] = {name: [] for name in options.only}
     with tempfile.TemporaryDirectory() as scratch:

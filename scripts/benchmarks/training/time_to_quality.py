@@ -1,11 +1,12 @@
-"""Time until a name finds its drawing in an unseen style: clipkit against open_clip_train.
+"""Training time to a target text→image recall on the demo's data: clipkit and open_clip_train.
 
-python scripts/bench_quality.py --epochs 10
-python scripts/bench_quality.py --epochs 10 --only clipkit
+    python -m scripts.benchmarks.training.time_to_quality --epochs 10
+    python -m scripts.benchmarks.training.time_to_quality --epochs 10 --only clipkit
 
-Both train the demo's towers on the demo's drawings, read from the same PNG files and CSV, with the
-same batch, rates and crops, one after the other; each epoch's checkpoint is then measured by
-clipkit. Only training counts as time. Needs the `demo` and `bench` extras.
+Both train the demo's towers on the demo's drawings, one after the other. They read the same PNG
+files and CSV file, with the same batch size, learning rates and crops. clipkit then evaluates the
+checkpoint of each epoch on drawings in an unseen style. Only training time counts. Needs the `demo`
+and `bench` extras.
 """
 
 import argparse
@@ -18,8 +19,6 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from measuring import run_command
-
 from clipkit.artifacts import write_json
 from clipkit.config import TrainConfig, dump_config
 from clipkit.demo.emoji import write_sets
@@ -27,6 +26,7 @@ from clipkit.demo.run import recipe
 from clipkit.models.checkpoint import CONFIG, WEIGHTS
 from clipkit.training.build import build_towers
 from clipkit.training.run_directory import read_log
+from scripts.benchmarks.common.timing import run_command
 
 METRIC = "text_to_image_r1"
 Points = list[tuple[float, float]]
@@ -35,7 +35,7 @@ _LINE = re.compile(r"^(\S+) \| INFO \| Train Epoch: (\d+) ", re.MULTILINE)
 
 
 def write_pairs(folder: Path) -> tuple[Path, Path]:
-    """The drawings as PNG files with a CSV of their names, and the unseen ones as Parquet."""
+    """Write the drawings as PNG files with a CSV file of names, and the unseen ones as Parquet."""
     import pyarrow.parquet as pq
 
     write_sets(folder / "train.parquet", folder / "unseen.parquet")
@@ -52,14 +52,14 @@ def write_pairs(folder: Path) -> tuple[Path, Path]:
 
 
 def measure(checkpoint: Path, unseen: Path) -> float:
-    """Recall of one checkpoint on the unseen drawings."""
+    """Recall of a checkpoint on the unseen drawings."""
     command = ["eval", "retrieval", str(unseen), "--model", str(checkpoint), "--json"]
     printed = run_command([sys.executable, "-m", "clipkit", *command])[0]
     return float(json.loads(printed.strip().splitlines()[-1])[METRIC])
 
 
 def run_ours(config: TrainConfig, unseen: Path, out: Path) -> Points:
-    """`clipkit train`: seconds of training and recall, epoch by epoch."""
+    """`clipkit train`: training seconds and recall after each epoch."""
     out.mkdir()
     (out / "config.toml").write_text(dump_config(config), encoding="utf-8")
     command = [sys.executable, "-m", "clipkit", "train", str(out / "config.toml")]
@@ -72,7 +72,7 @@ def run_ours(config: TrainConfig, unseen: Path, out: Path) -> Points:
 def run_theirs(
     config: TrainConfig, pairs: Path, unseen: Path, out: Path, words: list[str]
 ) -> Points:
-    """`open_clip_train` with the same towers: the same."""
+    """`open_clip_train` with the same towers: training seconds and recall after each epoch."""
     from safetensors.torch import save_file
     from torch import load
 
@@ -106,10 +106,10 @@ def run_theirs(
 
 
 def show(curves: dict[str, Points], target: float) -> None:
-    """Both curves, and when each reached the target."""
+    """Print both curves and when each reached the target."""
     reached = {}
     for name, points in curves.items():
-        print(f"\n{name}: epoch, seconds of training, {METRIC}")
+        print(f"\n{name}: epoch, training seconds, {METRIC}")
         for epoch, (seconds, recall) in enumerate(points, 1):
             print(f"{epoch:5} {seconds:8.0f} {recall:8.3f}")
         reached[name] = next((seconds for seconds, recall in points if recall >= target), None)
@@ -121,13 +121,13 @@ def show(curves: dict[str, Points], target: float) -> None:
 
 
 def main() -> None:
-    """Train one after the other and print when each got there."""
+    """Train one after the other and print when each reached the target."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--epochs", type=int, default=10, help="epochs to train")
+    parser.add_argument("--target", type=float, default=0.5, help="recall to reach")
     parser.add_argument("--only", choices=["clipkit", "open_clip"])
-    parser.add_argument("--precision", default="amp_bf16", help="open_clip's")
-    parser.add_argument("--workers", default="2", help="open_clip's loader processes")
+    parser.add_argument("--precision", default="amp_bf16", help="precision of open_clip")
+    parser.add_argument("--workers", default="2", help="loader processes of open_clip")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def open_clip_name(config: TrainConfig) -> str:
-    """The optimiser as `open_clip_train` calls it."""
+    """The name of the optimiser in `open_clip_train`."""
     return "adamw" if config.optim.name == "adamw" else f"timm/{config.optim.name}"
 
 

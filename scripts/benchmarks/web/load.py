@@ -1,11 +1,11 @@
-"""Load on `clipkit serve`: 64 connections that search an index of 100,000 vectors for a minute.
+"""Load test of `clipkit serve`: 64 connections search an index of 100,000 vectors for a minute.
 
-First every request asks other words, so that each has to be encoded; then all draw from 1,000
-queries, as where people page, go back and ask what others ask, so that hardly any has. The model
-has random weights; its speed is that of its size. Client and server share the machine.
+    python -m scripts.benchmarks.web.load         # towers of the size of ViT-B-32
+    python -m scripts.benchmarks.web.load --tiny  # a negligible model: the server itself
 
-    python scripts/bench_serve.py                      # towers of the size of ViT-B-32
-    python scripts/bench_serve.py --tiny               # hardly any model: the server by itself
+First, every query is distinct, so that each must be encoded. Then all are drawn from 1,000 queries,
+so that almost all are cached, as when users page back and forth or repeat popular searches. The
+model has random weights, which does not affect its speed. Client and server share the machine.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from clipkit.models.checkpoint import save_checkpoint
 from clipkit.models.loading import load_model
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.training.build import build_towers
+from scripts.benchmarks.common.memory import resident_memory
 
 BASE = {
     "embed_dim": 512,
@@ -42,8 +43,8 @@ TINY = {
     "vision": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
     "text": {"width": 32, "heads": 2, "layers": 1},
 }
-STEP, LOOK = 10.0, 0.2  # seconds of which memory is reported, and between looks at it
-REPEATED = 1000  # queries
+WINDOW, POLL = 10.0, 0.2  # seconds per reported window of memory, and between samples
+REPEATED = 1000  # distinct queries of the second load
 WORDS = [
     "a",
     "the",
@@ -116,12 +117,12 @@ def start_server(index: Path) -> tuple[subprocess.Popen[str], int]:
     for line in server.stderr:
         if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
             return server, int(found[1])
-    raise SystemExit("the server did not start")
+    raise SystemExit("error: the server did not start")
 
 
 @dataclass
 class Load:
-    """What a load came to: seconds of each request, errors, least and most MiB in each ``STEP``."""
+    """Results of a load: seconds per request, errors, lowest and highest MiB per window."""
 
     times: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -144,20 +145,20 @@ async def connection(port: int, until: float, queries: Iterator[str], load: Load
 
 
 async def watch(server: "subprocess.Popen[str]", until: float, load: Load) -> None:
-    while (start := time.perf_counter()) < until - LOOK:
-        seen = []
-        while time.perf_counter() < min(until, start + STEP):
-            seen.append(resident(server))
-            await asyncio.sleep(LOOK)
-        load.memory.append((min(seen), max(seen)))
+    while (start := time.perf_counter()) < until - POLL:
+        samples = []
+        while time.perf_counter() < min(until, start + WINDOW):
+            samples.append(resident_memory(server.pid))
+            await asyncio.sleep(POLL)
+        load.memory.append((min(samples), max(samples)))
 
 
 async def load_server(
     server: "subprocess.Popen[str]", port: int, count: int, seconds: float, queries: Iterator[str]
 ) -> Load:
     load, until = Load(), time.perf_counter() + seconds
-    asking = (connection(port, until, queries, load) for _ in range(count))
-    await asyncio.gather(watch(server, until, load), *asking)
+    connections = (connection(port, until, queries, load) for _ in range(count))
+    await asyncio.gather(watch(server, until, load), *connections)
     return load
 
 
@@ -168,17 +169,12 @@ def distinct(seed: int) -> Iterator[str]:
 
 
 def repeated(seed: int) -> Iterator[str]:
-    known, words = list(islice(distinct(seed), REPEATED)), random.Random(seed)
+    queries, rng = list(islice(distinct(seed), REPEATED)), random.Random(seed)
     while True:
-        yield words.choice(known)
+        yield rng.choice(queries)
 
 
-def resident(server: "subprocess.Popen[str]") -> float:
-    status = Path(f"/proc/{server.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
-
-
-def processor_seconds(server: "subprocess.Popen[str]") -> float:
+def cpu_seconds(server: "subprocess.Popen[str]") -> float:
     fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -199,35 +195,37 @@ def report(name: str, load: Load, took: float, used: float, encoded: tuple[float
     print(f"  requests/s        {count / took:.1f}")
     print(f"  p50, p99          {1000 * p50:.0f} ms, {1000 * p99:.0f} ms")
     print(f"  errors            {len(load.errors)} {load.errors[:1] or ''}")
-    print(f"  processor time    {1000 * used / count:.1f} ms a request")
-    print(f"  captions encoded  {captions:.0f}, {captions / max(calls, 1):.1f} a call")
-    # Work under way comes and goes; what is kept shows in the least.
+    print(f"  CPU time          {1000 * used / count:.1f} ms per request")
+    print(f"  captions encoded  {captions:.0f}, {captions / max(calls, 1):.1f} per call")
+    # Memory of requests in progress comes and goes; a leak shows in the lowest values.
     shown = ", ".join(f"{least:.0f}-{most:.0f}" for least, most in load.memory)
-    print(f"  resident          {shown} MiB, least and most in each {STEP:.0f} s", flush=True)
+    print(f"  resident          {shown} MiB, lowest and highest in each {WINDOW:.0f} s", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vectors", type=int, default=100_000)
     parser.add_argument("--connections", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60, help="of each of the two loads")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of each load")
+    parser.add_argument("--tiny", action="store_true", help="use a negligible model")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server, port = start_server(make_index(Path(folder), options.vectors, options.tiny))
         try:
-            print(f"resident          {resident(server):.0f} MiB, before any request")
+            print(f"resident          {resident_memory(server.pid):.0f} MiB before any request")
             asyncio.run(load_server(server, port, options.connections, 5, distinct(0)))  # warm
             for name, queries in (("distinct", distinct(1)), ("repeated", repeated(2))):
                 start, used, (captions, calls) = (
                     time.perf_counter(),
-                    processor_seconds(server),
+                    cpu_seconds(server),
                     batches(port),
                 )
                 load = asyncio.run(
                     load_server(server, port, options.connections, options.seconds, queries)
                 )
-                took, used = time.perf_counter() - start, processor_seconds(server) - used
+                took, used = time.perf_counter() - start, cpu_seconds(server) - used
                 after = batches(port)
                 report(name, load, took, used, (after[0] - captions, after[1] - calls))
         finally:

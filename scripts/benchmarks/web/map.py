@@ -1,16 +1,15 @@
-"""How long a frame of a map of 50,000 points takes in a headless Chromium, and its layout.
+"""Frame time of a map of 50,000 points in a headless Chromium, and time of its projection.
 
-The page draws its points into the pixels of an image; beside it, in turn, the canvas draws them
-itself with fillRect, as the page did before. Without a graphics card, both on the processor. A
-frame is a step of zooming or moving: `draw` is the time of the page's function alone, `frame` that
-until the browser is ready for the next one (never below 16.7 ms, the 60 frames a second of it).
+    taskset -c 0 python -m scripts.benchmarks.web.map
+    python -m scripts.benchmarks.web.map --layout  # the t-SNE projection of 50,000 x 512
 
-    taskset -c 0 python scripts/bench_map.py
-    python scripts/bench_map.py --layout               # the layout of 50,000 x 512 by t-SNE
+The page writes its points into the pixels of an image. The alternative draws each point with the
+canvas's fillRect, as the page did before. Without a GPU, both run on the CPU. A frame is a step of
+zooming or panning: `draw` is the time of the drawing function alone, `frame` the time until the
+browser is ready for the next frame (at least 16.7 ms, for its 60 frames per second).
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from clipkit.index.projection import lay_out  # noqa: E402
-from clipkit.reports.map import Cluster, MapPage, render_map  # noqa: E402
-from tests.helpers.browser import chromium, missing  # noqa: E402
+from clipkit.index.projection import lay_out
+from clipkit.reports.map import Cluster, MapPage, render_map
+from scripts.benchmarks.common.timing import ratios, spread
+from tests.helpers.browser import chromium, missing
 
 CLUSTERS = 24
 FILL_RECT = """() => {
@@ -42,7 +39,7 @@ FILL_RECT = """() => {
             pen.fillRect(x - size / 2, y - size / 2, size, size);
         }
         pen.globalAlpha = 1;
-        pen.getImageData(0, 0, 1, 1);  // so that it is drawn now, not later
+        pen.getImageData(0, 0, 1, 1);  // force the drawing to finish now
     };
     const fast = Points.prototype.draw, put = pen.putImageData.bind(pen);
     window.use = (slow) => {
@@ -72,7 +69,7 @@ FRAMES = """async ([zoom, x, steps]) => {
 
 
 def places_of(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points in clusters, as a layout has them."""
+    """Points in clusters, as in a real projection."""
     rng = np.random.default_rng(0)
     clusters = np.sort(rng.integers(0, CLUSTERS, count))
     middles = rng.uniform(0.1, 0.9, (CLUSTERS, 2))
@@ -109,17 +106,13 @@ def draw(count: int, rounds: int, steps: int) -> None:
             print(f"{count:,} points, zoom {zoom}:")
             for slow, name in ((False, "pixels"), (True, "fillRect")):
                 drawn, frames = (np.concatenate([one[n] for one in took[slow]]) for n in (0, 1))
-                print(f"  {name:8}  draw {middle_and_most(drawn)}, frame {middle_and_most(frames)}")
-            medians = (
-                [np.median(drawn) for drawn, _ in took[False]],
-                [np.median(drawn) for drawn, _ in took[True]],
-            )
-            ratios = np.divide(medians[1], medians[0])
-            print(f"  {np.median(ratios):.1f} times ({ratios.min():.1f}-{ratios.max():.1f})")
+                print(f"  {name:8}  draw {shown(drawn)}, frame {shown(frames)}")
+            pixels, rects = ([np.median(drawn) for drawn, _ in took[slow]] for slow in (0, 1))
+            print(f"  fillRect / pixels: {spread(ratios(rects, pixels), 1)}")
 
 
-def middle_and_most(times: np.ndarray) -> str:
-    return f"{np.median(times):.1f} ms (95 %: {np.percentile(times, 95):.1f})"
+def shown(times: np.ndarray) -> str:
+    return f"{np.median(times):.1f} ms (p95 {np.percentile(times, 95):.1f})"
 
 
 def layout(count: int, dim: int) -> None:
@@ -129,15 +122,17 @@ def layout(count: int, dim: int) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     start = time.perf_counter()
     lay_out(vectors.astype(np.float32))
-    print(f"layout of {count:,} x {dim}: {time.perf_counter() - start:.0f} s")
+    print(f"projection of {count:,} x {dim}: {time.perf_counter() - start:.0f} s")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--points", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--layout", action="store_true", help="lay out instead of drawing")
+    parser.add_argument("--steps", type=int, default=60, help="frames per round")
+    parser.add_argument("--layout", action="store_true", help="time the projection instead")
     options = parser.parse_args()
     if options.layout:
         layout(options.points, 512)

@@ -1,19 +1,19 @@
-# Sourced by the scripts beside it: a virtual environment with clipkit in it.
+# Sourced by demo.sh and test.sh: prepares a virtual environment with clipkit.
 
-# prepare_environment WHAT: activate (or make) the environment and install WHAT, such as ".[demo]".
+# prepare_environment PACKAGE: create or activate the environment and install PACKAGE (".[demo]").
 prepare_environment() {
     if [[ -z "${VIRTUAL_ENV:-}" ]]; then
         local venv="${CLIPKIT_VENV:-.venv}"
         if [[ ! -x "$venv/bin/python" ]]; then
             local python
             python="$(find_python)"
-            echo "making a virtual environment in $venv with $("$python" --version)"
+            echo "creating a virtual environment in $venv with $("$python" --version)"
             "$python" -m venv "$venv"
         fi
         # shellcheck disable=SC1091
         source "$venv/bin/activate"
     fi
-    echo "installing clipkit and what it needs (the first time takes some minutes)"
+    echo "installing clipkit and its dependencies (takes some minutes the first time)"
     python -m pip install --quiet --disable-pip-version-check --editable "$1"
 }
 
@@ -26,6 +26,6 @@ find_python() {
             return
         fi
     done
-    echo "error: no Python 3.11 or newer was found; install one and run this again" >&2
+    echo "error: Python 3.11 or newer not found; install it and run this script again" >&2
     return 1
 }

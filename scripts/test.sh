@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install clipkit with what its checks need, then run them all: format, lint, types, tests
-# (among them the layer contract and the README's command blocks).
+# Install clipkit with its development tools and run all checks: format, lint, types and tests
+# (including the layer order and the commands in the README).
 #
-# Uses the active virtual environment, else makes .venv; CLIPKIT_VENV names another place.
-# Arguments go to pytest.
+# Uses the active virtual environment, or else creates .venv (set CLIPKIT_VENV for another path).
+# Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

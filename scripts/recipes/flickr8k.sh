@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train on Flickr8k photos, measure on the dev photos, index them and search.
-# Usage, from anywhere: bash scripts/recipes/flickr8k.sh OUT
+# Train on Flickr8k from random weights, evaluate on the dev photos, index and search them.
+# Usage, from any directory: bash scripts/recipes/flickr8k.sh OUT
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out="${1:?name a directory for what is made}"
+out="${1:?give an output directory}"
 dev=../shared/data/flickr8k-112-dev.parquet
 
 if [[ ! -f "$dev" ]]; then
-    echo "error: $dev is not there; put Flickr8k as Parquet (key, image, captions) beside the project" >&2
+    echo "error: $dev not found; convert Flickr8k to Parquet (key, image, captions) and put it there" >&2
     exit 1
 fi
 clipkit train scripts/recipes/flickr8k.toml --out "$out/run"

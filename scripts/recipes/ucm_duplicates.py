@@ -1,15 +1,14 @@
-"""How pairs that say the same are best counted: runs of each setting and seed, and a table.
+"""Compare the settings of `train.duplicates` over several seeds, and print a table.
 
     python scripts/recipes/ucm_duplicates.py OUT WEIGHTS --seeds 5 --batch-size 256
 
-Every run is measured on the held-out photos: recall where an equal caption of another photo counts
-as wrong ("apart", the usual protocol) and where it counts as right ("merged"), and the accuracy of
-zero-shot classification among the labels. Means stand with their standard errors over the seeds,
-and so do differences to `ignore`, taken seed by seed. Runs that are there already are not repeated.
+Evaluates every run on the held-out photos: recall with an equal caption of another photo counted as
+wrong ("apart", the usual protocol) or as right ("merge"), and zero-shot accuracy on the labels. The
+table gives means with standard errors over the seeds, for each setting and for its difference to
+`ignore`, paired by seed. Finished runs are not repeated.
 
-Equal captions have equal vectors, so that `positive` comes to `ignore` but for rounding; `mask`
-leaves out 0.3 % of the negatives, and over five seeds no figure differed by more than twice its
-standard error.
+Equal captions have equal vectors, so `positive` equals `ignore` except for rounding. `mask` removes
+0.3 % of the negatives. Over five seeds, no figure differed by more than twice its standard error.
 """
 
 import argparse
@@ -28,14 +27,14 @@ from clipkit.models.embed_source import encode_pairs
 
 RECIPE = Path(__file__).with_suffix(".toml")
 SETTINGS = ("mask", "positive", "ignore")
-TEMPLATES = ("This is a {} .", "There is a {} .", "Here is a {} .")  # as these captions begin
+TEMPLATES = ("This is a {} .", "There is a {} .", "Here is a {} .")  # the wording of these captions
 RECALLS = ("text_to_image_r1", "text_to_image_r10", "image_to_text_r1", "image_to_text_r10")
 
 Figures = dict[str, float]
 
 
 def measure(run: Path, source: Source) -> Figures:
-    """The figures of a finished run."""
+    """Evaluate a finished run."""
     encoder = clipkit.load_model(run)
     pairs = encode_pairs(encoder, source, workers=2, progress=False)
     found = {}
@@ -53,7 +52,7 @@ def measure(run: Path, source: Source) -> Figures:
 
 
 def configured(options: argparse.Namespace, duplicates: str, seed: int) -> TrainConfig:
-    """The recipe with what differs from run to run."""
+    """The recipe with the settings of one run."""
     recipe = load_config(RECIPE)
     features, weights = str(options.out / "features"), str(options.weights)
     loop = replace(
@@ -78,7 +77,7 @@ def shown(values: list[float]) -> str:
 
 
 def table(found: dict[str, list[Figures]]) -> str:
-    """A row a figure: each setting, then how far it is from `ignore`, seed by seed."""
+    """A row per figure: each setting, then its difference to `ignore`, paired by seed."""
     base = found["ignore"]
     others = [name for name in found if name != "ignore"]
     heads = [*found, *(f"{name} − ignore" for name in others)]
@@ -95,9 +94,9 @@ def table(found: dict[str, list[Figures]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="a directory for features and runs")
-    parser.add_argument("weights", type=Path, help="of the image tower, in timm's layout")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each setting")
+    parser.add_argument("out", type=Path, help="directory for features and runs")
+    parser.add_argument("weights", type=Path, help="weights of the image tower, with timm's names")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per setting")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
@@ -110,7 +109,9 @@ def main() -> None:
             if not is_complete(run):
                 result = clipkit.train(config, run, resume=any(run.glob("step-*")))
                 if not result.finished:
-                    raise SystemExit(f"stopped in {run}; the same command goes on")
+                    raise SystemExit(
+                        f"interrupted in {run}; run the same command again to continue"
+                    )
             figures = measure(run, open_source(config.data.held_out))
             found[duplicates].append(figures)
             print(run.name, *(f"{name} {value:.3f}" for name, value in figures.items()), sep="  ")

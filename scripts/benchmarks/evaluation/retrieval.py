@@ -41,15 +41,15 @@ def write_vectors(folder: Path, images: int, captions: int, dim: int) -> None:
         file = folder / f"{name}.npy"
         return np.lib.format.open_memmap(file, "w+", np.float32, (count, dim))
 
-    pictures, texts = create("images", images), create("captions", images * captions)
+    image_vectors, texts = create("images", images), create("captions", images * captions)
     for start in range(0, images, ROWS):
         size = (min(ROWS, images - start), dim)
         rows = unit(generator.standard_normal(size, np.float32))
-        pictures[start : start + ROWS] = rows
+        image_vectors[start : start + ROWS] = rows
         rows = np.repeat(rows, captions, axis=0)
         noise = unit(generator.standard_normal(rows.shape, np.float32))
         texts[start * captions : (start + ROWS) * captions] = unit(rows + 5 * noise)
-    pictures.flush()
+    image_vectors.flush()
     texts.flush()
 
 

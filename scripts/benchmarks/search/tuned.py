@@ -159,10 +159,10 @@ def _compare(
         ]
     for knobs, found in points:
         show(name, built, knobs, found)
-        print(f"{'':10} {beside(found, [one for _, one in curve])}")
+        print(f"{'':10} {against_curve(found, [one for _, one in curve])}")
 
 
-def beside(theirs: Measured, ours: Sequence[Measured]) -> str:
+def against_curve(theirs: Measured, ours: Sequence[Measured]) -> str:
     """The recall of clipkit in at most the same time, and its time for at least the same recall."""
     quick = [one.recall for one in ours if one.milliseconds <= theirs.milliseconds]
     good = [one.milliseconds for one in ours if one.recall >= theirs.recall]

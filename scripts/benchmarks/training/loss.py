@@ -88,8 +88,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     names = [options.only] if options.only else ["clipkit", "open_clip"]
-    inputs, known = vectors(options.pairs, options.dim, options.device), losses()
-    runs = {name: partial(step, known[name], inputs) for name in names}
+    inputs, by_name = vectors(options.pairs, options.dim, options.device), losses()
+    runs = {name: partial(step, by_name[name], inputs) for name in names}
     warmup = int(options.rounds > 1)
     seconds = alternate(runs, options.rounds, options.device, warmup)
     del inputs, runs

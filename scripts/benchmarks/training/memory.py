@@ -78,11 +78,11 @@ def main() -> None:
     print("MiB in addition to network, gradients, optimiser and the batch itself")
     print(f"{'batch':>6} {'its images':>13} {'whole':>8} {f'chunks of {options.chunk}':>14}")
     for batch in options.batches:
-        chunked, pictures = peak(options.model, batch, options.chunk)
+        chunked, images = peak(options.model, batch, options.chunk)
         whole = "–"
         if batch <= options.most_whole:
             whole = f"{peak(options.model, batch, 0)[0]:.0f}"
-        print(f"{batch:6} {pictures:13.0f} {whole:>8} {chunked:14.0f}", flush=True)
+        print(f"{batch:6} {images:13.0f} {whole:>8} {chunked:14.0f}", flush=True)
 
 
 if __name__ == "__main__":

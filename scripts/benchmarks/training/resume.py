@@ -48,11 +48,11 @@ def make_tars(folder: Path, tars: int, images: int) -> None:
             continue
         with tarfile.open(path, "w") as tar:
             for number in numbers.tolist():
-                picture = io.BytesIO()
+                jpeg = io.BytesIO()
                 pixels = random.integers(0, 256, (96, 96, 3), np.uint8)
-                Image.fromarray(pixels).save(picture, "JPEG", quality=75)
+                Image.fromarray(pixels).save(jpeg, "JPEG", quality=75)
                 caption = f"image {number}".encode()
-                for suffix, data in (("jpg", picture.getvalue()), ("txt", caption)):
+                for suffix, data in (("jpg", jpeg.getvalue()), ("txt", caption)):
                     info = tarfile.TarInfo(f"{number:08d}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

@@ -1,4 +1,4 @@
-"""Small pictures, alone and together on a sheet."""
+"""Small JPEGs of images, alone and together on a contact sheet."""
 
 import io
 from collections.abc import Sequence
@@ -12,22 +12,27 @@ _ACROSS, _GAP, _LINE = 8, 6, 26
 
 
 def thumbnail(image: Image.Image, side: int = SIDE) -> bytes:
-    """A picture as JPEG, at most ``side`` pixels wide and high."""
+    """An RGB image as JPEG, at most ``side`` pixels wide and high."""
     small = image.copy()
     small.thumbnail((side, side), reducing_gap=2)
+    return encode_jpeg(small)
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """An RGB image as JPEG, without the metadata of its file."""
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85)
+    image.save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 
-def contact_sheet(pictures: Sequence[tuple[str, bytes]], file: Path) -> None:
-    """Write a picture of pictures, those of one name together under it.
+def contact_sheet(images: Sequence[tuple[str, bytes]], file: Path) -> None:
+    """Write one image of many, those of one name together under it.
 
     Args:
-        pictures: name and JPEG of each, in order of the names.
-        file: the PNG or JPEG to write, in one step.
+        images: name and JPEG of each, sorted by name.
+        file: the PNG or JPEG to write, atomically.
     """
-    groups = [(name, list(part)) for name, part in groupby(pictures, key=lambda one: one[0])]
+    groups = [(name, list(part)) for name, part in groupby(images, key=lambda one: one[0])]
     cell = SIDE + _GAP
     height = sum(_LINE + -(-len(part) // _ACROSS) * cell for _, part in groups) + _GAP
     sheet = Image.new("RGB", (_ACROSS * cell + _GAP, height), "white")

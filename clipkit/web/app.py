@@ -1,10 +1,8 @@
-"""The application: which address gives what."""
+"""The ASGI application: routes of the HTTP API and of the search page."""
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Annotated, Any
 
@@ -17,87 +15,59 @@ from starlette.types import ASGIApp
 
 from clipkit import __version__
 from clipkit.errors import ClipkitError
-from clipkit.web.batching import Vectors
-from clipkit.web.collection import Collection, Current
-from clipkit.web.images import ThumbCache, Work
+from clipkit.web.collection import ServedIndex
+from clipkit.web.images import ThumbnailCache
 from clipkit.web.metrics import Monitor
 from clipkit.web.schemas import (
-    MOST_HITS,
-    Answer,
-    Classification,
-    Classify,
-    ColumnInfo,
+    MAX_HITS,
+    ClassifyRequest,
+    ClassifyResponse,
     Health,
     Info,
     Page,
     Problem,
-    Search,
-    Terms,
+    QueryTerms,
+    RequestError,
+    SearchQuery,
+    SearchResponse,
 )
-from clipkit.web.security import MAX_UPLOAD, Guard, RequestError
-from clipkit.web.service import Answerer
+from clipkit.web.security import MAX_UPLOAD, Guard
+from clipkit.web.service import Service
 
 POLL_SECONDS = 2.0
-"""How often the index is looked at for a newer state."""
-KEEP_SECONDS = 600
-"""How long a browser may show a picture again without asking."""
-STATIC = resources.files("clipkit.web") / "static"
+"""Interval between checks for a newer state of the index."""
+CACHE_SECONDS = 600
+"""How long a browser may show an image again without a request."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": meaning}
     for status, meaning in {
         400: "The request cannot be read.",
-        401: "The token is missing.",
-        403: "Not for this request.",
-        404: "There is no such picture.",
+        401: "The token is missing or wrong.",
+        403: "The request comes from another site.",
+        404: "The image does not exist.",
         408: "The request was sent too slowly.",
-        413: "Too large.",
-        415: "No picture that can be read.",
-        421: "Not a name of this server.",
-        422: "One sentence says what is wrong with it.",
-        503: "Too much at a time.",
+        413: "The request or image is too large.",
+        415: "The file is not a readable image.",
+        421: "The Host header is not a name of this server.",
+        422: "The request is not valid; `detail` says why.",
+        503: "The server is overloaded or shutting down.",
     }.items()
 }
-_PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": {}}}}
+_IMAGE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": {}}}}
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 _UPLOAD = {
     "requestBody": {
         "required": True,
-        "description": "A picture file, as it is.",
+        "description": "The content of an image file.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-KeyPath = Annotated[str, Path(description="Key of a picture: its path in the indexed folder.")]
-
-
-@dataclass
-class Service:
-    """What the routes work with."""
-
-    current: Current
-    answerer: Answerer
-    work: Work
-    monitor: Monitor
-
-    @property
-    def collection(self) -> Collection:
-        """What is served now."""
-        return self.current.collection
-
-    async def refresh(self) -> None:
-        """Take over a newer state of the index, if there is one; failing, keep the old."""
-        try:
-            fresh = await asyncio.to_thread(self.current.refresh)
-        except Exception as error:
-            self.monitor.reloads.labels("failed").inc()
-            print(f"the index has changed and cannot be opened: {error}", file=sys.stderr)
-            return
-        if fresh:
-            self.monitor.reloads.labels("done").inc()
-        self.monitor.pictures.set(len(self.collection))
+KeyPath = Annotated[str, Path(description="Key of an image: its path in the indexed folder.")]
 
 
 def create_app(
-    current: Current,
-    thumbs: ThumbCache,
+    served: ServedIndex,
+    thumbnails: ThumbnailCache,
     *,
     hosts: Iterable[str] | None = None,
     token: str | None = None,
@@ -105,39 +75,37 @@ def create_app(
     """The whole server as an ASGI application.
 
     Args:
-        current: what is served.
-        thumbs: where thumbnails are kept.
+        served: the index.
+        thumbnails: where thumbnails are cached.
         hosts: as for ``Guard``.
         token: as for ``Guard``.
     """
     monitor = Monitor()
-    work = Work(thumbs)
-    answerer = Answerer(Vectors(monitor.batches.observe), work)
-    service = Service(current, answerer, work, monitor)
+    service = Service(served, thumbnails, monitor)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(_watch(service))
         yield
         watching.cancel()
-        await asyncio.to_thread(answerer.close)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="clipkit",
         version=__version__,
-        description="Search a collection of pictures by words and by pictures.",
+        description="Search a collection of images by text and by image.",
         lifespan=lifespan,
-        docs_url=None,  # its page would fetch scripts from elsewhere
+        docs_url=None,  # its page would load scripts from another site
         redoc_url=None,
         responses=_REFUSALS,
     )
-    _add_searching(app, service)
-    _add_pictures(app, service)
+    _add_search(app, service)
+    _add_images(app, service)
     _add_facts(app, service)
     _add_page(app)
-    app.add_exception_handler(ClipkitError, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClipkitError, _on_clipkit_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_error)
     return monitor.around(Guard(app, hosts=hosts, token=token))
 
 
@@ -147,74 +115,74 @@ async def _watch(service: Service) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-def _add_searching(app: FastAPI, service: Service) -> None:
-    answerer = service.answerer
-
+def _add_search(app: FastAPI, service: Service) -> None:
     @app.get("/search", tags=["search"])
-    async def search(asked: Annotated[Search, Query()]) -> Answer:
-        """Pictures that fit words, pictures, or both, less what is not wanted."""
-        return await answerer.search(service.collection, asked)
+    async def search(query: Annotated[SearchQuery, Query()]) -> SearchResponse:
+        """Images that match texts and images, best first."""
+        return await service.search(service.collection, query)
 
     @app.post("/search", tags=["search"], openapi_extra=_UPLOAD)
-    async def search_with_picture(request: Request, asked: Annotated[Terms, Query()]) -> Answer:
-        """The same with a picture that is sent; the answer gives a name to ask for it again."""
+    async def search_by_upload(
+        request: Request, terms: Annotated[QueryTerms, Query()]
+    ) -> SearchResponse:
+        """The same with an uploaded image; the response gives a name for searching it again."""
         collection = service.collection
-        name = await answerer.take(collection, await request.body())
-        return await answerer.search(collection, Search(image=name, **asked.model_dump()))
+        name = await service.upload(collection, await request.body())
+        return await service.search(collection, SearchQuery(image=name, **terms.model_dump()))
 
     @app.get("/similar/{key:path}", tags=["search"])
-    async def similar(key: KeyPath, asked: Annotated[Page, Query()]) -> Answer:
-        """Pictures like one of the index, which itself is left out."""
+    async def similar(key: KeyPath, page: Annotated[Page, Query()]) -> SearchResponse:
+        """Images like one of the index, which is not among them."""
         collection = service.collection
         collection.row(key)
-        return await answerer.search(collection, Search(like=[key], **asked.model_dump()))
+        return await service.search(collection, SearchQuery(like=[key], **page.model_dump()))
 
     @app.post("/classify", tags=["classify"])
-    async def classify(asked: Classify) -> Classification:
-        """Which of some labels fits pictures of the index, or one that was sent."""
-        return await answerer.classify(service.collection, asked)
+    async def classify(asked: ClassifyRequest) -> ClassifyResponse:
+        """Probabilities of labels for images of the index, or for an uploaded one."""
+        return await service.classify(service.collection, asked)
 
 
-def _add_pictures(app: FastAPI, service: Service) -> None:
-    @app.get("/image/{key:path}", tags=["pictures"], response_class=Response, responses=_PICTURE)
+def _add_images(app: FastAPI, service: Service) -> None:
+    @app.get("/image/{key:path}", tags=["images"], response_class=Response, responses=_IMAGE)
     async def image(key: KeyPath) -> Response:
-        """A picture as it is in its file; one that browsers do not show, as a JPEG."""
+        """The original image; formats that browsers do not show come as JPEG."""
         collection = service.collection
         collection.row(key)
-        data, kind = await service.work.run(lambda: collection.files.shown(key))
-        # A picture needs nothing, and opened by itself it gets nothing.
-        return _picture(data, kind, {"content-security-policy": "default-src 'none'; sandbox"})
+        data, kind = await service.worker.run(lambda: collection.images.for_browser(key))
+        # An image opened in its own tab may load and run nothing.
+        return _image(data, kind, {"content-security-policy": "default-src 'none'; sandbox"})
 
-    @app.get("/thumb/{key:path}", tags=["pictures"], response_class=Response, responses=_PICTURE)
+    @app.get("/thumb/{key:path}", tags=["images"], response_class=Response, responses=_IMAGE)
     async def thumb(key: KeyPath) -> Response:
-        """A small JPEG of a picture."""
+        """A small JPEG of an image."""
         collection = service.collection
         collection.row(key)
-        data = await service.work.thumb(collection.files, key)
-        service.monitor.thumb_bytes.set(service.work.thumbs.used)
-        return _picture(data, "image/jpeg")
+        data = await service.worker.thumbnail(collection.images, key)
+        service.monitor.thumbnail_bytes.set(service.worker.thumbnails.used)
+        return _image(data, "image/jpeg")
 
-    @app.get("/sent/{name}", tags=["pictures"], response_class=Response, responses=_PICTURE)
-    async def sent(name: str) -> Response:
-        """A small JPEG of a picture that was sent with a search."""
-        model = service.collection.encoder.model.fingerprint
-        return _picture(service.answerer.uploads.get(name, model).jpeg, "image/jpeg")
+    @app.get("/upload/{name}", tags=["images"], response_class=Response, responses=_IMAGE)
+    async def upload(name: str) -> Response:
+        """A small JPEG of an uploaded image."""
+        fingerprint = service.collection.encoder.model.fingerprint
+        return _image(service.uploads.get(name, fingerprint).jpeg, "image/jpeg")
 
 
-def _picture(data: bytes, kind: str, headers: dict[str, str] | None = None) -> Response:
-    keep = {"cache-control": f"private, max-age={KEEP_SECONDS}"}
-    return Response(data, media_type=kind, headers={**keep, **(headers or {})})
+def _image(data: bytes, kind: str, headers: dict[str, str] | None = None) -> Response:
+    cached = {"cache-control": f"private, max-age={CACHE_SECONDS}"}
+    return Response(data, media_type=kind, headers={**cached, **(headers or {})})
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/info", tags=["facts"])
     async def info() -> Info:
-        """What is served."""
+        """The index that is served."""
         collection = service.collection
         manifest, calibration = collection.index.manifest, collection.index.calibration
         missing = await asyncio.to_thread(lambda: collection.missing)  # may open tables
         return Info(
-            name=service.current.path.name,
+            name=service.served.path.name,
             count=len(collection),
             model=str(collection.index.model),
             spec=collection.index.spec,
@@ -222,27 +190,24 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             clipkit=__version__,
             missing=missing,
             calibrated=calibration is not None and calibration.informative,
-            columns=[ColumnInfo(**asdict(column)) for column in collection.columns],
-            most_hits=MOST_HITS,
-            largest_upload=MAX_UPLOAD,
+            columns=collection.columns,
+            max_hits=MAX_HITS,
+            max_upload=MAX_UPLOAD,
         )
 
     @app.get("/health", tags=["facts"])
     async def health() -> Health:
-        """That the server is there; asks for no token."""
+        """Whether the server is running; needs no token."""
         return Health(status="ok")
 
     @app.get("/metrics", tags=["facts"], response_class=Response, responses=_TEXT)
     async def metrics() -> Response:
-        """Counts of requests, times and batches, as Prometheus reads them."""
+        """Counts of requests, times and batches in Prometheus' text format."""
         return Response(service.monitor.render(), media_type="text/plain; version=0.0.4")
 
 
-_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
-
-
 def _add_page(app: FastAPI) -> None:
-    page = (STATIC / "index.html").read_bytes()
+    page = (resources.files("clipkit.web") / "static" / "index.html").read_bytes()
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -251,18 +216,18 @@ def _add_page(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(packages=[("clipkit.web", "static")]))
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _on_clipkit_error(_: Request, error: Exception) -> Response:
     status = error.status if isinstance(error, RequestError) else 422
     return JSONResponse({"detail": str(error)}, status)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid_request(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
     return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)

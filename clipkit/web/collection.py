@@ -1,17 +1,22 @@
-"""A collection: an index opened for being shown, and the newer one that takes its place."""
+"""The served index: its records, images and columns, and a newer state that replaces it."""
 
 import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from clipkit.artifacts import MANIFEST
-from clipkit.data.images import Decode, read_image
+from clipkit.data.formats.metadata import DAY, INTEGER, NUMBER, OWN, TEXT, TIME, TRUTH, kind_of
+from clipkit.data.images import Decode
 from clipkit.data.transforms import Pixels
+from clipkit.index.filters import FOLDER, folders_of, parse_where
+from clipkit.index.hits import distinct
 from clipkit.index.roots import Root, roots_of
 from clipkit.index.vector_index import Hit, VectorIndex
 from clipkit.models.encoder import Encoder
@@ -19,21 +24,33 @@ from clipkit.models.inference_precision import DEFAULT_PRECISION, Precision
 from clipkit.models.loading import load_model_ref
 from clipkit.store.shards import Vectors
 from clipkit.web.batching import Vector
-from clipkit.web.filters import Column, Rows, find_columns, with_folder
-from clipkit.web.images import Facts, PictureFiles, read_upload, readable
-from clipkit.web.security import RequestError
+from clipkit.web.images import IndexImages, decode, read_upload
+from clipkit.web.schemas import Column, RequestError
 
-_LOOKED_AT = 20
-"""Pictures that are looked for to learn whether an index has any."""
+Mask = NDArray[np.bool_]
+"""bool [rows], True for the rows to search."""
+MAX_VALUES = 50
+"""A text column with more distinct values gets a text field instead of one control per value."""
+MAX_VALUE_LENGTH = 100
+_SAMPLED = 20
+"""Images looked for to find out whether an index has any."""
+_KINDS: dict[pa.DataType, Literal["text", "number", "time", "boolean"]] = {
+    TEXT: "text",
+    INTEGER: "number",
+    NUMBER: "number",
+    DAY: "time",
+    TIME: "time",
+    TRUTH: "boolean",
+}
 
 
 class Collection:
-    """An index, the model that made it, its records by key, and its picture files.
+    """One state of an index, opened for serving: its encoder, records, columns and images.
 
     Args:
-        index: what is searched.
+        index: the index.
         encoder: its model.
-        images: the folder of the pictures; None: where they were when they were indexed.
+        images: folder of the images; None: where they were when they were indexed.
     """
 
     def __init__(self, index: VectorIndex, encoder: Encoder, images: Path | None = None) -> None:
@@ -41,100 +58,144 @@ class Collection:
         self.keys = index.keys
         self.rows = {key: row for row, key in enumerate(self.keys)}
         self.records: pa.Table = with_folder(index.records()).combine_chunks()
-        self.columns: list[Column] = find_columns(self.records)
+        self.columns = describe_columns(self.records)
         roots = [Root("", str(images.resolve()), True)] if images else roots_of(index.manifest)
-        self.files = PictureFiles(roots, self._facts)
+        self.images = IndexImages(roots, self._recorded)
 
     def __len__(self) -> int:
         return len(self.index)
 
     @cached_property
     def missing(self) -> str | None:
-        """Why none of a few keys, spread over the index, has a picture; None where one has."""
-        some = self.keys[:: max(1, len(self.keys) // _LOOKED_AT)]
-        reasons = [self.files.missing(key) for key in some]
+        """Why none of a few keys, spread over the index, has an image; None if one has."""
+        sample = self.keys[:: max(1, len(self.keys) // _SAMPLED)]
+        reasons = [self.images.why_missing(key) for key in sample]
         return None if None in reasons or not reasons else reasons[0]
 
     def row(self, key: str) -> int:
-        """The row of a key; raises RequestError (404) where the index has none such."""
+        """The row of a key; raises RequestError (404) if the index does not have it."""
         if key not in self.rows:
-            raise RequestError(404, "the index has no picture of this key")
+            raise RequestError(404, "the index has no image of this key")
         return self.rows[key]
 
-    def vector(self, key: str) -> Vector | None:
-        """The vector of a key as it was encoded; None where the index keeps only a lossy one.
+    def select(self, where: str) -> Mask | None:
+        """The rows that satisfy a condition; None for an empty condition, which all satisfy.
 
         Raises:
-            RequestError: the index has no such key (404).
+            DataError: as of ``index.filters.parse_where``.
+        """
+        if not where.strip():
+            return None
+        return parse_where(where, self.records.schema).rows(self.records)
+
+    def search(self, queries: Vectors, k: int, mask: Mask | None = None) -> list[list[Hit]]:
+        """The best ``k`` hits of each query, best first.
+
+        Args:
+            queries: float32 [n, dim].
+            k: at least 1.
+            mask: the rows to search; None: all.
+        """
+        return self.index.search(queries, k, mask)
+
+    def distinct(self, hits: Sequence[Hit]) -> list[Hit]:
+        """The hits without near-duplicates of better ones."""
+        return distinct(self.index, hits)
+
+    def vector(self, key: str) -> Vector | None:
+        """The vector of a key; None if the index stores only a lossy one.
+
+        Raises:
+            RequestError: the index does not have the key (404).
         """
         segment, row = self.index.locate(int(self.index.places[self.row(key)]))
         return None if segment.vectors is None else np.asarray(segment.vectors[row], np.float32)
 
     def probabilities(self, query: Vector, hits: Sequence[Hit]) -> list[float] | None:
-        """The probability that each hit is what a caption tells of; None where that is not known.
+        """The probability that each hit shows what a caption says; None without a calibration.
 
         Args:
-            query: float32 [dim], the caption's vector.
-            hits: of it.
+            query: the caption's vector, float32 [dim].
+            hits: its hits.
         """
         calibration = self.index.calibration
         scores = np.array([hit.score for hit in hits], np.float32)
         found = calibration.probabilities(query, scores) if calibration else None
         return None if found is None else found.tolist()
 
-    def _facts(self, key: str) -> Facts:
-        """What the index says of a picture's content."""
+    def records_of(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """The records of some keys."""
+        rows = pa.array([self.rows[key] for key in keys], pa.int64())
+        records: list[dict[str, Any]] = self.records.take(rows).to_pylist()
+        return records
+
+    def read(self, key: str) -> Pixels:
+        """The image of a key, preprocessed like those of the index.
+
+        Raises:
+            RequestError: its file is gone (404) or not an image (415).
+        """
+        preprocess, mode = self.encoder.preprocess, cast(Decode, self.index.decode)
+        image = decode(key, self.images.read(key), preprocess.reduction(mode))
+        return preprocess.pixels(image, mode)
+
+    def read_upload(self, data: bytes) -> tuple[Pixels, bytes]:
+        """An uploaded image, preprocessed like those of the index, and its thumbnail.
+
+        Raises:
+            RequestError: it is not an image (415), or has too many pixels (413).
+        """
+        preprocess, mode = self.encoder.preprocess, cast(Decode, self.index.decode)
+        image, jpeg = read_upload(data, preprocess.reduction(mode))
+        return preprocess.pixels(image, mode), jpeg
+
+    def _recorded(self, key: str) -> tuple[int, str | None]:
         row = self.rows[key]
         return self.records["size"][row].as_py(), self.records["content_hash"][row].as_py()
 
-    def read(self, key: str) -> Pixels:
-        """The picture of a key, ready for the model, read as those of the index were.
 
-        Raises:
-            RequestError: its file is not there (404) or no picture (415).
-        """
-        preprocess, decode = self.encoder.preprocess, cast(Decode, self.index.decode)
-        data = self.files.read(key)
-        picture = readable(key, lambda: read_image(data, preprocess.reduction(decode)))
-        return preprocess.pixels(picture, decode)
-
-    def read_upload(self, data: bytes) -> tuple[Pixels, bytes]:
-        """The same of a picture that was handed in, and a thumbnail of it, a JPEG.
-
-        Raises:
-            RequestError: it is no picture (415), or has too many pixels (413).
-        """
-        preprocess, decode = self.encoder.preprocess, cast(Decode, self.index.decode)
-        picture, jpeg = read_upload(data, preprocess.reduction(decode))
-        return preprocess.pixels(picture, decode), jpeg
-
-    def described(self, keys: Sequence[str]) -> list[dict[str, Any]]:
-        """The records of some keys, as plain data."""
-        rows = pa.array([self.rows[key] for key in keys], pa.int64())
-        described: list[dict[str, Any]] = self.records.take(rows).to_pylist()
-        return described
-
-    def search(self, queries: Vectors, k: int, rows: Rows | None = None) -> list[list[Hit]]:
-        """The best ``k`` hits of each query among some rows, best first.
-
-        Args:
-            queries: float32 [n, dim].
-            k: how many, at least 1.
-            rows: those that may be found; None: all.
-        """
-        return self.index.search(queries, k, rows)
+def with_folder(records: pa.Table) -> pa.Table:
+    """The records with the column of folders that every condition may name."""
+    if FOLDER in records.column_names:
+        return records
+    return records.append_column(FOLDER, folders_of(records["key"]))
 
 
-class Current:
-    """The collection that is served now; it is replaced as a whole, so that no request waits.
+def describe_columns(records: pa.Table) -> list[Column]:
+    """The columns that the page offers for filtering, with their values or their range."""
+    names = [name for name in records.column_names if name not in OWN or name == "label"]
+    found = (_describe(name, records[name]) for name in names)
+    return [column for column in found if column is not None]
 
-    A request takes ``collection`` once and keeps to it.
+
+def _describe(name: str, data: pa.ChunkedArray) -> Column | None:
+    kind = _KINDS.get(kind_of(data.type))
+    # A condition has no way to write a name with a backquote in it.
+    if kind is None or data.null_count == len(data) or "`" in name:
+        return None
+    if kind in ("number", "time"):
+        ends = pc.min_max(data)
+        low, high = str(ends["min"].as_py()), str(ends["max"].as_py())
+        return Column(name=name, kind=kind, values=[], min=low, max=high)
+    counts = pc.value_counts(data.drop_null().cast(pa.string())).to_pylist()
+    if name == FOLDER and len(counts) < 2:
+        return None
+    short = all(len(item["values"]) <= MAX_VALUE_LENGTH for item in counts)
+    few = short and len(counts) <= MAX_VALUES
+    values = sorted((item["values"], item["counts"]) for item in counts) if few else []
+    return Column(name=name, kind=kind, values=values, min=None, max=None)
+
+
+class ServedIndex:
+    """The collection that is served now; a newer state of the index replaces it as a whole.
+
+    A request reads ``collection`` once and keeps to it, so that no request waits or is lost.
 
     Args:
-        path: the directory of the index.
+        path: directory of the index.
         images: as for ``Collection``.
-        encoder: the index's model; loaded from its manifest where None.
-        precision: as of ``load_model_ref``, for models that are loaded; None: its default.
+        encoder: the index's model; None: the one that its manifest names.
+        precision: of a model loaded from the manifest; None: the default.
 
     Raises:
         ArtifactError: no index, or a damaged one.
@@ -151,24 +212,24 @@ class Current:
         self.path, self._images = path, images
         self._precision = precision or DEFAULT_PRECISION
         self._refreshing = threading.Lock()
-        self._stamp = self._look()
+        self._state = self._manifest_state()
         self.collection = self._open(encoder)
 
     def refresh(self) -> bool:
-        """Open the index again if its manifest is another one by now; whether it was.
+        """Open the index again if its manifest has changed; returns whether it had.
 
         Raises:
             ClipkitError: the new state cannot be opened; the old one stays.
         """
         with self._refreshing:
-            stamp = self._look()
-            if stamp in (None, self._stamp):  # None: it is being replaced this very moment
+            state = self._manifest_state()
+            if state in (None, self._state):  # None: it is being replaced at this moment
                 return False
             self.collection = self._open(self.collection.encoder)
-            self._stamp = stamp
+            self._state = state
             return True
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _manifest_state(self) -> tuple[int, int, int] | None:
         try:
             status = (self.path / MANIFEST).stat()
         except OSError:

@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it."""
+"""Counters of a server in Prometheus' text format."""
 
 import time
 
@@ -9,41 +9,39 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Monitor:
-    """Counters of one server; its own registry, so that two in a process do not mix."""
+    """Counters of one server, in a registry of its own: two servers in a process do not mix."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "clipkit_requests", "Requests answered", ["route", "status"], registry=self._registry
+            "clipkit_requests", "Requests served", ["route", "status"], registry=self._registry
         )
         self._seconds = Histogram(
-            "clipkit_request_seconds", "Time to the answer", ["route"], registry=self._registry
+            "clipkit_request_seconds", "Time to the response", ["route"], registry=self._registry
         )
         self.batches = Histogram(
             "clipkit_encoder_batch_size",
-            "Captions or pictures in a call of the encoder",
+            "Captions or images in a call of the encoder",
             buckets=_SIZES,
             registry=self._registry,
         )
-        self.pictures = Gauge(
-            "clipkit_index_pictures", "Pictures in the index", registry=self._registry
-        )
+        self.images = Gauge("clipkit_index_images", "Images in the index", registry=self._registry)
         self.reloads = Counter(
             "clipkit_reloads",
-            "Times that a newer index took over or could not",
+            "Reloads of a changed index, done or failed",
             ["outcome"],
             registry=self._registry,
         )
-        self.thumb_bytes = Gauge(
-            "clipkit_thumbnail_bytes", "Bytes of thumbnails kept", registry=self._registry
+        self.thumbnail_bytes = Gauge(
+            "clipkit_thumbnail_bytes", "Bytes of cached thumbnails", registry=self._registry
         )
 
     def render(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """All counters in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """An application that is counted: by route, never by address, whose number has no end."""
+        """Wrap an application to count its requests, by route: there are endlessly many URLs."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
@@ -51,14 +49,14 @@ class Monitor:
                 return
             start, status = time.perf_counter(), 500
 
-            async def noting(message: Message) -> None:
+            async def record_status(message: Message) -> None:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
                 await send(message)
 
             try:
-                await app(scope, receive, noting)
+                await app(scope, receive, record_status)
             finally:
                 route = getattr(scope.get("route"), "path", "none")
                 self._requests.labels(route, str(status)).inc()

@@ -1,124 +1,158 @@
-"""What goes in and out of the API; the names here are those of its OpenAPI schema."""
+"""The HTTP API's requests and responses; the class names are those of its OpenAPI schema."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MOST_HITS = 10_000
-"""How far a search can be paged: beyond, a person narrows it instead."""
-MOST_CAPTIONS = 600
+from clipkit.errors import ServeError
+from clipkit.index.hits import MINUS
+
+MAX_HITS = 10_000
+"""How far a search can be paged."""
+MAX_DISTINCT_HITS = 1000
+"""The same with ``distinct``, which compares every hit with all better ones."""
+MAX_CAPTIONS = 600
 """Labels × templates of one classification: about ten seconds of encoding on two cores."""
 Text = Annotated[str, Field(max_length=10_000)]
 Key = Annotated[str, Field(min_length=1, max_length=4096)]
-ImageName = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+UploadName = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class RequestError(ServeError):
+    """A request is refused.
+
+    Attributes:
+        status: the HTTP status of the response.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
 
 
 class Page(BaseModel):
-    """Which hits of all, and among which pictures."""
+    """Which hits to return."""
 
     model_config = ConfigDict(extra="forbid")
 
-    where: list[Text] = Field(
-        [],
-        max_length=16,
-        description="Conditions on columns, as label=red, year>=2020 or folder~holiday; of several "
-        "values of one column any will do.",
+    where: str = Field(
+        "",
+        max_length=4000,
+        description="Condition on the columns of the index, in the language of `clipkit search "
+        "--where`, such as: year >= 2020 and label in ('dog', 'cat').",
     )
-    offset: int = Field(0, ge=0, le=MOST_HITS, description="Hits to leave out at the start.")
-    limit: int = Field(60, ge=1, le=500, description="Hits to return at most.")
-
-
-class Terms(Page):
-    """What is searched for, beside a picture that may be sent along."""
-
-    q: Text = Field("", description="Words; without anything to search for, pictures are listed.")
-    minus: list[Text] = Field([], max_length=8, description="Words that are not wanted.")
-    like: list[Key] = Field([], max_length=8, description="Keys of pictures to be like.")
-    unlike: list[Key] = Field([], max_length=8, description="Keys of pictures not to be like.")
-
-
-class Search(Terms):
-    """A search for all that can be named in an address."""
-
-    image: ImageName | None = Field(
-        None, description="Name of a picture that was sent before, as an answer gave it."
+    k: int = Field(10, ge=1, le=500, description="How many hits to return.")
+    offset: int = Field(0, ge=0, le=MAX_HITS, description="How many of the best hits to skip.")
+    distinct: bool = Field(
+        False, description="Leave out near-duplicates of better hits; the first 1,000 hits only."
     )
 
 
-class Hit(BaseModel):
-    """A picture found."""
+class QueryTerms(Page):
+    """The parts of a query, apart from an uploaded image."""
+
+    q: Text = Field("", description="Text to search for. An empty query lists the images.")
+    minus: list[Text] = Field([], max_length=8, description="Texts to move away from.")
+    minus_weight: float = Field(
+        MINUS, gt=0, le=10, description="Weight of each `minus` text and `unlike` image."
+    )
+    like: list[Key] = Field([], max_length=8, description="Keys of images to move towards.")
+    unlike: list[Key] = Field([], max_length=8, description="Keys of images to move away from.")
+    image_weight: float = Field(1.0, gt=0, le=10, description="Weight of the uploaded image.")
+
+
+class SearchQuery(QueryTerms):
+    """A query; every part of it fits into a URL."""
+
+    image: UploadName | None = Field(
+        None, description="Name of an image uploaded before, as the response to it gave."
+    )
+
+
+class SearchHit(BaseModel):
+    """An image found."""
 
     rank: int = Field(description="From 1.")
     key: str
     score: float | None = Field(
-        description="Inner product with the query, higher is better; null where pictures are "
-        "only listed."
+        description="Inner product with the query, higher is better; null without a query."
     )
     probability: float | None = Field(
-        description="That it matches, from 0 to 1; null where the index is not calibrated."
+        description="That the image shows what the text says, from 0 to 1; null unless the index "
+        "is calibrated and the query is text alone."
     )
     captions: list[str]
     label: str | None
-    more: dict[str, Any] = Field(description="What else the index says of it.")
+    more: dict[str, Any] = Field(description="The other columns of the index.")
 
 
-class Answer(BaseModel):
+class SearchResponse(BaseModel):
     """Hits, best first."""
 
-    hits: list[Hit]
-    total: int = Field(description="Pictures that fulfil the conditions, found or not.")
+    hits: list[SearchHit]
+    total: int = Field(description="Number of images that satisfy `where`.")
     matched: bool | None = Field(
-        description="False where nothing is a good match; null where that cannot be told."
+        description="False if no hit is a good match; null without probabilities."
     )
-    image: str | None = Field(description="Name of the picture that was sent.")
-    notes: list[str] = Field(description="Sentences about what a person should know.")
-    milliseconds: float = Field(description="From the request's arrival to its answer.")
+    image: str | None = Field(description="Name of the uploaded image.")
+    notes: list[str] = Field(description="Warnings, such as words beyond the context length.")
+    milliseconds: float = Field(description="Time from the request to this response.")
 
 
-class Classify(BaseModel):
-    """Pictures and the labels to choose among."""
+class ClassifyRequest(BaseModel):
+    """Images, and the labels to choose from."""
 
     model_config = ConfigDict(extra="forbid")
 
     labels: list[Annotated[str, Field(max_length=1000)]] = Field(
         min_length=2,
         max_length=200,
-        description="Each a name, or a name and what captions say for it: fox: red fox, vixen.",
+        description="Each a name, or a name and its phrases in captions: `fox: red fox, vixen`.",
     )
     templates: list[Annotated[str, Field(max_length=1000)]] = Field(
-        [], max_length=20, description="Captions with {} where the label goes; none: the usual."
+        [],
+        max_length=20,
+        description="Captions with {} in place of the label; empty for the default templates.",
     )
     keys: list[Key] = Field([], max_length=100)
-    image: ImageName | None = None
+    image: UploadName | None = None
 
 
-class Classified(BaseModel):
-    """A picture's probabilities."""
+class ImageProbabilities(BaseModel):
+    """The probabilities of one image."""
 
-    key: str | None = Field(description="Null for the picture that was sent.")
-    probabilities: list[float] = Field(description="One for each label, in their order.")
+    key: str | None = Field(description="Null for the uploaded image.")
+    probabilities: list[float] = Field(description="One per label, in their order.")
 
 
-class Classification(BaseModel):
-    """Probabilities of labels for each picture."""
+class ClassifyResponse(BaseModel):
+    """Probabilities of the labels for each image."""
 
     labels: list[str]
     templates: list[str]
-    pictures: list[Classified]
+    images: list[ImageProbabilities]
 
 
-class ColumnInfo(BaseModel):
-    """A column that pictures can be chosen by."""
+class Column(BaseModel):
+    """A column of the index to filter by."""
 
     name: str
-    kind: str = Field(description="text, number, time or truth.")
-    values: list[tuple[str, int]] = Field(description="Each value and how many pictures have it.")
-    low: str | None
-    high: str | None
+    kind: Literal["text", "number", "time", "boolean"]
+    values: list[tuple[str, int]] = Field(
+        description="Every value and its number of images, for columns of few values."
+    )
+    min: str | None = Field(description="Smallest number or time.")
+    max: str | None = Field(description="Largest number or time.")
 
 
 class Info(BaseModel):
-    """What is served."""
+    """The index that is served."""
 
     name: str
     count: int
@@ -126,20 +160,14 @@ class Info(BaseModel):
     spec: str
     created: str
     clipkit: str
-    missing: str | None = Field(description="Why no picture can be shown; null where some can.")
-    calibrated: bool = Field(description="Whether hits come with a probability.")
-    columns: list[ColumnInfo]
-    most_hits: int
-    largest_upload: int = Field(description="Bytes.")
+    missing: str | None = Field(description="Why no image can be shown; null if some can.")
+    calibrated: bool = Field(description="Whether hits have a probability.")
+    columns: list[Column]
+    max_hits: int
+    max_upload: int = Field(description="Bytes.")
 
 
 class Health(BaseModel):
-    """That the server is there."""
+    """The server is running."""
 
     status: str
-
-
-class Problem(BaseModel):
-    """Why a request was refused."""
-
-    detail: str

@@ -1,9 +1,7 @@
-"""Requests that are refused: each with its HTTP status and one sentence.
+"""Guard: the ASGI middleware between the network and the application.
 
-Guard: what stands between the network and the application.
-
-It refuses strangers, bounds what is sent, and puts on every answer what tells a browser to run
-nothing but the page's own script.
+It checks host names, origins and the token, bounds the size and time of requests, and sets the
+headers that let a browser run the page's own scripts only.
 """
 
 import asyncio
@@ -16,32 +14,19 @@ from urllib.parse import parse_qsl, urlencode
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clipkit.errors import ServeError
-
-
-class RequestError(ServeError):
-    """A request is refused.
-
-    Attributes:
-        status: the HTTP status of the answer.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
+from clipkit.web.schemas import RequestError
 
 MAX_UPLOAD = 20 << 20
-"""Bytes of a picture that is sent."""
+"""Bytes of an uploaded image."""
 MAX_BODY = 1 << 20
-"""Bytes of any other request."""
-MAX_HELD = 200 << 20
-"""Bytes of all requests under way together."""
-BODY_SECONDS, ANSWER_SECONDS = 30.0, 60.0
-"""How long a request may take to be sent, and each part of an answer to be taken."""
+"""Bytes of any other request body."""
+MAX_BUFFERED = 200 << 20
+"""Bytes of all request bodies in progress together."""
+BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
+"""Time limits for receiving a request body and for sending each part of a response."""
 COOKIE = "clipkit-token"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_OPEN = ("/health", "/static/")  # what a person without the token may see
+_PUBLIC = ("/health", "/static/")  # shown without the token
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -56,116 +41,118 @@ _HEADERS = {
 
 
 class Guard:
-    """An ASGI application around another.
+    """Checks every request before it reaches the application.
 
     Args:
-        app: the other.
-        hosts: names that a request may call this server by, which keeps a foreign page from
-            reaching it under a name of its own that it points here; None: any.
-        token: what a request must show, as ``Authorization: Bearer``, in a cookie, or once in the
-            page's address; None: nothing.
+        app: the application.
+        hosts: allowed names in the Host header, against DNS rebinding; None: any.
+        token: required as ``Authorization: Bearer``, as a cookie, or once in the page's URL; None:
+            no token is required.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, token: str | None) -> None:
         self._app, self._token = app, token
         self._hosts = None if hosts is None else frozenset(hosts)
-        self._held = 0
+        self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or pass it on."""
+        """Refuse a request, or pass it to the application."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
-            return  # no websocket is spoken here; the server closes it
-        guarded = _guarded(send)
+            return  # websockets are not supported; the server closes them
+        send = _with_headers(send)
         headers = Headers(scope=scope)
-        held = bytearray()
+        body = bytearray()
         try:
             self._check_origin(scope, headers)
-            if self._token is not None and not self._is_known(scope, headers):
-                await self._ask_for_token(scope, guarded)
+            if self._token is not None and not self._is_authorized(scope, headers):
+                await self._request_token(scope, send)
                 return
-            await self._hold(scope, headers, receive, held)
-            await self._app(scope, _replay(bytes(held), receive), guarded)
+            await self._receive_body(scope, headers, receive, body)
+            await self._app(scope, _replay(bytes(body), receive), send)
         except RequestError as error:
-            await _answer(guarded, error.status, {"detail": str(error)})
+            await _respond(send, error.status, {"detail": str(error)})
         finally:
-            self._held -= len(held)
+            self._buffered -= len(body)
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._hosts is not None and _name(host) not in self._hosts:
+        if self._hosts is not None and _host_name(host) not in self._hosts:
             raise RequestError(
-                421, f"this server is not called {host!r}; use the address it printed when started"
+                421,
+                f"{host!r} is not a name of this server; use the URL that it printed at its start",
             )
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != host
-        # Absent from old browsers and from programs, which no foreign page can make use of.
-        asked_by = headers.get("sec-fetch-site", "none")
+        # Old browsers and programs send no such header; a foreign page cannot control them.
+        site = headers.get("sec-fetch-site", "none")
         opened = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
-        if not opened and (foreign or asked_by not in ("same-origin", "none")):
-            raise RequestError(403, "another site's page asks for this; open the page itself")
+        if not opened and (foreign or site not in ("same-origin", "none")):
+            raise RequestError(
+                403, "the request comes from another site's page; open the page of this server"
+            )
 
-    def _is_known(self, scope: Scope, headers: Headers) -> bool:
-        if scope["path"].startswith(_OPEN):
+    def _is_authorized(self, scope: Scope, headers: Headers) -> bool:
+        if scope["path"].startswith(_PUBLIC):
             return True
-        shown = headers.get("authorization", "").removeprefix("Bearer ")
-        return self._fits(shown) or self._fits(_cookie(headers.get("cookie", "")))
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        return self._matches(bearer) or self._matches(_cookie(headers.get("cookie", "")))
 
-    def _fits(self, shown: str) -> bool:
-        return hmac.compare_digest(shown.encode(), (self._token or "").encode())
+    def _matches(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), (self._token or "").encode())
 
-    async def _ask_for_token(self, scope: Scope, send: Send) -> None:
-        """Take the token from the page's address into a cookie, or say that it is missing."""
+    async def _request_token(self, scope: Scope, send: Send) -> None:
+        """Move a token from the page's URL into a cookie, or ask for it."""
         query = parse_qsl(scope["query_string"].decode("latin-1"))
         given = [value for name, value in query if name == "token"]
         opened = scope["path"] == "/" and scope["method"] == "GET"
-        if opened and given and self._fits(given[-1]):
+        if opened and given and self._matches(given[-1]):
             rest = urlencode([pair for pair in query if pair[0] != "token"])
             cookie = f"{COOKIE}={given[-1]}; Path=/; HttpOnly; SameSite=Lax; Max-Age=31536000"
-            place = f"/?{rest}" if rest else "/"
-            await _answer(send, 303, {}, {"location": place, "set-cookie": cookie})
+            location = f"/?{rest}" if rest else "/"
+            await _respond(send, 303, {}, {"location": location, "set-cookie": cookie})
         elif opened:
-            await _answer(send, 303, {}, {"location": "/static/token.html"})
+            await _respond(send, 303, {}, {"location": "/static/token.html"})
         else:
-            sentence = "this server asks for its token; send it as Authorization: Bearer TOKEN"
-            await _answer(send, 401, {"detail": sentence}, {"www-authenticate": "Bearer"})
+            sentence = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
+            await _respond(send, 401, {"detail": sentence}, {"www-authenticate": "Bearer"})
 
-    async def _hold(
-        self, scope: Scope, headers: Headers, receive: Receive, held: bytearray
+    async def _receive_body(
+        self, scope: Scope, headers: Headers, receive: Receive, body: bytearray
     ) -> None:
-        """Read the whole request, within bounds of size and time, before anybody works on it."""
-        most = MAX_UPLOAD if scope["path"] == "/search" else MAX_BODY
+        """Receive the whole body, within limits of size and time, before any work starts."""
+        limit = MAX_UPLOAD if scope["path"] == "/search" else MAX_BODY
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > most:
-            raise _too_large(most)
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RequestError(400, "the request broke off; send it again")
+                        raise RequestError(400, "the connection broke off; send the request again")
                     part = message.get("body", b"")
                     more = message.get("more_body", False)
-                    held += part
-                    self._held += len(part)
-                    if len(held) > most:
-                        raise _too_large(most)
-                    if self._held > MAX_HELD:
-                        raise RequestError(503, "too much is being sent here; try again later")
+                    body += part
+                    self._buffered += len(part)
+                    if len(body) > limit:
+                        raise _too_large(limit)
+                    if self._buffered > MAX_BUFFERED:
+                        raise RequestError(503, "too many uploads are in progress; try again later")
         except TimeoutError:
-            sentence = f"the request was not complete after {BODY_SECONDS:.0f} s; send it faster"
+            sentence = f"the request was incomplete after {BODY_SECONDS:.0f} s; send it faster"
             raise RequestError(408, sentence) from None
 
 
-def _too_large(most: int) -> RequestError:
-    return RequestError(413, f"the request has more than {most >> 20} MiB; send a smaller one")
+def _too_large(limit: int) -> RequestError:
+    return RequestError(413, f"the request is larger than {limit >> 20} MiB; send a smaller one")
 
 
-def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+def _host_name(host: str) -> str:
+    """The name in a Host header, without the port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower()
@@ -192,8 +179,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _guarded(send: Send) -> Send:
-    async def guarded(message: Message) -> None:
+def _with_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", []))
             given = {name.lower() for name, _ in headers}
@@ -203,13 +190,13 @@ def _guarded(send: Send) -> Send:
                 if name.encode() not in given
             ]
             message = {**message, "headers": headers}
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(SEND_SECONDS):
             await send(message)
 
-    return guarded
+    return send_with_headers
 
 
-async def _answer(
+async def _respond(
     send: Send, status: int, content: dict[str, str], headers: dict[str, str] | None = None
 ) -> None:
     body = json.dumps(content).encode() if content else b""

@@ -1,7 +1,8 @@
-"""From a search or a classification, as asked, to its answer."""
+"""Search, classification and images of the served index, for the routes of ``app``."""
 
 import asyncio
 import math
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,155 +12,208 @@ from typing import Any
 import numpy as np
 
 from clipkit.classifiers.zero_shot import ZeroShotClassifier
+from clipkit.data.formats.metadata import OWN
 from clipkit.data.labels import Label, parse_label
 from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.index import vector_index
 from clipkit.index.calibration import GOOD
+from clipkit.index.filters import FOLDER
 from clipkit.index.hits import combined
 from clipkit.models.tokenizer import TruncationReport, tokenize
-from clipkit.web.batching import Batcher, Vector, Vectors
-from clipkit.web.collection import Collection
-from clipkit.web.filters import Rows, parse_conditions, rows_where
-from clipkit.web.images import Upload, Uploads, Work
+from clipkit.web.batching import Batcher, EncoderQueue, Vector
+from clipkit.web.collection import Collection, Mask, ServedIndex
+from clipkit.web.images import ImageWorker, ThumbnailCache, Upload, UploadCache
+from clipkit.web.metrics import Monitor
 from clipkit.web.schemas import (
-    MOST_CAPTIONS,
-    MOST_HITS,
-    Answer,
-    Classification,
-    Classified,
-    Classify,
-    Hit,
-    Search,
+    MAX_CAPTIONS,
+    MAX_DISTINCT_HITS,
+    MAX_HITS,
+    ClassifyRequest,
+    ClassifyResponse,
+    ImageProbabilities,
+    RequestError,
+    SearchHit,
+    SearchQuery,
+    SearchResponse,
 )
-from clipkit.web.security import RequestError
 
-CLASSIFIERS_KEPT = 32
-MOST_LETTERS = 2000
-"""Of one text of a record, so that no answer is larger than a few megabytes."""
+MAX_CLASSIFIERS = 32
+MAX_TEXT = 2000
+"""Characters of one text of a record, which bounds a response to a few megabytes."""
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """One search of an index; those that differ only in their vector are made together."""
+class _VectorSearch:
+    """One search of an index; those that differ only in their vector run as one batch."""
 
     collection: Collection
     vector: Vector
     k: int
-    where: tuple[str, ...]
-    rows: Rows | None
+    where: str
+    mask: Mask | None
 
 
-class Answerer:
-    """Answers searches and classifications of whatever collection they name.
+class Service:
+    """What the routes call.
 
     Args:
-        vectors: encodes captions and pictures.
-        work: runs what takes a while, a bounded number at a time.
+        served: the index.
+        thumbnails: where thumbnails are cached.
+        monitor: counts batches, reloads and images.
     """
 
-    def __init__(self, vectors: Vectors, work: Work) -> None:
-        self.vectors, self.work, self.uploads = vectors, work, Uploads()
-        self._searches: Batcher[_Wanted, list[vector_index.Hit]] = Batcher(_search_together)
+    def __init__(self, served: ServedIndex, thumbnails: ThumbnailCache, monitor: Monitor) -> None:
+        self.served, self.monitor = served, monitor
+        self.worker, self.uploads = ImageWorker(thumbnails), UploadCache()
+        self._encoding = EncoderQueue(monitor.batches.observe)
+        self._searches: Batcher[_VectorSearch, list[vector_index.Hit]] = Batcher(_search_batch)
         self._classifiers: OrderedDict[tuple[str, ...], ZeroShotClassifier] = OrderedDict()
+
+    @property
+    def collection(self) -> Collection:
+        """The state of the index that is served now."""
+        return self.served.collection
+
+    async def refresh(self) -> None:
+        """Take over a newer state of the index; if it cannot be opened, keep the old one."""
+        try:
+            changed = await asyncio.to_thread(self.served.refresh)
+        except Exception as error:
+            self.monitor.reloads.labels("failed").inc()
+            print(f"the index has changed but cannot be opened: {error}", file=sys.stderr)
+            return
+        if changed:
+            self.monitor.reloads.labels("done").inc()
+        self.monitor.images.set(len(self.collection))
 
     def close(self) -> None:
         """Finish what is waiting."""
         self._searches.close()
-        self.vectors.close()
+        self._encoding.close()
 
-    async def take(self, collection: Collection, data: bytes) -> str:
-        """Read and encode a picture that was handed in; returns the name to search for it by."""
-        pixels, jpeg = await self.work.run(lambda: collection.read_upload(data))
-        vector = await self.vectors.of_picture(collection.encoder, pixels)
-        return self.uploads.keep(data, Upload(vector, collection.encoder.model.fingerprint, jpeg))
+    async def upload(self, collection: Collection, data: bytes) -> str:
+        """Encode and keep an uploaded image; returns the name to search for it by."""
+        pixels, jpeg = await self.worker.run(lambda: collection.read_upload(data))
+        vector = await self._encoding.encode_image(collection.encoder, pixels)
+        return self.uploads.add(data, Upload(vector, collection.encoder.model.fingerprint, jpeg))
 
-    async def search(self, collection: Collection, search: Search) -> Answer:
-        """The hits of a search; of nothing to search for, pictures in the index's order.
+    async def search(self, collection: Collection, query: SearchQuery) -> SearchResponse:
+        """The hits of a query; without one, images in the order of the index.
 
         Raises:
-            RequestError: a key or a picture that is not there, or a condition that is none.
-            DataError: what is searched for cancels itself out.
+            RequestError: a key or an upload does not exist (404).
+            DataError: ``where`` is not a valid condition, or the query's terms cancel out.
         """
         start = time.perf_counter()
-        rows = await _chosen(collection, search.where)
-        total = len(collection) if rows is None else int(np.count_nonzero(rows))
-        query = await self._query(collection, search)
-        stop = min(search.offset + search.limit, MOST_HITS)
+        mask = None
+        if query.where.strip():
+            mask = await asyncio.to_thread(collection.select, query.where)
+        total = len(collection) if mask is None else int(np.count_nonzero(mask))
+        vector = await self._query_vector(collection, query)
+        stop = min(query.offset + query.k, MAX_HITS)
         chances = None
-        if query is None:
-            hits = _listed(collection, rows, search.offset, stop)
-        elif search.offset >= stop or not total:
-            hits = []
+        if vector is None:
+            hits = _listed(collection, mask, query.offset, stop)
         else:
-            # The pictures that were named are no news.
-            k = _rounded(stop + len(search.like))
-            wanted = _Wanted(collection, query, k, tuple(search.where), rows)
-            found = [hit for hit in await self._searches(wanted) if hit.key not in search.like]
-            if _is_caption(search):
-                chances = collection.probabilities(query, found)
-            hits = [(hit.key, hit.score) for hit in found[search.offset : stop]]
-        return Answer(
-            hits=_shown(collection, hits, chances, search.offset),
+            found = []
+            if query.offset < stop and total:
+                found = await self._hits(collection, query, vector, mask, stop)
+            if _is_caption(query):
+                chances = collection.probabilities(vector, found)
+            hits = [(hit.key, hit.score) for hit in found[query.offset : stop]]
+        return SearchResponse(
+            hits=_describe(collection, hits, chances, query.offset),
             total=total,
             matched=max(chances) >= GOOD if chances else None,
-            image=search.image,
-            notes=_unread(search),
+            image=query.image,
+            notes=_truncation_notes(query),
             milliseconds=1000 * (time.perf_counter() - start),
         )
 
-    async def classify(self, collection: Collection, asked: Classify) -> Classification:
-        """The probabilities of labels for pictures of the index or one that was handed in.
+    async def classify(self, collection: Collection, asked: ClassifyRequest) -> ClassifyResponse:
+        """The probabilities of labels for images of the index or an uploaded one.
 
         Raises:
-            RequestError: no picture is named, one is not there, or there are too many captions.
-            CaptionError: labels or templates that are empty, repeated, or lack the slot.
+            RequestError: no image is given (422), one does not exist (404), or labels × templates
+                give too many captions (422).
+            CaptionError: labels or templates are empty, repeated, or lack the slot.
         """
         labels = [parse_label(text) for text in asked.labels]
         templates = asked.templates or list(DEFAULT_TEMPLATES)
         captions = sum(len(label.phrases) for label in labels) * len(templates)
-        if captions > MOST_CAPTIONS:
+        if captions > MAX_CAPTIONS:
             raise RequestError(
                 422,
-                f"the labels with {len(templates)} templates make {captions} captions, at most "
-                f"{MOST_CAPTIONS} are encoded; name fewer",
+                f"the labels and {len(templates)} templates give {captions} captions, expected at "
+                f"most {MAX_CAPTIONS}; use fewer labels or templates",
             )
         keys: list[str | None] = [*([None] if asked.image else []), *asked.keys]
         if not keys:
-            raise RequestError(422, "there is no picture to classify; name keys or an image")
-        vectors = [self._upload(collection, asked.image)] if asked.image else []
-        vectors += await asyncio.gather(*(self._of_key(collection, key) for key in asked.keys))
+            raise RequestError(422, "no image to classify; give keys or an image")
+        vectors = [self._uploaded(collection, asked.image)] if asked.image else []
+        vectors += await asyncio.gather(*(self._vector_of(collection, key) for key in asked.keys))
         classifier = await self._classifier(collection, labels, asked.labels, templates)
-        shares = classifier.probabilities(np.stack(vectors)).tolist()
-        return Classification(
+        rows = classifier.probabilities(np.stack(vectors)).tolist()
+        return ClassifyResponse(
             labels=[str(label) for label in labels],
             templates=templates,
-            pictures=[
-                Classified(key=key, probabilities=row)
-                for key, row in zip(keys, shares, strict=True)
+            images=[
+                ImageProbabilities(key=key, probabilities=row)
+                for key, row in zip(keys, rows, strict=True)
             ],
         )
 
-    async def _query(self, collection: Collection, search: Search) -> Vector | None:
-        """The query's vector; None where there is nothing to search for."""
-        captions = [search.q] if search.q.strip() else []
-        unwanted = [text for text in search.minus if text.strip()]
-        found = await self.vectors.of_captions(collection.encoder, captions + unwanted)
-        plus, minus = found[: len(captions)], found[len(captions) :]
-        if search.image is not None:
-            plus.append(self._upload(collection, search.image))
-        plus += [await self._of_key(collection, key) for key in search.like]
-        minus += [await self._of_key(collection, key) for key in search.unlike]
-        return combined(plus, minus) if plus or minus else None
+    async def _query_vector(self, collection: Collection, query: SearchQuery) -> Vector | None:
+        """The query as one vector; None if it is empty."""
+        captions = [query.q] if query.q.strip() else []
+        minus = [text for text in query.minus if text.strip()]
+        encoded = await self._encoding.encode_text(collection.encoder, captions + minus)
+        wanted, unwanted = encoded[: len(captions)], encoded[len(captions) :]
+        if query.image is not None:
+            uploaded = self._uploaded(collection, query.image)
+            wanted.append(np.float32(query.image_weight) * uploaded)
+        wanted += [await self._vector_of(collection, key) for key in query.like]
+        unwanted += [await self._vector_of(collection, key) for key in query.unlike]
+        terms = wanted + [np.float32(-query.minus_weight) * vector for vector in unwanted]
+        return combined(terms) if terms else None
 
-    def _upload(self, collection: Collection, name: str) -> Vector:
+    async def _hits(
+        self,
+        collection: Collection,
+        query: SearchQuery,
+        vector: Vector,
+        mask: Mask | None,
+        stop: int,
+    ) -> list[vector_index.Hit]:
+        """The best hits, at least ``stop`` of them if there are as many."""
+        if query.distinct and stop > MAX_DISTINCT_HITS:
+            raise RequestError(
+                422,
+                f"distinct hits were requested up to number {stop}, expected at most "
+                f"{MAX_DISTINCT_HITS}; narrow the search instead",
+            )
+        # The images of ``like`` are not hits.
+        k = _round_up(stop + len(query.like))
+        while True:
+            search = _VectorSearch(collection, vector, k, query.where, mask)
+            found = await self._searches(search)
+            hits = [hit for hit in found if hit.key not in query.like]
+            if not query.distinct:
+                return hits
+            hits = await asyncio.to_thread(collection.distinct, hits)
+            if len(hits) >= stop or len(found) < k:
+                return hits
+            k *= 2
+
+    def _uploaded(self, collection: Collection, name: str) -> Vector:
         return self.uploads.get(name, collection.encoder.model.fingerprint).vector
 
-    async def _of_key(self, collection: Collection, key: str) -> Vector:
+    async def _vector_of(self, collection: Collection, key: str) -> Vector:
         vector = collection.vector(key)
         if vector is not None:
             return vector
-        pixels = await self.work.run(lambda: collection.read(key))
-        return await self.vectors.of_picture(collection.encoder, pixels)
+        pixels = await self.worker.run(lambda: collection.read(key))
+        return await self._encoding.encode_image(collection.encoder, pixels)
 
     async def _classifier(
         self,
@@ -171,96 +225,88 @@ class Answerer:
         encoder = collection.encoder
         name = (encoder.model.fingerprint, *written, "", *templates)
         if name not in self._classifiers:
-
-            def build() -> ZeroShotClassifier:
-                return ZeroShotClassifier.from_labels(encoder, labels, templates)
-
-            self._classifiers[name] = await self.vectors.run(encoder, build)
-            if len(self._classifiers) > CLASSIFIERS_KEPT:
+            self._classifiers[name] = await self._encoding.run(
+                encoder, lambda: ZeroShotClassifier.from_labels(encoder, labels, templates)
+            )
+            if len(self._classifiers) > MAX_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
         return self._classifiers[name]
 
 
-async def _chosen(collection: Collection, where: Sequence[str]) -> Rows | None:
-    if not where:
-        return None
-    conditions = parse_conditions(where, collection.columns)
-    return await asyncio.to_thread(rows_where, collection.records, conditions)
-
-
-def _rounded(k: int) -> int:
+def _round_up(k: int) -> int:
     """At least ``k``, and the same for neighbouring pages and for most requests.
 
-    So that requests can be made together, and equal scores at the end of a page, of which FAISS
-    returns whichever it met first, come on one page and on one alone.
+    Requests of one ``k`` can share a batch. Equal scores at the end of a page, of which FAISS
+    returns whichever it met first, appear on one page only.
     """
     return max(128, 1 << (k - 1).bit_length())
 
 
-def _search_together(wanted: Sequence[_Wanted]) -> list[list[vector_index.Hit]]:
-    results: list[list[vector_index.Hit]] = [[] for _ in wanted]
-    alike: dict[tuple[int, int, tuple[str, ...]], list[int]] = {}
-    for n, one in enumerate(wanted):
-        alike.setdefault((id(one.collection), one.k, one.where), []).append(n)
-    for numbers in alike.values():
-        first = wanted[numbers[0]]
-        queries = np.stack([wanted[n].vector for n in numbers])
-        found = first.collection.search(queries, first.k, first.rows)
+def _search_batch(searches: Sequence[_VectorSearch]) -> list[list[vector_index.Hit]]:
+    results: list[list[vector_index.Hit]] = [[] for _ in searches]
+    groups: dict[tuple[int, int, str], list[int]] = {}
+    for n, one in enumerate(searches):
+        groups.setdefault((id(one.collection), one.k, one.where), []).append(n)
+    for numbers in groups.values():
+        first = searches[numbers[0]]
+        queries = np.stack([searches[n].vector for n in numbers])
+        found = first.collection.search(queries, first.k, first.mask)
         for n, hits in zip(numbers, found, strict=True):
             results[n] = hits
     return results
 
 
 def _listed(
-    collection: Collection, rows: Rows | None, start: int, stop: int
+    collection: Collection, mask: Mask | None, start: int, stop: int
 ) -> list[tuple[str, float | None]]:
-    if rows is None:
+    if mask is None:
         return [(key, None) for key in collection.keys[start:stop]]
-    return [(collection.keys[row], None) for row in np.flatnonzero(rows)[start:stop]]
+    return [(collection.keys[row], None) for row in np.flatnonzero(mask)[start:stop]]
 
 
-def _shown(
+def _describe(
     collection: Collection,
     hits: Sequence[tuple[str, float | None]],
     chances: Sequence[float] | None,
     offset: int,
-) -> list[Hit]:
-    records = collection.described([key for key, _ in hits])
-    own = ("key", "size", "mtime_ns", "captions", "label", "content_hash", "id")
+) -> list[SearchHit]:
+    hidden = {*OWN}
+    if FOLDER not in {column.name for column in collection.columns}:
+        hidden.add(FOLDER)  # all images are in one
+    records = collection.records_of([key for key, _ in hits])
     return [
-        Hit(
+        SearchHit(
             rank=offset + n,
             key=key,
             score=score,
             probability=chances[offset + n - 1] if chances else None,
-            captions=[text[:MOST_LETTERS] for text in record["captions"] or []],
+            captions=[text[:MAX_TEXT] for text in record["captions"] or []],
             label=record["label"],
-            more={name: _plain(value) for name, value in record.items() if name not in own},
+            more={name: _as_json(value) for name, value in record.items() if name not in hidden},
         )
         for n, ((key, score), record) in enumerate(zip(hits, records, strict=True), 1)
     ]
 
 
-def _is_caption(search: Search) -> bool:
-    """Whether words alone are searched for: the scores of nothing else are calibrated."""
-    more = search.image or search.like or search.unlike or any(map(str.strip, search.minus))
-    return bool(search.q.strip()) and not more
+def _is_caption(query: SearchQuery) -> bool:
+    """Whether the query is text alone: only such scores are calibrated."""
+    more = query.image or query.like or query.unlike or any(map(str.strip, query.minus))
+    return bool(query.q.strip()) and not more
 
 
-def _plain(value: Any) -> str | int | float | bool | None:
-    """A value of any column as JSON has it: no NaN, no bytes, nothing without end."""
+def _as_json(value: Any) -> str | int | float | bool | None:
+    """A value of any column as JSON can hold it: no NaN, no bytes, bounded texts."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value)[:MOST_LETTERS]
+    return str(value)[:MAX_TEXT]
 
 
-def _unread(search: Search) -> list[str]:
-    """A sentence about the words that no model reads, where there are such."""
+def _truncation_notes(query: SearchQuery) -> list[str]:
+    """A sentence about words beyond the model's context length."""
     report = TruncationReport()
-    tokenize([text for text in (search.q, *search.minus) if text.strip()], report=report)
+    tokenize([text for text in (query.q, *query.minus) if text.strip()], report=report)
     return [
-        f"The words after the first 75 tokens are not read: {case.lost[:100]}…"
-        for case in report.worst
+        f"Words after the first 75 tokens are ignored: {case.lost[:100]}…" for case in report.worst
     ]

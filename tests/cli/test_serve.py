@@ -27,7 +27,7 @@ def test_the_command_serves_until_it_is_interrupted(
     def ask(stderr):
         """What a person sees and does in another window: two requests, then Ctrl-C in this one."""
         told.append(stderr.readline())
-        found = re.search(r"12 pictures at (http://127\.0\.0\.1:\d+)/", told[0])
+        found = re.search(r"12 images at (http://127\.0\.0\.1:\d+)/", told[0])
         if found is None:
             return None
         try:

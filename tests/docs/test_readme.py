@@ -103,7 +103,7 @@ def test_the_server_answers_as_shown(workspace):
             address = next(
                 found[0] for text in server.stderr if (found := re.search(r"http://[\w.:]+", text))
             )
-            with urlopen(f"{address}/search?q=a+dog&limit=2", timeout=30) as answer:
+            with urlopen(f"{address}/search?q=a+dog&k=2", timeout=30) as answer:
                 assert len(json.load(answer)["hits"]) == 2
             with urlopen(address, timeout=30) as page:
                 assert b"<html" in page.read()

@@ -1,4 +1,4 @@
-"""A served collection that can be computed in the head, and ways to ask it."""
+"""A served index whose scores can be computed in the head, and clients for it."""
 
 import socket
 import threading
@@ -11,8 +11,8 @@ from starlette.testclient import TestClient
 
 from clipkit.tasks.index import build_index
 from clipkit.web.app import create_app
-from clipkit.web.collection import Current
-from clipkit.web.images import ThumbCache
+from clipkit.web.collection import ServedIndex
+from clipkit.web.images import ThumbnailCache
 from clipkit.web.server import server
 from tests.helpers.toys import ColourEncoder, _colour_words, write_squares
 
@@ -20,7 +20,7 @@ ADDRESS = "http://127.0.0.1"
 
 
 class ServedEncoder(ColourEncoder):
-    """The toy, with what a server asks of an encoder; words without a colour point at grey's white.
+    """The toy encoder as a server uses it; words without a colour mean white.
 
     ``calls`` holds the captions of each call. While ``gate`` is closed, calls wait.
     """
@@ -48,19 +48,19 @@ def build(folder: Path, per_colour: int = 3) -> Path:
 
 
 def application(index: Path, *, encoder=None, cache=None, images=None, **options):
-    """The application of an index, and what it serves."""
-    current = Current(index, images, encoder or ServedEncoder())
-    thumbs = ThumbCache(cache or index.with_name("thumbs"))
+    """The application of an index, and the index that it serves."""
+    served = ServedIndex(index, images, encoder or ServedEncoder())
+    thumbs = ThumbnailCache(cache or index.with_name("thumbs"))
     options.setdefault("hosts", ["127.0.0.1"])
-    return create_app(current, thumbs, **options), current
+    return create_app(served, thumbs, **options), served
 
 
 @contextmanager
 def client(index: Path, **options):
     """A client of the application, in this process."""
-    app, current = application(index, **options)
+    app, served = application(index, **options)
     with TestClient(app, base_url=ADDRESS) as asking:
-        asking.current = current
+        asking.served = served
         yield asking
 
 

@@ -10,8 +10,8 @@ from clipkit.index import search as flat
 from clipkit.index.vector_index import VectorIndex
 from clipkit.web.batching import Batcher
 from clipkit.web.collection import Collection
-from clipkit.web.security import RequestError
-from clipkit.web.service import _search_together, _Wanted
+from clipkit.web.schemas import RequestError
+from clipkit.web.service import _search_batch, _VectorSearch
 from tests.helpers.toys import unit_rows
 from tests.helpers.web_toys import ServedEncoder, build
 
@@ -35,7 +35,7 @@ def test_what_waits_is_worked_on_together():
     work = Slow()
 
     async def ask():
-        batcher = Batcher(work, most=4)
+        batcher = Batcher(work, max_batch=4)
         first = asyncio.create_task(batcher(0))
         await asyncio.to_thread(work.begun.wait)
         rest = [asyncio.create_task(batcher(n)) for n in range(1, 8)]
@@ -70,7 +70,7 @@ def test_who_has_gone_is_left_out_and_too_many_are_refused():
     work = Slow()
 
     async def ask():
-        batcher = Batcher(work, room=2)
+        batcher = Batcher(work, max_waiting=2)
         first = asyncio.create_task(batcher(0))
         await asyncio.to_thread(work.begun.wait)
         gone, stays = asyncio.create_task(batcher(1)), asyncio.create_task(batcher(2))
@@ -97,7 +97,7 @@ def test_closing_finishes_what_waits():
         await asyncio.to_thread(work.begun.wait)
         threading.Timer(0.05, work.gate.set).start()
         await asyncio.to_thread(batcher.close)
-        with pytest.raises(RequestError, match="being stopped"):
+        with pytest.raises(RequestError, match="shutting down"):
             await batcher(3)
         return await asyncio.gather(*tasks)
 
@@ -114,10 +114,10 @@ def test_searches_that_wait_together_go_through_one_product(tmp_path, monkeypatc
     monkeypatch.setattr(flat, "search_exact", noting)
     collection = Collection(VectorIndex.open(build(tmp_path)), ServedEncoder())
     red = np.array([key.startswith("red/") for key in collection.keys])
-    wanted = [_Wanted(collection, vector, 16, (), None) for vector in unit_rows(5, 3)]
-    wanted.insert(2, _Wanted(collection, wanted[0].vector, 3, ("label=red",), red))
-    found = _search_together(wanted)
+    wanted = [_VectorSearch(collection, vector, 16, "", None) for vector in unit_rows(5, 3)]
+    wanted.insert(2, _VectorSearch(collection, wanted[0].vector, 3, "label = 'red'", red))
+    found = _search_batch(wanted)
     assert products[0] == (5, 16)
     assert all(count == 1 for count, _ in products[1:])
     for one, hits in zip(wanted, found, strict=True):
-        assert hits == collection.search(one.vector[None], one.k, one.rows)[0]
+        assert hits == collection.search(one.vector[None], one.k, one.mask)[0]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.display.thumbnails import thumbnail
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images
 from clipkit.web import images as files
-from clipkit.web.images import EDGE, ThumbCache
+from clipkit.web.images import THUMBNAIL_SIDE, ThumbnailCache
 from tests.helpers.toys import COLOURS, square, write_squares
 from tests.helpers.web_toys import ServedEncoder, application, build, client, keys, running
 
@@ -43,7 +44,7 @@ def test_a_picture_comes_as_it_is_and_a_thumbnail_is_small(index, photos):
         assert whole.content == (photos / "red" / "red-0.png").read_bytes()
         assert whole.headers["content-type"] == "image/png"
         small = opened(ask.get("/thumb/red/red-0.png"))
-        assert (small.format, small.size) == ("JPEG", (EDGE, EDGE // 2))
+        assert (small.format, small.size) == ("JPEG", (THUMBNAIL_SIDE, THUMBNAIL_SIDE // 2))
         tiny = opened(ask.get("/thumb/blue/blue-0.png"))
         assert tiny.size == (8, 8)
         assert np.abs(np.asarray(tiny).mean((0, 1)) - COLOURS["blue"]).max() < 3
@@ -66,7 +67,7 @@ def test_a_thumbnail_is_made_once_until_its_picture_changes(index, photos, monke
     made = []
     monkeypatch.setattr(
         "clipkit.web.images.thumbnail",
-        lambda data: made.append(data) or files.as_jpeg(square("red")),
+        lambda image, side: made.append(image) or thumbnail(square("red"), side),
     )
     with client(index) as ask:
         for _ in range(3):
@@ -81,17 +82,17 @@ def test_a_thumbnail_is_made_once_until_its_picture_changes(index, photos, monke
 
 
 def test_the_cache_never_outgrows_its_bound(tmp_path):
-    cache = ThumbCache(tmp_path / "cache", limit=1000)
+    cache = ThumbnailCache(tmp_path / "cache", max_bytes=1000)
     for number in range(8):
-        cache.keep(f"name {number}", bytes([number]) * 300)
+        cache.store(f"name {number}", bytes([number]) * 300)
         assert cache.find("name 0") == b"\0" * 300  # asked for lately, so it stays
         held = sum(file.stat().st_size for file in (tmp_path / "cache").iterdir())
         assert held == cache.used <= 1000
     assert cache.find("name 7") == b"\7" * 300
     assert cache.find("name 4") is None
-    cache.keep("too large", b"x" * 1001)
+    cache.store("too large", b"x" * 1001)
     assert cache.find("too large") is None
-    assert ThumbCache(tmp_path / "cache", limit=1000).used == 900
+    assert ThumbnailCache(tmp_path / "cache", max_bytes=1000).used == 900
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
 
@@ -171,7 +172,7 @@ def test_keys_that_point_out_of_the_folder_are_not_read(tmp_path):
                     assert answer.status_code == 200
                 else:
                     assert answer.status_code == 404
-                    assert "a link leads out of the index's folder" in answer.json()["detail"]
+                    assert "a link points outside the index's folder" in answer.json()["detail"]
 
 
 def test_a_file_that_became_something_else_is_not_read(index, photos):
@@ -197,7 +198,7 @@ def test_a_file_that_became_something_else_is_not_read(index, photos):
                 assert answer.status_code in (404, 415)
                 assert "secret" not in answer.text
         gone = ask.get("/image/magenta/magenta-0.png").json()["detail"]
-        assert "bring the index up to date" in gone
+        assert "update the index" in gone
         assert ask.get("/search", params={"q": "red"}).status_code == 200
 
 
@@ -212,7 +213,7 @@ def test_a_huge_file_is_not_read(index, photos, monkeypatch):
 def test_pictures_that_moved_are_found_where_they_are_now(index, photos, tmp_path):
     photos.rename(tmp_path / "moved")
     with client(index) as ask:
-        assert "bring the index up to date" in ask.get("/info").json()["missing"]
+        assert "update the index" in ask.get("/info").json()["missing"]
         assert ask.get("/image/red/red-0.png").status_code == 404
     with client(index, images=tmp_path / "moved") as ask:
         assert ask.get("/info").json()["missing"] is None
@@ -239,7 +240,7 @@ def test_names_of_any_letters_work(tmp_path):
             for path in (f"/thumb/{quote(name, safe='')}", f"/image/{quote(name)}"):
                 assert Image.open(BytesIO(get(path))).size == (8, 8)
             for path in (f"/similar/{quote(name)}?", f"/search?like={quote(name)}&"):
-                found = [hit["key"] for hit in json.loads(get(f"{path}limit=100"))["hits"]]
+                found = [hit["key"] for hit in json.loads(get(f"{path}k=100"))["hits"]]
                 assert name not in found
                 assert len(found) == len(index) - 1
         for path in ("/image/../secret", "/image/%2e%2e/secret", "/image/..%2fsecret", "/image/.."):
@@ -261,7 +262,7 @@ def test_pictures_of_a_second_folder_are_shown(index, tmp_path):
     square("cyan", size=20).save(tmp_path / "more" / "red" / "red-0.png")
     add_images(index, tmp_path / "more", encoder=ServedEncoder())
     with client(index) as ask:
-        (key,) = {key for key in ask.current.collection.keys if key.endswith("/red/red-0.png")}
+        (key,) = {key for key in ask.served.collection.keys if key.endswith("/red/red-0.png")}
         assert opened(ask.get(f"/thumb/{key}")).size == (20, 20)
         assert opened(ask.get("/thumb/red/red-0.png")).size == (8, 8)
         assert ask.get(f"/thumb/{key.split('/')[0]}/../photos/red/red-0.png").status_code == 404

@@ -113,7 +113,7 @@ def test_they_are_served(tmp_path, kind):
     with client(index.path) as ask:
         assert ask.get("/info").json()["missing"] is None
         rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
-        for key in keys(ask.get("/search", params={"limit": 100})):
+        for key in keys(ask.get("/search", params={"k": 100})):
             whole = ask.get(f"/image/{quote(key)}")
             assert (whole.content, whole.headers["content-type"]) == (rows[key], "image/png")
             assert ask.get(f"/thumb/{quote(key)}").content.startswith(b"\xff\xd8\xff")
@@ -172,7 +172,7 @@ def test_what_is_gone_or_damaged_is_told(tmp_path):
         assert ask.get("/image/0").status_code == 200
         (tmp_path / "t.parquet").unlink()  # while it is served
         answer = ask.get("/image/1")
-        assert (answer.status_code, "cannot be read" in answer.text) == (404, True)
+        assert (answer.status_code, "cannot read" in answer.text) == (404, True)
 
 
 def test_a_damaged_tar_is_told(tmp_path):
@@ -182,7 +182,7 @@ def test_a_damaged_tar_is_told(tmp_path):
     with client(index.path) as ask:
         assert ask.get("/image/a-0.tar/red.png").status_code == 200
         answer = ask.get("/image/a-1.tar/red.png")
-        assert (answer.status_code, "cannot be read" in answer.text) == (404, True)
+        assert (answer.status_code, "cannot read" in answer.text) == (404, True)
     with pytest.raises(DataError, match="is not there any more"):
         open_pictures(str(tmp_path / "tars" / "b-{0..1}.tar"))
 
@@ -213,6 +213,6 @@ def test_what_lies_on_the_hub_is_told(tmp_path):
     manifest["source"] = {"spec": "hf:someone/colours:train", "kind": "hub", "root": None}
     (index / MANIFEST).write_text(json.dumps(manifest))
     with client(index) as ask:
-        told = "it lies in the data set hf:someone/colours:train of the hub"
+        told = "it is part of the hub dataset hf:someone/colours:train"
         assert told in ask.get("/info").json()["missing"]
         assert told in ask.get("/thumb/red/red-0.png").json()["detail"]

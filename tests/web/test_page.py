@@ -96,7 +96,7 @@ def wait_for_focus(page, title):
 
 def expected(address, **query):
     """The first keys that the API gives."""
-    with urlopen(f"{address}/search?{urlencode({**query, 'limit': 5}, doseq=True)}") as answer:
+    with urlopen(f"{address}/search?{urlencode({**query, 'k': 5}, doseq=True)}") as answer:
         return [hit["key"] for hit in json.load(answer)["hits"]]
 
 
@@ -112,7 +112,7 @@ def wait_until(page, keys):
 def test_typing_shows_the_right_pictures(page, address):
     page.goto(address)
     wait_for(page, "black")  # the first in the index
-    expect(page.locator("#status")).to_contain_text("160 pictures")
+    expect(page.locator("#status")).to_contain_text("160 images")
     page.keyboard.type("a red square")  # the field has the focus
     # Half of it may be asked for before the rest is typed.
     expect(page.locator("#status")).to_contain_text("best first for “a red square”")
@@ -177,7 +177,7 @@ def test_a_picture_is_sent_from_the_disk(page, address, tmp_path):
     page.set_input_files("#file", tmp_path / "mine.png")
     wait_for(page, "green", 3)
     become(page, "location.search.startsWith('?image=')")
-    expect(page.locator("#chips span")).to_have_text("your picture")
+    expect(page.locator("#chips span")).to_have_text("your image")
     name = page.evaluate("location.search").partition("image=")[2]
     page.fill("#q", "red")
     both = expected(address, q="red", image=name)
@@ -224,7 +224,7 @@ def test_the_back_button_goes_back(page, address):
     wait_for(page, "green", 3)
     page.hover(".tile")
     page.click(".tile .more")
-    expect(page.locator("#status")).to_contain_text("best first like that picture")
+    expect(page.locator("#status")).to_contain_text("best first like that image")
     expect(page.locator("#chips li")).to_have_count(1)
     wait_for(page, "green", 3)
     expect(page.locator("#q")).to_have_value("")
@@ -241,10 +241,11 @@ def test_the_back_button_goes_back(page, address):
 
 
 def test_an_address_holds_the_whole_search(page, address):
-    query = "q=a+thing&minus=red&unlike=cyan%2Fcyan-0.png&where=label%3Dgreen&where=label%3Dblue"
+    where = "where=label+in+%28%27blue%27%2C+%27green%27%29"
+    query = f"q=a+thing&minus=red&{where}&unlike=cyan%2Fcyan-0.png"
     page.goto(f"{address}/?{query}")
-    expect(page.locator("#status")).to_contain_text("40 pictures")
-    expect(page.locator("#chips li")).to_have_count(3)
+    expect(page.locator("#status")).to_contain_text("40 images")
+    expect(page.locator("#chips li")).to_have_count(2)
     expect(page.locator("#grid .open")).to_have_count(40)
     assert {key.split("/")[0] for key in shown(page)} == {"green", "blue"}
     expect(page.locator("#minus")).to_have_value("red")
@@ -287,7 +288,7 @@ def test_scrolling_shows_the_rest(page, address):
     for count in (120, 160):
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
         become(page, "document.querySelectorAll('.tile').length >= it", count)
-    expect(page.locator("#end")).to_have_text("All 160 pictures are shown.")
+    expect(page.locator("#end")).to_have_text("All 160 images are shown.")
     assert len(set(shown(page))) == 160
 
 
@@ -305,13 +306,13 @@ def test_a_tall_screen_is_filled(page, address):
 def test_a_list_without_end_ends_with_advice(page, address):
     def shorter(route):
         answer = route.fetch()
-        route.fulfill(response=answer, json={**answer.json(), "most_hits": 120})
+        route.fulfill(response=answer, json={**answer.json(), "max_hits": 120})
 
     page.route("**/info", shorter)
     page.goto(f"{address}/?q=red")
     wait_for(page, "red", 3)
     page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
-    advice = "These are the first 120 of 160 pictures. More words or a filter"
+    advice = "These are the first 120 of 160 images. Add words or a filter"
     expect(page.locator("#end")).to_contain_text(advice)
     page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     page.wait_for_timeout(300)
@@ -319,24 +320,85 @@ def test_a_list_without_end_ends_with_advice(page, address):
 
 
 def test_nothing_found_is_said(page, address):
-    page.goto(f"{address}/?q=red&where=label%3Dviolet")
-    expect(page.locator("#status")).to_have_text("No picture with this filter.")
+    page.goto(f"{address}/?q=red&where=label%3D%27violet%27")
+    expect(page.locator("#status")).to_have_text("No image with this filter.")
     expect(page.locator(".tile")).to_have_count(0)
-    page.goto(f"{address}/?q=red&where=colour%3Dviolet")
+    page.goto(f"{address}/?q=red&where=colour%3D%27violet%27")
     page.wait_for_selector("#problem:not([hidden])")
     expect(page.locator("#problem-text")).to_contain_text("there is no column 'colour'")
 
 
-def test_columns_choose_pictures(page, address):
+def test_columns_choose_images(page, address):
     page.goto(f"{address}/?q=red")
     page.click("#filter-button")
     page.click("fieldset:has-text('label') label:has-text('blue')")
     wait_for(page, "blue", 3)
-    expect(page.locator("#status")).to_contain_text("20 pictures with this filter")
+    expect(page.locator("#status")).to_contain_text("20 images with this filter")
+    expect(page.locator("[name=where]")).to_have_value("label = 'blue'")
+    page.click("fieldset:has-text('folder') label:has-text('cyan')")
+    expect(page.locator("#status")).to_contain_text("No image with this filter")
+    page.click("fieldset:has-text('label') label:has-text('cyan')")
+    wait_for(page, "cyan", 3)
+    condition = "label in ('blue', 'cyan') and folder = 'cyan'"
+    expect(page.locator("[name=where]")).to_have_value(condition)
+    expect(page.locator("#chips span")).to_have_text(
+        ["label in ('blue', 'cyan')", "folder = 'cyan'"]
+    )
+    page.reload()
+    page.click("#filter-button")
+    checked = page.locator("#filters :checked")
+    assert checked.evaluate_all("all => all.map(one => one.value)") == ["blue", "cyan", "cyan"]
+    page.click("#chips li:first-child button")
     page.click("#chips button")
     wait_for(page, "red", 3)
-    box = page.locator("fieldset:has-text('label') label:has-text('blue') input")
-    expect(box).not_to_be_checked()
+    expect(page.locator("#filters :checked")).to_have_count(0)
+
+
+def test_a_condition_is_written_by_hand_and_completed_by_controls(page, address):
+    page.goto(f"{address}/?q=red")
+    page.click("#filter-button")
+    page.fill("[name=where]", "label = 'blue' or label = 'green'")
+    page.press("[name=where]", "Enter")
+    expect(page.locator("#status")).to_contain_text("40 images with this filter")
+    page.click("fieldset:has-text('folder') label:has-text('green')")
+    wait_for(page, "green", 3)
+    expect(page.locator("[name=where]")).to_have_value(
+        "folder = 'green' and (label = 'blue' or label = 'green')"
+    )
+    page.fill("[name=where]", "label = ")
+    page.press("[name=where]", "Enter")
+    expect(page.locator("#problem-text")).to_contain_text("expected columns compared with values")
+
+
+def test_controls_of_every_kind_write_conditions(page, tmp_path):
+    rows = {
+        "image": [png(square(colour)) for colour in COLOURS],
+        "caption": list(COLOURS),
+        "year": list(range(2018, 2018 + len(COLOURS))),
+        "in": [n % 2 == 0 for n in range(len(COLOURS))],
+        "day": pa.array([f"2023-05-{n + 1:02}" for n in range(len(COLOURS))]).cast(pa.date32()),
+        "long note": [f"{colour}'s " + "note " * 40 for colour in COLOURS],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+    index = build_index(tmp_path / "table.parquet", tmp_path / "index", load=ServedEncoder)
+    with running(application(index.path)[0]) as port:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.click("#filter-button")
+        page.fill("[aria-label='year from']", "2020")
+        page.fill("[aria-label='day up to']", "2023-05-07")
+        page.fill("[aria-label='long note contains']", "E's")
+        page.click("fieldset:has-text('in') label:has-text('true')")
+        condition = "day <= '2023-05-07' and `in` = true and 'E''s' in `long note` and year >= 2020"
+        expect(page.locator("[name=where]")).to_have_value(condition)
+        names = [name for n, name in enumerate(COLOURS) if 2 <= n <= 6 and n % 2 == 0]
+        total = sum(name.endswith("e") for name in names)
+        expect(page.locator("#grid .open")).to_have_count(total)
+        page.reload()
+        page.click("#filter-button")
+        expect(page.locator("[aria-label='long note contains']")).to_have_value("E's")
+        expect(page.locator("[aria-label='year from']")).to_have_value("2020")
+        expect(page.locator("[aria-label='day up to']")).to_have_value("2023-05-07")
+        expect(page.locator("#filters :checked")).to_have_count(1)
 
 
 def test_labels_give_bars_and_prompts_are_compared(page, address):
@@ -349,7 +411,7 @@ def test_labels_give_bars_and_prompts_are_compared(page, address):
     page.click(".ask button")
     page.wait_for_selector(".fill.second")
     note = page.locator("#classify-view > .name")
-    expect(note).to_contain_text("The two sets of prompts disagree about")
+    expect(note).to_contain_text("The two sets of prompts disagree on")
     page.reload()
     page.wait_for_selector(".fill.second")
     expect(page.locator("[name=labels]")).to_have_value("red thing\nblue thing\ngreen thing")
@@ -364,7 +426,7 @@ def test_a_server_that_is_gone_is_told_and_tried_again(page, address):
     page.route("**/search?*", lambda route: route.abort())
     page.fill("#q", "red")
     page.wait_for_selector("#problem:not([hidden])")
-    expect(page.locator("#problem-text")).to_contain_text("does not answer")
+    expect(page.locator("#problem-text")).to_contain_text("does not respond")
     page.unroute("**/search?*")
     page.click("#again")
     wait_for(page, "red", 3)
@@ -398,7 +460,7 @@ def test_script_in_names_captions_and_columns_is_shown_as_text(page, tmp_path):
     (folder / "metadata.csv").write_text("file_name,caption,label\n" + "\n".join(rows))
     index = build_index(folder, tmp_path / SCRIPT.replace("/", ""), load=ServedEncoder)
     with running(application(index.path)[0]) as port:
-        page.goto(f"http://127.0.0.1:{port}/?q={SCRIPT}&labels={SCRIPT}%0Ab&where=label~<img")
+        page.goto(f"http://127.0.0.1:{port}/?q={SCRIPT}&labels={SCRIPT}%0Ab&where='<img' in label")
         expect(page.locator(".tile .name").first).to_have_text(SCRIPT)
         page.click("#filter-button")
         page.click(".tile .open")
@@ -427,7 +489,7 @@ def test_pictures_inside_a_table_are_shown_and_named_where_it_is_gone(page, tmp_
     with running(application(index.path)[0]) as port:
         page.goto(f"http://127.0.0.1:{port}/?q=red")
         page.wait_for_selector(".tile.lost")
-        expect(page.locator("#status")).to_contain_text("No picture can be shown: ")
+        expect(page.locator("#status")).to_contain_text("No image can be shown: ")
         expect(page.locator("#status")).to_contain_text("table.parquet is not there any more")
         expect(page.locator("#grid img")).to_have_count(0)
         expect(page.locator(".tile .name").first).to_have_text("red")
@@ -441,7 +503,7 @@ def test_a_tile_says_why_it_has_no_picture(page, tmp_path):
     with running(application(index)[0]) as port:
         page.goto(f"http://127.0.0.1:{port}/?q=red")
         name = page.locator(".tile.lost .lost-name")
-        expect(name).to_contain_text("the file of red/red-0.png is not there any more")
+        expect(name).to_contain_text("the file of red/red-0.png is gone")
         expect(name).to_be_visible()
 
 
@@ -449,7 +511,9 @@ def test_a_tile_says_why_it_has_no_picture(page, tmp_path):
 @pytest.mark.parametrize("view", ["search", "classify"])
 def test_nothing_is_wider_than_the_screen(page, address, width, view):
     page.set_viewport_size({"width": width, "height": 700})
-    page.goto(f"{address}/?q=red&view={view}&labels=a%0Ab&like=red/red-0.png&where=label%3Dred")
+    page.goto(
+        f"{address}/?q=red&view={view}&labels=a%0Ab&like=red/red-0.png&where=label%3D%27red%27"
+    )
     page.wait_for_selector(".card" if view == "classify" else ".tile:not(.ghost)")
     page.click("#filter-button")
     page.wait_for_selector("#filters")
@@ -489,7 +553,7 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_has_a_name_and_can_be_read(page, address, scheme):
     page.emulate_media(color_scheme=scheme)
-    page.goto(f"{address}/?q=red&unlike=red/red-0.png&labels=a%0Ab&where=label%3Dred")
+    page.goto(f"{address}/?q=red&unlike=red/red-0.png&labels=a%0Ab&where=label%3D%27red%27")
     wait_for(page, "red", 3)
     page.click("#filter-button")
     page.wait_for_selector("#filters")
@@ -533,12 +597,12 @@ def test_an_index_without_pictures_says_so(page, tmp_path):
     with running(application(index)[0]) as port:
         for query in ("", "?q=red"):
             page.goto(f"http://127.0.0.1:{port}/{query}")
-            expect(page.locator("#collection")).to_have_text("index · 0 pictures")
-            expect(page.locator("#status")).to_have_text("No picture is in this index yet.")
+            expect(page.locator("#collection")).to_have_text("index · 0 images")
+            expect(page.locator("#status")).to_have_text("This index has no images yet.")
             expect(page.locator("#filter-button")).to_be_hidden()
         page.click("[data-view=classify]")
         page.fill("[name=labels]", "red, blue")
         page.click(".ask button")
         note = page.locator("#classify-view > .name")
-        expect(note).to_have_text("There is no picture to classify.")
+        expect(note).to_have_text("There is no image to classify.")
         expect(page.locator("#problem")).to_be_hidden()

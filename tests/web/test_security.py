@@ -36,7 +36,7 @@ def ask(index):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
 def test_another_address_takes_a_token(host):
-    with pytest.raises(ServeError, match=r"other machines, expected a --token.*make one with"):
+    with pytest.raises(ServeError, match=r"expected a --token to protect it.*make one with"):
         check_address(host, None)
     check_address(host, TOKEN)
 
@@ -183,15 +183,15 @@ def test_pictures_that_are_none_are_refused(ask, data, status):
     answer = ask.post("/search", content=data)
     assert answer.status_code == status, answer.text
     if status != 200:
-        assert answer.json()["detail"].startswith("the picture cannot be searched with")
+        assert answer.json()["detail"].startswith("cannot search with this image: it ")
     else:  # what is shown of it is made anew, without what hung on it
-        jpeg = ask.get(f"/sent/{answer.json()['image']}").content
+        jpeg = ask.get(f"/upload/{answer.json()['image']}").content
         assert jpeg.startswith(b"\xff\xd8\xff")
         assert b"script" not in jpeg
 
 
 def test_what_was_sent_is_forgotten_in_time(index, monkeypatch):
-    monkeypatch.setattr(uploads, "KEPT", 2)
+    monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
     with client(index) as ask:
         names = [
             ask.post("/search", content=png(square("red", shade))).json()["image"]
@@ -211,7 +211,7 @@ def test_giant_requests_are_refused_before_they_are_read(ask, monkeypatch):
             yield b"x" * 65536
 
     assert ask.post("/classify", content=trickle()).status_code == 413  # of no stated length
-    monkeypatch.setattr(guard, "MAX_HELD", 10)
+    monkeypatch.setattr(guard, "MAX_BUFFERED", 10)
     assert ask.post("/search", content=b"x" * 11).status_code == 503
     assert ask.post("/search", content=b"x" * 10).status_code == 415  # nothing is left behind
 
@@ -243,7 +243,7 @@ def test_script_in_a_query_comes_back_as_data(ask):
         ask.get("/search", params={"where": script}),
         ask.get(f"/thumb/{script}"),
         ask.get("/search", params={"nonsense": script}),
-        ask.get("/search", params={"limit": script}),
+        ask.get("/search", params={"k": script}),
     ):
         assert 400 <= answer.status_code < 500
         assert answer.headers["content-type"] == "application/json"

@@ -8,8 +8,8 @@ from clipkit.tasks import serve
 
 SHAPES = """
 import os, sys
-from clipkit.tasks.serve import bound_kernels
-bound_kernels()
+from clipkit.tasks.serve import limit_kernel_cache
+limit_kernel_cache()
 assert "torch" not in sys.modules
 import torch
 
@@ -38,6 +38,6 @@ def test_limits_that_a_person_has_set_stay(monkeypatch):
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is absent again after
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
-    serve.bound_kernels()
+    serve.limit_kernel_cache()
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(serve.KERNELS)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(serve.KERNEL_CACHE)

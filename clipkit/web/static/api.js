@@ -1,4 +1,4 @@
-// Asking the server: an answer, or one sentence about why there is none.
+// Requests to the server: a response, or one sentence about why it failed.
 
 export class Problem extends Error {
   constructor(message, status) {
@@ -7,13 +7,13 @@ export class Problem extends Error {
   }
 }
 
-export async function ask(path, options = {}) {
+export async function request(path, options = {}) {
   let response;
   try {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem("The server does not answer; it may have been stopped.", 0);
+    throw new Problem("The server does not respond; it may have been stopped.", 0);
   }
   if (response.ok) return response.json();
   let detail;
@@ -22,11 +22,11 @@ export async function ask(path, options = {}) {
   } catch {
     detail = null;
   }
-  throw new Problem(detail ?? `The server answered with status ${response.status}.`,
+  throw new Problem(detail ?? `The server responded with status ${response.status}.`,
     response.status);
 }
 
-// Why a picture did not come, as the server says it; null where it says nothing.
+// The server's reason why an image did not load; null without one.
 export async function reason(path) {
   try {
     return (await (await fetch(path)).json()).detail ?? null;
@@ -35,11 +35,11 @@ export async function reason(path) {
   }
 }
 
-// A key as part of an address, its slashes kept.
+// A key as part of a URL, with its slashes.
 export function keyPath(key) {
   return key.split("/").map(encodeURIComponent).join("/");
 }
 
 export const thumb = (key) => `/thumb/${keyPath(key)}`;
 export const image = (key) => `/image/${keyPath(key)}`;
-export const sent = (name) => `/sent/${encodeURIComponent(name)}`;
+export const uploaded = (name) => `/upload/${encodeURIComponent(name)}`;

@@ -1,18 +1,18 @@
-// Labels for the pictures of a search, with one or two sets of prompts side by side.
+// Labels for the images of a search, with one or two sets of prompts side by side.
 
-import { ask, sent, thumb } from "./api.js";
+import { request, thumb, uploaded } from "./api.js";
 import { bar, make, percent } from "./dom.js";
 
 const SHOWN = 5;
-const PICTURES = 24;
+const IMAGES = 24;
 
 export class Classify {
-  // `keep(values)` stores what was asked in the page's address.
-  constructor(section, keep) {
+  // Calls `save(values)` to store labels and prompts in the page's URL.
+  constructor(section, save) {
     this.section = section;
-    this.keep = keep;
-    this.labels = area("Labels, one a line", "dog\nbeach\nfox: red fox, vixen", "labels");
-    this.prompt = area("Prompts, with {} for the label", "the usual ones", "prompt");
+    this.save = save;
+    this.labels = area("Labels, one per line", "dog\nbeach\nfox: red fox, vixen", "labels");
+    this.prompt = area("Prompts, with {} for the label", "the default prompts", "prompt");
     this.other = area("Compare with other prompts", "none", "other", true);
     this.go = make("button", { type: "submit", className: "main", text: "Classify" });
     this.form = make("form", { className: "ask",
@@ -22,14 +22,14 @@ export class Classify {
     section.append(this.form, this.note, this.cards);
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.keep(this.asked());
+      this.save(this.values());
     });
     this.form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
     });
   }
 
-  asked() {
+  values() {
     return {
       labels: this.labels.field.value.trim(),
       prompt: lines(this.prompt.field.value),
@@ -43,40 +43,40 @@ export class Classify {
     this.other.field.value = state.other.join("\n");
   }
 
-  // Classifies the first pictures among `hits`, and the one that was sent.
+  // Classifies the first of `hits`, and the uploaded image.
   async show(state, hits, signal) {
     const labels = state.labels.split(state.labels.includes("\n") ? "\n" : ",")
       .map((label) => label.trim()).filter(Boolean);
     if (!labels.length) {
       this.cards.replaceChildren();
-      this.note.textContent = "Write two labels or more: what a picture may show.";
+      this.note.textContent = "Write two or more labels: what the images may show.";
       return;
     }
-    const shown = hits.slice(0, PICTURES);
+    const shown = hits.slice(0, IMAGES);
     if (!shown.length && !state.image) {
       this.cards.replaceChildren();
-      this.note.textContent = "There is no picture to classify.";
+      this.note.textContent = "There is no image to classify.";
       return;
     }
-    const pictures = { keys: shown.map((hit) => hit.key), image: state.image || null };
+    const images = { keys: shown.map((hit) => hit.key), image: state.image || null };
     const prompts = state.other.length ? [state.prompt, state.other] : [state.prompt];
     this.note.textContent = "";
-    const answers = await Promise.all(prompts.map((templates) => ask("/classify", {
+    const responses = await Promise.all(prompts.map((templates) => request("/classify", {
       method: "POST",
       headers: { "content-type": "application/json" },
-      body: JSON.stringify({ labels, templates, ...pictures }),
+      body: JSON.stringify({ labels, templates, ...images }),
       signal,
     })));
     const names = new Map(shown.map((hit) => [hit.key, hit.captions[0] ?? hit.key]));
-    this.cards.replaceChildren(...answers[0].pictures.map(({ key }, n) => card(
-      key, key === null ? "your picture" : names.get(key),
-      key === null ? sent(state.image) : thumb(key),
-      answers[0].labels, answers.map((answer) => answer.pictures[n].probabilities))));
-    const differ = answers[0].pictures.filter((_, n) => answers.length > 1
-      && best(answers[0].pictures[n].probabilities) !== best(answers[1].pictures[n].probabilities));
-    const of = `${answers[0].pictures.length} pictures, ${labels.length} labels`;
-    this.note.textContent = answers.length === 1 ? `${of}.`
-      : `${of}. The two sets of prompts disagree about ${differ.length}.`;
+    this.cards.replaceChildren(...responses[0].images.map(({ key }, n) => card(
+      key, key === null ? "your image" : names.get(key),
+      key === null ? uploaded(state.image) : thumb(key),
+      responses[0].labels, responses.map((one) => one.images[n].probabilities))));
+    const differ = responses[0].images.filter((_, n) => responses.length > 1
+      && best(responses[0].images[n].probabilities) !== best(responses[1].images[n].probabilities));
+    const of = `${responses[0].images.length} images, ${labels.length} labels`;
+    this.note.textContent = responses.length === 1 ? `${of}.`
+      : `${of}. The two sets of prompts disagree on ${differ.length}.`;
   }
 }
 

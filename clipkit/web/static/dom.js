@@ -1,4 +1,4 @@
-// Building elements. Texts go in as text alone: nothing that comes from an index is ever HTML.
+// Building elements. Nothing that comes from an index is ever HTML: texts are set as text.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -16,8 +16,8 @@ export function make(tag, { text, children = [], ...properties } = {}) {
 
 export const count = (number) => number.toLocaleString("en");
 
-export function pictures(number) {
-  return `${count(number)} ${number === 1 ? "picture" : "pictures"}`;
+export function images(number) {
+  return `${count(number)} ${number === 1 ? "image" : "images"}`;
 }
 
 export function percent(share) {

@@ -1,10 +1,10 @@
-// The grid of pictures, and the keys that move in it.
+// The grid of images, its keyboard control, and the dialog that shows one image large.
 
 import { image, reason, thumb } from "./api.js";
 import { $, bar, make, percent } from "./dom.js";
 
 export class Grid {
-  // `act(what, hit)` is called with "open", "like" or "unlike"; `leave()` to go back to the words.
+  // Calls `act(what, hit)` with "open", "like" or "unlike", and `leave()` to return to the query.
   constructor(act, leave) {
     this.list = $("grid");
     this.hits = [];
@@ -13,15 +13,15 @@ export class Grid {
     this.list.addEventListener("click", (event) => this.clicked(event));
     this.list.addEventListener("keydown", (event) => this.pressed(event));
     this.list.addEventListener("dragstart", (event) => this.dragged(event));
-    // An error does not bubble; it is caught on its way down.
+    // Errors do not bubble; this catches them in the capture phase.
     this.list.addEventListener("error", (event) => this.lost(event.target), true);
   }
 
-  async lost(picture) {
-    const tile = picture.closest?.(".tile");
+  async lost(element) {
+    const tile = element.closest?.(".tile");
     if (!tile) return;
     tile.classList.add("lost");
-    const why = await reason(picture.getAttribute("src"));
+    const why = await reason(element.getAttribute("src"));
     if (why) tile.querySelector(".lost-name").replaceChildren(make("small", { text: why }));
   }
 
@@ -29,16 +29,16 @@ export class Grid {
     const start = append ? this.hits.length : 0;
     if (append) this.hits.push(...hits);
     else this.hits = hits;
-    const held = !append && this.list.contains(document.activeElement);
-    // Pictures that stay are kept, for a new element would flicker.
-    const kept = new Map(append ? [] : [...this.list.querySelectorAll("img")]
+    const focused = !append && this.list.contains(document.activeElement);
+    // Elements of images that stay are reused: new ones would flicker.
+    const reusable = new Map(append ? [] : [...this.list.querySelectorAll("img")]
       .map((one) => [one.getAttribute("src"), one]));
-    const tiles = hits.map((hit, n) => this.tile(hit, start + n, shown, kept));
+    const tiles = hits.map((hit, n) => this.tile(hit, start + n, shown, reusable));
     if (append) this.list.append(...tiles);
     else this.list.replaceChildren(...tiles);
     this.list.classList.toggle("far", far);
     this.list.classList.remove("stale");
-    if (held) this.focus(0); // the tile that had it is gone; who goes by keyboard goes on from here
+    if (focused) this.focus(0); // the focused tile is gone; the keyboard continues here
   }
 
   ghosts(number) {
@@ -48,16 +48,16 @@ export class Grid {
     this.list.replaceChildren(...Array.from({ length: number }, ghost));
   }
 
-  tile(hit, n, shown, kept) {
+  tile(hit, n, shown, reusable) {
     const name = hit.captions[0] ?? hit.key;
-    const picture = shown ? kept.get(thumb(hit.key)) ?? make("img", { src: thumb(hit.key), alt: "",
+    const element = shown ? reusable.get(thumb(hit.key)) ?? make("img", { src: thumb(hit.key), alt: "",
       loading: "lazy", decoding: "async", draggable: true }) : "";
     const match = matchText(hit);
     const open = make("button", {
       type: "button", className: "open", tabIndex: n ? -1 : 0, title: hit.key,
       "aria-label": match ? `${name}, ${match}` : name,
       children: [
-        picture,
+        element,
         make("span", { className: "lost-name", text: hit.key }),
       ],
     });
@@ -126,15 +126,14 @@ function matchLine(hit) {
   });
 }
 
-// The dialog that shows one picture large.
 export class Details {
   constructor(grid, act) {
     this.dialog = $("details");
     this.grid = grid;
-    this.hits = []; // those among which it was opened: others may come while it is open
+    this.hits = []; // the hits when it was opened: the grid may change meanwhile
     this.n = 0;
-    const picture = $("details-image");
-    picture.addEventListener("error", () => this.lost());
+    const element = $("details-image");
+    element.addEventListener("error", () => this.lost());
     this.dialog.addEventListener("click", (event) => {
       const what = event.target === this.dialog ? "close"
         : event.target.closest("[data-do]")?.dataset.do;
@@ -150,8 +149,8 @@ export class Details {
       else if (event.key === "x") this.leaveTo(() => act("unlike", this.hit));
     });
     this.dialog.addEventListener("close", () => {
-      if (this.dialog.open) return; // told late: another picture is shown by now
-      picture.removeAttribute("src");
+      if (this.dialog.open) return; // a late event: another image is open by now
+      element.removeAttribute("src");
       if (!this.left) grid.focus(this.n);
     });
   }
@@ -195,8 +194,8 @@ export class Details {
     $("details-match").textContent = [match, `number ${hit.rank}`].filter(Boolean).join(" · ");
     $("details-captions").replaceChildren(...hit.captions.map((text) => make("li", { text })));
     const facts = Object.entries({ label: hit.label, ...hit.more });
-    const told = facts.filter(([, value]) => value !== null && value !== "");
-    $("details-more").replaceChildren(...told.flatMap(([name, value]) => [
+    const known = facts.filter(([, value]) => value !== null && value !== "");
+    $("details-more").replaceChildren(...known.flatMap(([name, value]) => [
       make("dt", { text: name }), make("dd", { text: String(value) })]));
   }
 
@@ -205,7 +204,7 @@ export class Details {
     const hit = this.hit;
     $("details-image").hidden = true;
     $("details-lost").hidden = false;
-    $("details-lost").textContent = "This picture cannot be shown.";
+    $("details-lost").textContent = "This image cannot be shown.";
     const why = await reason(image(hit.key));
     if (why && hit === this.hit) $("details-lost").textContent = why;
   }

@@ -1,22 +1,22 @@
-// The page: from what a person types, clicks and drops to what is searched for and shown.
+// The page: from typing, clicks and drops to a search, and from its response to the screen.
 
-import { ask, sent, thumb } from "./api.js";
+import { request, thumb, uploaded } from "./api.js";
 import { Classify } from "./classify.js";
-import { $, count, debounced, make, pictures } from "./dom.js";
-import { fillFilters } from "./filters.js";
+import { $, count, debounced, images, make } from "./dom.js";
+import { fillFilters, join, split } from "./filters.js";
 import { Details, Grid } from "./grid.js";
 import { inWords, isSearch, read, terms, write } from "./state.js";
 
 const TYPING = 140; // milliseconds without a key before a search
-const SLOW = 250; // before anything says that it takes a while
+const SLOW = 250; // milliseconds before a progress bar appears
 const PAGE = 60;
 
 let state = read(location.search);
 let info = null;
-let asked = 0; // the number of the last search: an answer to an earlier one is dropped
+let latest = 0; // number of the last search: responses to earlier ones are dropped
 let running = null;
-let answer = null;
-let upload = null; // a picture to send with the next search
+let response = null;
+let upload = null; // an image to upload with the next search
 
 const act = (what, hit) => {
   if (what === "open") details.open(hit);
@@ -29,7 +29,7 @@ const classify = new Classify($("classify-view"), (values) => go(values));
 
 // From one state to the next
 
-// `replace`: the address changes in place; `keep`: the fields stay as they are, being written in.
+// `replace`: change the URL in place; `keep`: leave the fields alone, the user is typing in them.
 function go(changes, { replace = false, keep = replace } = {}) {
   state = { ...state, ...changes };
   const address = write(state);
@@ -60,35 +60,35 @@ function show({ keep = false } = {}) {
 }
 
 async function search() {
-  const number = ++asked;
+  const number = ++latest;
   running?.abort();
   running = new AbortController();
   const { signal } = running;
   const slow = setTimeout(() => {
     $("progress").hidden = false;
-    if (answer) grid.list.classList.add("stale");
+    if (response) grid.list.classList.add("stale");
     else grid.ghosts(18);
   }, SLOW);
   try {
-    const found = await ask(`/search?${parameters(0)}`, { signal, ...sending() });
-    if (number !== asked) return;
+    const found = await request(`/search?${parameters(0)}`, { signal, ...uploading() });
+    if (number !== latest) return;
     if (found.image && found.image !== state.image) {
       state.image = found.image;
       upload = null;
       history.replaceState(null, "", write(state));
       showChips();
     }
-    answer = found;
-    showAnswer();
+    response = found;
+    showResponse();
     scrollTo(0, 0);
     $("problem").hidden = true;
-    if (nearEnd()) more(); // a tall screen, which nobody will scroll
+    if (nearEnd()) more(); // a tall screen has nothing to scroll
     if (state.view === "classify") await classify.show(state, found.hits, signal);
   } catch (error) {
-    if (number === asked && error.name !== "AbortError") fail(error);
+    if (number === latest && error.name !== "AbortError") fail(error);
   } finally {
     clearTimeout(slow);
-    if (number === asked) $("progress").hidden = true;
+    if (number === latest) $("progress").hidden = true;
   }
 }
 
@@ -96,83 +96,83 @@ function parameters(offset) {
   const params = terms(state);
   if (upload) params.delete("image");
   params.set("offset", offset);
-  params.set("limit", PAGE);
+  params.set("k", PAGE);
   return params;
 }
 
-function sending() {
+function uploading() {
   if (!upload) return {};
   const headers = { "content-type": "application/octet-stream" };
   return { method: "POST", body: upload.file, headers };
 }
 
 function fail(error) {
-  if (!answer) grid.show([]);
+  if (!response) grid.show([]);
   $("problem-text").textContent = error.message;
   $("problem").hidden = false;
   $("status").textContent = "";
   $("status").classList.remove("far");
-  grid.list.classList.add("stale"); // what is still shown is no answer to this
+  grid.list.classList.add("stale"); // the tiles belong to an earlier search
 }
 
-// What was found
+// The hits
 
-function showAnswer() {
-  const far = answer.matched === false;
-  grid.show(answer.hits, { far, shown: !info?.missing });
+function showResponse() {
+  const far = response.matched === false;
+  grid.show(response.hits, { far, shown: !info?.missing });
   const line = $("status");
   line.classList.toggle("far", far);
-  const missing = info?.missing ? [`No picture can be shown: ${info.missing}.`] : [];
-  line.textContent = [told(far), ...answer.notes, ...missing].join(" ");
+  const missing = info?.missing ? [`No image can be shown: ${info.missing}.`] : [];
+  line.textContent = [summary(far), ...response.notes, ...missing].join(" ");
   showEnd();
 }
 
-function told(far) {
+function summary(far) {
   if (far) {
-    return `No good match for ${inWords(state)}. The nearest of ${pictures(answer.total)} follow.`;
+    return `No good match for ${inWords(state)}. The nearest of ${images(response.total)} follow.`;
   }
-  const among = state.where.length ? " with this filter" : "";
-  if (!answer.total) return `No picture${among || " is in this index yet"}.`;
+  const among = state.where ? " with this filter" : "";
+  if (!response.total) return among ? `No image${among}.` : "This index has no images yet.";
   if (!isSearch(state)) {
-    return `${pictures(answer.total)}${among}. Type what you are looking for, or drop a picture.`;
+    return `${images(response.total)}${among}. Type what you are looking for, or drop an image.`;
   }
-  const near = state.like.length === 1 && !state.q ? "like that picture" : `for ${inWords(state)}`;
-  return `${pictures(answer.total)}${among}, best first ${near} · `
-    + `${Math.max(1, Math.round(answer.milliseconds))} ms`;
+  const near = state.like.length === 1 && !state.q ? "like that image" : `for ${inWords(state)}`;
+  return `${images(response.total)}${among}, best first ${near} · `
+    + `${Math.max(1, Math.round(response.milliseconds))} ms`;
 }
 
 function showEnd() {
   const shown = grid.hits.length;
-  const most = Math.min(info?.most_hits ?? shown, answer.total);
-  const all = shown >= answer.total - state.like.length;
+  const most = Math.min(info?.max_hits ?? shown, response.total);
+  const all = shown >= response.total - state.like.length;
   if (!shown) $("end").textContent = "";
-  else if (all) $("end").textContent = shown > PAGE ? `All ${pictures(shown)} are shown.` : "";
+  else if (all) $("end").textContent = shown > PAGE ? `All ${images(shown)} are shown.` : "";
   else if (shown >= most) {
-    $("end").textContent = `These are the first ${count(shown)} of ${pictures(answer.total)}. `
-      + "More words or a filter lead nearer.";
+    $("end").textContent = `These are the first ${count(shown)} of ${images(response.total)}. `
+      + "Add words or a filter to narrow the search.";
   } else $("end").textContent = "…";
 }
 
 async function more() {
-  if (!answer || state.view === "classify" || !$("problem").hidden || more.busy) return;
+  if (!response || state.view === "classify" || !$("problem").hidden || more.busy) return;
   const shown = grid.hits.length;
-  if (!shown || shown >= Math.min(info?.most_hits ?? 0, answer.total)) return;
-  const number = asked;
+  if (!shown || shown >= Math.min(info?.max_hits ?? 0, response.total)) return;
+  const number = latest;
   more.busy = true;
   try {
-    const next = await ask(`/search?${parameters(shown)}`, { signal: running.signal });
-    if (number !== asked) return;
+    const next = await request(`/search?${parameters(shown)}`, { signal: running.signal });
+    if (number !== latest) return;
     if (next.hits.length) {
-      grid.show(next.hits, { append: true, far: answer.matched === false,
+      grid.show(next.hits, { append: true, far: response.matched === false,
         shown: !info?.missing });
-    } else answer.total = shown;
+    } else response.total = shown;
     showEnd();
   } catch (error) {
-    if (number === asked && error.name !== "AbortError") fail(error);
+    if (number === latest && error.name !== "AbortError") fail(error);
   } finally {
     more.busy = false;
   }
-  if (number === asked && nearEnd()) more();
+  if (number === latest && nearEnd()) more();
 }
 
 const nearEnd = () => $("end").getBoundingClientRect().top < 2 * innerHeight;
@@ -180,7 +180,7 @@ new IntersectionObserver((entries) => {
   if (entries.some((entry) => entry.isIntersecting)) more();
 }, { rootMargin: "100% 0px" }).observe($("end"));
 
-// What else is searched for
+// The other parts of the query
 
 function showChips() {
   const chips = [];
@@ -195,20 +195,22 @@ function showChips() {
   }));
   const without = (name, value) => ({ [name]: state[name].filter((one) => one !== value) });
   if (upload) {
-    chip("your picture", upload.address, () => {
+    chip("your image", upload.address, () => {
       upload = null;
       go({ image: "" });
     });
-  } else if (state.image) chip("your picture", sent(state.image), () => go({ image: "" }));
+  } else if (state.image) chip("your image", uploaded(state.image), () => go({ image: "" }));
   for (const key of state.like) chip(`like ${key}`, thumb(key), () => go(without("like", key)));
   for (const key of state.unlike) {
     chip(`less like ${key}`, thumb(key), () => go(without("unlike", key)), true);
   }
-  for (const text of state.where) {
-    chip(text.replace(/(>=|<=|!=|=|>|<|~)/, " $1 "), null, () => go(without("where", text)));
-  }
+  const clauses = split(state.where);
+  clauses.forEach((text, n) => {
+    chip(text, null, () => go({ where: join(clauses.filter((_, other) => other !== n)) }));
+  });
+  if (state.distinct) chip("distinct", null, () => go({ distinct: "" }));
   $("chips").replaceChildren(...chips);
-  $("filter-button").classList.toggle("on", state.where.length > 0);
+  $("filter-button").classList.toggle("on", Boolean(state.where));
 }
 
 function showFilters() {
@@ -218,9 +220,9 @@ function showFilters() {
 
 function send(file) {
   if (!file) return;
-  if (info && file.size > info.largest_upload) {
-    fail(new Error(`${file.name} has ${Math.round(file.size / 2 ** 20)} MB; pictures of at most `
-      + `${Math.round(info.largest_upload / 2 ** 20)} MB are taken.`));
+  if (info && file.size > info.max_upload) {
+    fail(new Error(`${file.name} has ${Math.round(file.size / 2 ** 20)} MB; the limit is `
+      + `${Math.round(info.max_upload / 2 ** 20)} MB.`));
     return;
   }
   if (upload) URL.revokeObjectURL(upload.address);
@@ -228,18 +230,18 @@ function send(file) {
   go({ image: "", like: [], unlike: [] });
 }
 
-// What a person does
+// User actions
 
 const typed = debounced(TYPING, () => go(
   { q: $("q").value, minus: $("minus").value }, { replace: true }));
-let writing = false; // a history entry of its own for each query, not for each letter
+let writing = false; // one history entry per query, not per letter
 const commit = () => {
   typed.cancel();
   go({ q: $("q").value, minus: $("minus").value }, { replace: writing });
   writing = false;
 };
-// A click on a picture takes the focus from the field: a search that has been made already would
-// put other elements in the place of the one that is being clicked.
+// A click on an image takes the focus from the field: repeating a finished search would replace the
+// element that is being clicked.
 const settle = () => {
   if ($("q").value !== state.q || $("minus").value !== state.minus) commit();
   typed.cancel();
@@ -305,10 +307,10 @@ addEventListener("popstate", () => {
   show();
 });
 
-const holdsPicture = (event) => [...event.dataTransfer.types]
+const hasImage = (event) => [...event.dataTransfer.types]
   .some((type) => type === "Files" || type === "application/x-clipkit");
 addEventListener("dragover", (event) => {
-  if (!holdsPicture(event)) return;
+  if (!hasImage(event)) return;
   event.preventDefault();
   $("drop").hidden = false;
 });
@@ -316,7 +318,7 @@ addEventListener("dragleave", (event) => {
   if (!event.relatedTarget) $("drop").hidden = true;
 });
 addEventListener("drop", (event) => {
-  if (!holdsPicture(event)) return;
+  if (!hasImage(event)) return;
   event.preventDefault();
   $("drop").hidden = true;
   const key = event.dataTransfer.getData("application/x-clipkit");
@@ -328,20 +330,20 @@ addEventListener("paste", (event) => {
   if (file) send(file);
 });
 
-// The beginning
+// Start
 
 async function start() {
   show();
   try {
-    info = await ask("/info");
+    info = await request("/info");
   } catch (error) {
     fail(error);
     return;
   }
-  $("collection").textContent = `${info.name} · ${pictures(info.count)}`;
+  $("collection").textContent = `${info.name} · ${images(info.count)}`;
   showFilters();
-  if (!answer) return;
-  if (info.missing) showAnswer();
+  if (!response) return;
+  if (info.missing) showResponse();
   else showEnd();
   if (nearEnd()) more();
 }

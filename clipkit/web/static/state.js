@@ -1,8 +1,7 @@
-// What is searched for, as the page's address says it, so that it can be kept, shared and gone
-// back to.
+// The state of the page as its URL says it, so that a search can be bookmarked, shared and undone.
 
-const LISTS = ["like", "unlike", "where", "prompt", "other"];
-const TEXTS = ["q", "minus", "image", "view", "labels"];
+const LISTS = ["like", "unlike", "prompt", "other"];
+const TEXTS = ["q", "minus", "image", "where", "distinct", "view", "labels"];
 
 export function read(search) {
   const params = new URLSearchParams(search);
@@ -38,10 +37,11 @@ export function terms(state) {
   for (const text of [...minus, ...state.minus.split(",")]) {
     if (text.trim()) params.append("minus", text.trim());
   }
-  for (const name of ["like", "unlike", "where"]) {
+  for (const name of ["like", "unlike"]) {
     for (const value of state[name]) params.append(name, value);
   }
-  if (state.image) params.set("image", state.image);
+  for (const name of ["where", "image"]) if (state[name]) params.set(name, state[name]);
+  if (state.distinct) params.set("distinct", "true");
   return params;
 }
 
@@ -50,13 +50,13 @@ export function isSearch(state) {
     || state.unlike.length);
 }
 
-// In words, for the status line and the window's title.
+// The query in words, for the status line and the window's title.
 export function inWords(state) {
   const [plus, minus] = split(state.q);
   const parts = [];
   if (plus) parts.push(`“${plus}”`);
-  if (state.image) parts.push("your picture");
-  if (state.like.length) parts.push(state.like.length > 1 ? "those pictures" : "that picture");
+  if (state.image) parts.push("your image");
+  if (state.like.length) parts.push(state.like.length > 1 ? "those images" : "that image");
   const away = [...minus, ...state.minus.split(",")].map((text) => text.trim()).filter(Boolean);
   const less = away.length ? ` without ${away.map((text) => `“${text}”`).join(", ")}` : "";
   return (parts.join(" and ") + less).trim() || "this search";

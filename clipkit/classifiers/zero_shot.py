@@ -242,7 +242,7 @@ class ZeroShotClassifier(Classifier):
         check_labels(labels)
         weights = class_weights(encoder, labels, templates)
         generic = background_weights(encoder, labels) if background else None
-        return cls(labels, weights, encoder.scale, encoder.model, generic)
+        return cls(labels, weights, encoder.logit_scale, encoder.model, generic)
 
     def logits(self, vectors: Vectors) -> Vectors:
         """The scaled cosines of images and class weights."""

@@ -222,7 +222,9 @@ def as_batch(pixels: Sequence[Pixels], *, pinned: bool = False) -> Tensor:
         pinned: in memory that a CUDA device can fetch by itself.
     """
     shape = (len(pixels), *pixels[0].shape)
-    batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    # A transform that is not open_clip's may return float32 [height, width, 3].
+    dtype = torch.uint8 if pixels[0].dtype == np.uint8 else torch.float32
+    batch = torch.empty(shape, dtype=dtype, pin_memory=pinned)
     np.stack(pixels, out=batch.numpy())
     # A view: channels stay last in memory, as convolutions like them.
     return batch.permute(0, 3, 1, 2)

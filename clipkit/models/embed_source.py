@@ -18,7 +18,7 @@ from clipkit.data.open_source import Source, no_captions, row_image
 from clipkit.data.transforms import Pixels
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import DataError, ImageError
-from clipkit.models.encoder import Batcher, BatchSize, Encoder, Vectors
+from clipkit.models.encoder import AdaptiveBatcher, BatchSize, Encoder, Vectors
 from clipkit.models.tokenizer import TruncationReport, tokenize
 from clipkit.user_cache import Entry, key_of, user_cache
 
@@ -77,7 +77,7 @@ def encoded_batches(
         vectors, float32 [m, dim], and the m rows they belong to, in order; those known already
         come before others that wait for their batch to be full.
     """
-    batcher = Batcher(encoder, batch_size)
+    batcher = AdaptiveBatcher(encoder, batch_size)
     reduction = encoder.preprocess.reduction(decode)
 
     def read(row: Row) -> tuple[Row, Vectors | None, Pixels | str]:
@@ -89,6 +89,9 @@ def encoded_batches(
         except ImageError as error:
             return row, None, str(error)
 
+    def encoded(ready: list[tuple[Row, Pixels]]) -> tuple[Vectors, list[Row]]:
+        return batcher.encode([pixels for _, pixels in ready]), [row for row, _ in ready]
+
     ready: list[tuple[Row, Pixels]] = []
     for row, vector, result in map_ordered(read, rows, workers=workers, ahead=2 * batcher.size):
         if vector is not None:
@@ -98,14 +101,10 @@ def encoded_batches(
         else:
             ready.append((row, result))
         if len(ready) >= batcher.size:
-            yield _encoded(batcher, ready)
+            yield encoded(ready)
             ready = []
     if ready:
-        yield _encoded(batcher, ready)
-
-
-def _encoded(batcher: Batcher, ready: Sequence[tuple[Row, Pixels]]) -> tuple[Vectors, list[Row]]:
-    return batcher.encode([pixels for _, pixels in ready]), [row for row, _ in ready]
+        yield encoded(ready)
 
 
 def encode_pairs(

@@ -13,7 +13,7 @@ times of its last change are, of which the kernel sets one itself.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from clipkit.artifacts import ModelRef, write_json
 from clipkit.errors import ModelError
-from clipkit.models.tokenizer import tokenize
+from clipkit.models.tokenizer import caption_list, tokenize
 from clipkit.user_cache import cache_folder
 
 EPSILON = 1e-5
@@ -141,10 +141,19 @@ class QueryEncoder:
             for name in names
         }
 
-    def encode_text(self, captions: Sequence[str]) -> Array:
-        """Encode captions of at most 77 tokens each; what does not fit is cut, with a warning."""
-        rows = tokenize(list(captions))
+    def encode_text(self, captions: str | Iterable[str]) -> Array:
+        """Encode one caption or many, each cut to 77 tokens with a warning.
+
+        Returns:
+            float32 [dim] for a ``str``, float32 [n, dim] for a sequence; unit rows.
+
+        Raises:
+            TypeError: neither a string nor a sequence of strings.
+        """
+        rows = tokenize(caption_list(captions))
         vectors = [self._encode(row[: row.argmax() + 1].tolist()) for row in rows]
+        if isinstance(captions, str):
+            return vectors[0]
         return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
 
     def encode_images(self, images: Any) -> Any:
@@ -156,7 +165,7 @@ class QueryEncoder:
     def preprocess(self) -> Any:
         """Refuse images; raises ModelError."""
         raise ModelError(
-            f"the image tower of {self.model} is not loaded; load the model with clipkit.load"
+            f"the image tower of {self.model} is not loaded; load the model with clipkit.load_model"
         )
 
     def _encode(self, ids: list[int]) -> Array:

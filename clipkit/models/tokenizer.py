@@ -167,6 +167,25 @@ def encode(text: str) -> list[int]:
     return list(chain.from_iterable(map(_chunks.__getitem__, _clean(text).split())))
 
 
+def caption_list(captions: str | Iterable[str]) -> list[str]:
+    """One caption or many as a list.
+
+    Raises:
+        TypeError: neither a string nor an iterable of strings.
+    """
+    if isinstance(captions, str):
+        return [captions]
+    if not isinstance(captions, Iterable) or isinstance(captions, bytes):
+        found = type(captions).__name__
+        raise TypeError(f"found {found} as captions, expected a string or a sequence of strings")
+    texts = list(captions)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            found = type(text).__name__
+            raise TypeError(f"found {found} as caption {number}, expected a string")
+    return texts
+
+
 def decode(ids: Iterable[int]) -> str:
     """Text of ids: a space after each word; raises CaptionError for an id beyond 49407."""
     return vocabulary().decode(ids)

@@ -39,13 +39,13 @@ def test_index_build_hands_it_on_to_images_alone(run, colour_folder, tiny_checkp
 
 @pytest.mark.parametrize(("given", "tried"), [("5", [5, 5, 2]), ("auto", [12])])
 def test_batches_are_as_large_as_asked(embed, monkeypatch, given, tried):
-    found, encode = [], batches.Batcher.encode
+    found, encode = [], batches.AdaptiveBatcher.encode
 
     def noting(self, pictures):
         found.append(len(pictures))
         return encode(self, pictures)
 
-    monkeypatch.setattr(batches.Batcher, "encode", noting)
+    monkeypatch.setattr(batches.AdaptiveBatcher, "encode", noting)
     embed("--batch-size", given)
     assert found == tried
 

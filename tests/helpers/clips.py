@@ -5,6 +5,7 @@ from torch import nn
 
 from clipkit.artifacts import ModelRef
 from clipkit.config import parse_config
+from clipkit.data.transforms import Preprocess
 from clipkit.models import encoder as encoder_module
 from clipkit.models.inference_precision import prepare
 from clipkit.training.build import build_towers
@@ -52,4 +53,5 @@ def photos(clip, n=5):
 
 def as_encoder(clip, precision="fp32"):
     network = prepare(clip, precision, CPU)
-    return encoder_module.Encoder(network, ModelRef("tiny", "", "0" * 64, 32), None)
+    preprocess = Preprocess.of(clip.visual.preprocess_cfg)
+    return encoder_module.Encoder(network, ModelRef("tiny", "", "0" * 64, 32), preprocess)

@@ -54,10 +54,12 @@ class ColourEncoder:
         return torch.device("cpu")
 
     def encode_images(
-        self, images: "Sequence[Image.Image] | torch.Tensor", batch_size: int = 64
+        self, images: "Image.Image | Sequence[Image.Image] | torch.Tensor", batch_size: int = 64
     ) -> np.ndarray:
         import torch
 
+        if isinstance(images, Image.Image):
+            return self.encode_images([images], batch_size)[0]
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.preprocess(image) for image in images])
         if images.dtype == torch.uint8:
@@ -65,7 +67,9 @@ class ColourEncoder:
         self.encoded += len(images)
         return _unit(images.numpy().mean(axis=(2, 3)) - GREY)
 
-    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+    def encode_text(self, captions: str | Sequence[str]) -> np.ndarray:
+        if isinstance(captions, str):
+            return self.encode_text([captions])[0]
         means = [
             np.mean([np.array(COLOURS[word]) / 255 for word in _colour_words(caption)], axis=0)
             for caption in captions

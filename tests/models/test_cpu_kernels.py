@@ -217,7 +217,7 @@ def test_few_pictures_go_through_a_convolutional_tower_at_once(monkeypatch):
         encoder.network, "encode_images", lambda part: seen.append(len(part)) or encode(part)
     )
     for pixels, given, found in ((4 * 32 * 32, 64, [4, 4, 1]), (9, 64, [1] * 9), (9e9, 6, [6, 3])):
-        monkeypatch.setattr(encoder_module, "PIXELS", int(pixels))
+        monkeypatch.setattr(encoder_module, "CONVOLUTION_PIXELS", int(pixels))
         np.testing.assert_allclose(encoder.encode_images(images, given), wanted, atol=1e-6)
         assert seen == found
         seen.clear()

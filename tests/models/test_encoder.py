@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import clipkit
 from clipkit.artifacts import read_manifest
 from clipkit.config import parse_config
+from clipkit.errors import ImageError
 from clipkit.models import encoder as encoder_module
 from clipkit.models import inference_precision as prepare_module
 from clipkit.models.checkpoint import save_checkpoint
@@ -74,9 +75,9 @@ def test_rounded_encoding_is_close_and_holds_its_matrices_once(towers):
 def test_captions_of_many_windows_and_batches_come_in_order(monkeypatch):
     encoder = as_encoder(clip_of())
     wanted = np.concatenate([encoder.encode_text([caption]) for caption in CAPTIONS])
-    monkeypatch.setattr(encoder_module, "WINDOW", 7)
+    monkeypatch.setattr(encoder_module, "CAPTION_WINDOW", 7)
     np.testing.assert_allclose(encoder.encode_text(CAPTIONS), wanted, atol=1e-6)
-    monkeypatch.setattr(encoder_module, "WINDOW", 100)
+    monkeypatch.setattr(encoder_module, "CAPTION_WINDOW", 100)
     for most in (1, 30, 200):
         found = encoder.encode_text(CAPTIONS, batch_tokens=most)
         np.testing.assert_allclose(found, wanted, atol=1e-6)
@@ -103,7 +104,7 @@ def test_batches_are_filled_by_tokens_and_equal_captions_are_run_once(monkeypatc
 
 def test_what_is_cut_is_told_once_for_all_windows(monkeypatch):
     encoder = as_encoder(clip_of())
-    monkeypatch.setattr(encoder_module, "WINDOW", 2)
+    monkeypatch.setattr(encoder_module, "CAPTION_WINDOW", 2)
     texts = ["cat", "dog " * 80, "bird", "cow", "fox " * 90]
     with pytest.warns(CaptionTruncationWarning, match="2 of 5 captions") as told:
         encoder.encode_text(texts)
@@ -179,6 +180,83 @@ def test_what_cannot_be_folded_stays():
     fold_batch_norms(tower)
     assert tower.conv.weight is weight
     assert tower.norm is norm
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
+
+
+def kinds_of(image, folder, encoder):
+    """One image in every form that ``encode_images`` takes."""
+    image.save(folder / "image.png")
+    array = np.asarray(image)
+    return {
+        "str": str(folder / "image.png"),
+        "path": folder / "image.png",
+        "PIL": image,
+        "array": array,
+        "fortran array": np.asfortranarray(array),
+        "uint8 tensor": torch.from_numpy(array.copy()).permute(2, 0, 1),
+        "float tensor": encoder.preprocess(image),
+    }
+
+
+def test_one_image_of_any_kind_gives_one_vector(image, tmp_path):
+    encoder = as_encoder(clip_of())
+    images = kinds_of(image, tmp_path, encoder)
+    with torch.no_grad():
+        wanted = encoder.network.clip.encode_image(encoder.preprocess(image)[None], True)[0].numpy()
+    for kind, one in images.items():
+        found = encoder.encode_images(one)
+        assert found.shape == (32,), kind
+        np.testing.assert_allclose(found, wanted, atol=2e-6, err_msg=kind)
+    for several in (list(images.values()), tuple(images.values()), iter(images.values())):
+        found = encoder.encode_images(several, batch_size=3)
+        np.testing.assert_allclose(found, np.tile(wanted, (len(images), 1)), atol=2e-6)
+
+
+def test_arrays_and_tensors_of_four_dimensions_are_batches(image):
+    encoder = as_encoder(clip_of())
+    array = np.stack([np.asarray(image), 255 - np.asarray(image)])
+    wanted = encoder.encode_images([Image.fromarray(one) for one in array])
+    tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
+    ready = torch.stack([encoder.preprocess(Image.fromarray(one)) for one in array])
+    for batch in (array, tensor, ready, ready.double()):
+        np.testing.assert_allclose(encoder.encode_images(batch), wanted, atol=2e-6)
+    assert encoder.encode_images(array[:0]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (None, TypeError, "found NoneType as images, expected a path, a PIL image"),
+        ([None], TypeError, "found NoneType as an image, expected a path"),
+        (b"\x89PNG", TypeError, "found bytes as images"),
+        (np.zeros((8, 8, 3)), TypeError, "image array of float64, expected uint8 from 0 to 255"),
+        (np.zeros((3, 8, 8), np.uint8), ImageError, r"\[3, 8, 8\].*transpose\(1, 2, 0\)"),
+        (np.zeros((8, 8, 4), np.uint8), ImageError, r"\[8, 8, 4\], expected \[height"),
+        (np.zeros((8, 8), np.uint8), ImageError, "an array of 2 dimensions, expected 3"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), ImageError, "channels first"),
+        (torch.zeros(3, 8, 8), ImageError, r"float tensor \[3, 8, 8\], expected \[3, 32"),
+        (torch.zeros(3, 32, 32, dtype=torch.int64), TypeError, "int64, expected uint8"),
+        ("missing.png", ImageError, "missing.png cannot be opened"),
+    ],
+)
+def test_other_images_are_refused_with_what_was_found(images, error, message):
+    with pytest.raises(error, match=message):
+        as_encoder(clip_of()).encode_images(images)
+
+
+def test_one_caption_gives_one_vector():
+    encoder = as_encoder(clip_of())
+    wanted = encoder.encode_text(["a dog", "a cat"])
+    np.testing.assert_allclose(encoder.encode_text("a dog"), wanted[0], atol=1e-6)
+    for several in (("a dog", "a cat"), np.array(["a dog", "a cat"]), iter(["a dog", "a cat"])):
+        np.testing.assert_allclose(encoder.encode_text(several), wanted, atol=1e-6)
+    for captions, found in ((None, "NoneType as captions"), (["a", 3], "int as caption 1")):
+        with pytest.raises(TypeError, match=f"found {found}, expected a string"):
+            encoder.encode_text(captions)
 
 
 AUTO = {"transformer": ("bf16", "bf16"), "custom blocks": ("fp32", "bf16")}

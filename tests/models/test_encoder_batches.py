@@ -7,7 +7,7 @@ import torch
 from clipkit.data.open_source import open_source
 from clipkit.errors import ModelError
 from clipkit.models.embed_source import encoded_batches
-from clipkit.models.encoder import Batcher, largest_batch
+from clipkit.models.encoder import AdaptiveBatcher, largest_batch
 from clipkit.tasks.embed import embed
 from tests.helpers.toys import ColourEncoder, soft, square, write_squares
 
@@ -38,13 +38,13 @@ def pixels(encoder, count):
 def test_memory_that_is_full_halves_the_batch_and_the_vectors_stay(capsys):
     encoder = Cramped(room=5)
     some = pixels(encoder, 23)
-    batcher = Batcher(encoder, 16)
+    batcher = AdaptiveBatcher(encoder, 16)
     vectors = batcher.encode(some)
     assert encoder.tried == [16, 8, 4, 4, 4, 4, 4, 3]
     assert batcher.size == 4
-    np.testing.assert_array_equal(vectors, Batcher(ColourEncoder(), 64).encode(some))
+    np.testing.assert_array_equal(vectors, AdaptiveBatcher(ColourEncoder(), 64).encode(some))
     said = capsys.readouterr().err
-    assert "out of memory: going on with batches of 8 images" in said
+    assert "out of memory: continuing with batches of 8 images" in said
     assert "batches of 4 images" in said
     encoder.tried.clear()
     batcher.encode(some[:9])
@@ -53,9 +53,9 @@ def test_memory_that_is_full_halves_the_batch_and_the_vectors_stay(capsys):
 
 def test_one_image_that_does_not_fit_is_an_error():
     encoder = Cramped(room=0)
-    said = r"a single image .* memory of cpu \(CUDA out of memory\. .*GiB\.\); free some"
+    said = r"a single image .* memory of cpu \(CUDA out of memory\. .*GiB\.\); free some memory"
     with pytest.raises(ModelError, match=said):
-        Batcher(encoder, 4).encode(pixels(encoder, 4))
+        AdaptiveBatcher(encoder, 4).encode(pixels(encoder, 4))
     assert encoder.tried == [4, 2, 1]
 
 
@@ -82,7 +82,7 @@ def test_what_is_not_memory_is_not_tried_again():
 
     encoder = Broken()
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        Batcher(encoder, 8).encode(pixels(encoder, 8))
+        AdaptiveBatcher(encoder, 8).encode(pixels(encoder, 8))
     assert encoder.encoded == 1
 
 
@@ -96,7 +96,7 @@ def test_the_batch_fills_seven_tenths_of_the_free_memory(free, need, size):
 
 
 def test_auto_is_64_on_a_cpu():
-    assert Batcher(ColourEncoder(), "auto").size == 64
+    assert AdaptiveBatcher(ColourEncoder(), "auto").size == 64
 
 
 @pytest.mark.gpu
@@ -105,7 +105,7 @@ def test_auto_fits_a_card(tiny_checkpoint):
     from clipkit.models.loading import load_model
 
     encoder = load_model(tiny_checkpoint, device="cuda")
-    batcher = Batcher(encoder, "auto")
+    batcher = AdaptiveBatcher(encoder, "auto")
     assert batcher.size == 1024
     some = [encoder.preprocess.pixels(square("red", shade=n % 200)) for n in range(2000)]
     expected = load_model(tiny_checkpoint, device="cpu").encode_images([square("red", shade=7)])

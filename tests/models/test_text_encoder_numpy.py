@@ -71,7 +71,10 @@ def test_equals_the_whole_model(text, half, tmp_path):
     assert found.dtype == np.float32
     assert query.encode_text([]).shape == (0, whole.dim)
     assert query.model == whole.model
-    with pytest.raises(ModelError, match=r"clipkit\.load"):
+    np.testing.assert_array_equal(query.encode_text(captions[0]), found[0])
+    with pytest.raises(TypeError, match="found int as caption 1"):
+        query.encode_text(["a dog", 3])
+    with pytest.raises(ModelError, match=r"clipkit\.load_model"):
         query.encode_images([])
 
 

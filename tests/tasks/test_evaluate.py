@@ -148,7 +148,7 @@ def test_zeroshot_figures_are_those_of_the_logits(encoder, albums):
     _, figures, fitted = measure_classification(logits, targets)
     assert report.metrics == pytest.approx({n: e.value for n, e in figures.items()}, abs=1e-5)
     assert report.outcome.fitted == pytest.approx(fitted, rel=1e-3)
-    assert report.outcome.scale == pytest.approx(encoder.scale)
+    assert report.outcome.scale == pytest.approx(encoder.logit_scale)
     # At the fitted scale the right labels are less of a surprise, on items not fitted on as well.
     assert report.metrics["nll_fitted"] < report.metrics["nll"]
     json.dumps(report.to_dict(), allow_nan=False)

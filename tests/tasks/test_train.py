@@ -81,7 +81,7 @@ def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_p
     with pytest.warns(UserWarning, match="77"):
         found = encoder.encode_text(texts)
     np.testing.assert_allclose(found, wanted_texts, atol=1e-6)
-    assert encoder.scale == pytest.approx(float(model.logit_scale.exp().detach()))
+    assert encoder.logit_scale == pytest.approx(float(model.logit_scale.exp().detach()))
 
 
 @pytest.mark.parametrize("when", [signal.SIGINT, signal.SIGKILL])

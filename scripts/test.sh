@@ -15,4 +15,4 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 step ruff format --check .
 step ruff check .
 step mypy
-step pytest -m "not slow and not gpu" "$@"
+step pytest -n auto -m "not slow and not gpu" "$@"

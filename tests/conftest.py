@@ -11,10 +11,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 import clipkit.cli
+from tests.helpers.browser import missing
 from tests.helpers.faults import SmallDisk
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SHARED
 from tests.helpers.pictures import write_colours
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say once if browser tests were skipped."""
+    if reason := missing():
+        terminalreporter.write_line(f"browser tests skipped: {reason}")
 
 
 @pytest.fixture(autouse=True, scope="session")

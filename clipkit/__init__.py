@@ -13,17 +13,18 @@ _HOMES = {
     "ClipkitError": "clipkit.errors",
     "EmbeddingStore": "clipkit.store.embedding_store",
     "Encoder": "clipkit.models.encoder",
-    "Hit": "clipkit.index.vector_index",
+    "Hit": "clipkit.index.hits",
+    "Hits": "clipkit.index.hits",
     "IndexWriter": "clipkit.index.writer",
     "Manifest": "clipkit.artifacts",
     "ModelRef": "clipkit.artifacts",
     "Prediction": "clipkit.classifiers.zero_shot",
-    "Searcher": "clipkit.tasks.search",
     "TrainConfig": "clipkit.config",
     "VectorIndex": "clipkit.index.vector_index",
     "ZeroShotClassifier": "clipkit.classifiers.zero_shot",
     "add_images": "clipkit.tasks.sync",
     "build_index": "clipkit.tasks.index",
+    "calibrate_index": "clipkit.tasks.index",
     "check_data": "clipkit.tasks.check_data",
     "check_index": "clipkit.tasks.check_index",
     "classify": "clipkit.tasks.classify",
@@ -38,12 +39,15 @@ _HOMES = {
     "init_config": "clipkit.tasks.config",
     "load_model": "clipkit.models.loading",
     "merge_indexes": "clipkit.index.merge",
+    "open_index": "clipkit.index.vector_index",
     "open_source": "clipkit.data.open_source",
+    "open_store": "clipkit.store.embedding_store",
     "plot_confusion": "clipkit.tasks.evaluate",
     "plot_runs": "clipkit.tasks.plot",
     "plot_similarity": "clipkit.tasks.plot",
     "read_image": "clipkit.data.images",
     "remove_items": "clipkit.tasks.index",
+    "search": "clipkit.tasks.search",
     "sync_index": "clipkit.tasks.sync",
     "tokenize": "clipkit.models.tokenizer",
     "train": "clipkit.tasks.train",
@@ -62,14 +66,17 @@ if TYPE_CHECKING:
     from clipkit.data.images import read_image as read_image
     from clipkit.data.open_source import open_source as open_source
     from clipkit.errors import ClipkitError as ClipkitError
+    from clipkit.index.hits import Hit as Hit
+    from clipkit.index.hits import Hits as Hits
     from clipkit.index.merge import merge_indexes as merge_indexes
-    from clipkit.index.vector_index import Hit as Hit
     from clipkit.index.vector_index import VectorIndex as VectorIndex
+    from clipkit.index.vector_index import open_index as open_index
     from clipkit.index.writer import IndexWriter as IndexWriter
     from clipkit.models.encoder import Encoder as Encoder
     from clipkit.models.loading import load_model as load_model
     from clipkit.models.tokenizer import tokenize as tokenize
     from clipkit.store.embedding_store import EmbeddingStore as EmbeddingStore
+    from clipkit.store.embedding_store import open_store as open_store
     from clipkit.tasks.check_data import check_data as check_data
     from clipkit.tasks.check_index import check_index as check_index
     from clipkit.tasks.classify import classify as classify
@@ -80,12 +87,13 @@ if TYPE_CHECKING:
     from clipkit.tasks.evaluate import evaluate_zero_shot as evaluate_zero_shot
     from clipkit.tasks.evaluate import plot_confusion as plot_confusion
     from clipkit.tasks.index import build_index as build_index
+    from clipkit.tasks.index import calibrate_index as calibrate_index
     from clipkit.tasks.index import compact_index as compact_index
     from clipkit.tasks.index import remove_items as remove_items
     from clipkit.tasks.map import draw_map as draw_map
     from clipkit.tasks.plot import plot_runs as plot_runs
     from clipkit.tasks.plot import plot_similarity as plot_similarity
-    from clipkit.tasks.search import Searcher as Searcher
+    from clipkit.tasks.search import search as search
     from clipkit.tasks.sync import add_images as add_images
     from clipkit.tasks.sync import sync_index as sync_index
     from clipkit.tasks.train import train as train

@@ -17,12 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from clipkit import __version__
 from clipkit.errors import ArtifactError, ModelMismatchError
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # in 1, which is read as well, an index is one segment
+EXTERNAL = "external:"
+"""Start of the fingerprint that stands for an unknown model."""
 KINDS = ("run", "checkpoint", "features", "store", "index", "classifier")
 
 
@@ -40,7 +43,19 @@ class ModelRef:
     dim: int
     precision: str = field(default="fp32", compare=False)
 
+    @classmethod
+    def of_external(cls, dim: int) -> Self:
+        """The unknown model of vectors that were computed outside clipkit: compatible with none."""
+        return cls("external", "", f"{EXTERNAL}{uuid4().hex}", dim)
+
+    @property
+    def external(self) -> bool:
+        """Whether the vectors came from outside clipkit without a model."""
+        return self.fingerprint.startswith(EXTERNAL)
+
     def __str__(self) -> str:
+        if self.external:
+            return "an external model"
         label = f"{self.name}/{self.weights}" if self.weights else self.name
         return f"{label} ({self.fingerprint[:12]})"
 

@@ -20,7 +20,6 @@ from clipkit.cli.output import (
     describe_calibration,
     describe_tuning,
     load_encoder,
-    load_text,
     note,
     note_skipped,
     print_facts,
@@ -28,8 +27,8 @@ from clipkit.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from clipkit.data.source import Source
     from clipkit.index.vector_index import VectorIndex
-    from clipkit.models.encoder import Encoder
     from clipkit.tasks.sync import Changes
 
 
@@ -163,7 +162,7 @@ def calibrate(
     """
     from clipkit.tasks.index import calibrate_index
 
-    found = calibrate_index(index, load_text)
+    found = calibrate_index(index)
     if as_json:
         print_json(found.to_dict())
         return
@@ -285,28 +284,21 @@ def build(
     """
     from clipkit.index.tuning import AUTO, RECALL, Wish
     from clipkit.store.embedding_store import EmbeddingStore
-    from clipkit.tasks.index import build_index
-
-    embedded = False
-
-    def load() -> "Encoder":
-        nonlocal embedded
-        embedded = True
-        return load_encoder(model, precision)
+    from clipkit.tasks.index import build_index, is_store
 
     if spec != AUTO and (recall is not None or memory is not None):
         raise typer.BadParameter("--recall and --memory are for --spec auto")
     most = None if memory is None else parse_size(memory)
     wish = Wish(RECALL if recall is None else recall, most)
-    index = build_index(
-        source,
-        out,
-        spec=spec,
-        wish=wish,
-        load=load,
-        decode=decode,
-        load_text=lambda model: load_text(model, source),
-    )
+    embedded = not is_store(source)
+    data: str | Source = source
+    encoder = None
+    if embedded:
+        from clipkit.data.open_source import open_source
+
+        data = open_source(source, metadata=True)
+        encoder = load_encoder(model, precision)
+    index = build_index(data, out, encoder, spec=spec, wish=wish, decode=decode)
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")

@@ -17,10 +17,8 @@ import typer
 if TYPE_CHECKING:
     from clipkit.artifacts import ModelRef
     from clipkit.index.calibration import Calibration
-    from clipkit.index.hits import Hits
-    from clipkit.index.vector_index import Hit
+    from clipkit.index.hits import Hit, Hits
     from clipkit.models.encoder import Encoder
-    from clipkit.models.text_encoder_numpy import QueryEncoder
 
 
 MODEL_HELP = (
@@ -122,13 +120,6 @@ def load_maker(model: "ModelRef", what: str, precision: Precision) -> "Encoder":
     from clipkit.models.loading import load_model_ref
 
     return load_model_ref(model, what, precision=precision or DEFAULT_PRECISION)
-
-
-def load_text(model: "ModelRef", what: str) -> "Encoder | QueryEncoder":
-    """The encoder of the captions of what a model made, without torch where that can be."""
-    from clipkit.models.text_encoder_numpy import load_query_encoder
-
-    return load_query_encoder(model) or load_maker(model, what, None)
 
 
 def describe_calibration(found: "Calibration | None") -> list[tuple[str, str]]:

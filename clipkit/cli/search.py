@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import load_maker, note, print_described, print_hits, print_pictures
+from clipkit.cli.output import note, print_described, print_hits, print_pictures
 
 if TYPE_CHECKING:
     from clipkit.index.hits import Hits
-    from clipkit.models.encoder import Encoder
-    from clipkit.models.text_encoder_numpy import QueryEncoder
 
 
 def search(
@@ -18,15 +16,17 @@ def search(
     query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
     image: Annotated[
         str | None,
-        typer.Option(help="A picture to look for; adds to the query, with a weight as PATH:0.5."),
+        typer.Option(help="An image file to search for; it is added to the query."),
     ] = None,
     like: Annotated[
         list[str] | None, typer.Option(help="A key of the index, to find more like it.")
     ] = None,
     minus: Annotated[
         list[str] | None,
-        typer.Option(help="Words that are not wanted; their weight is 0.5, or as WORDS:0.8."),
+        typer.Option(help="Text that is subtracted from the query."),
     ] = None,
+    minus_weight: Annotated[float, typer.Option(min=0, help="Weight of each --minus.")] = 0.5,
+    image_weight: Annotated[float, typer.Option(min=0, help="Weight of --image.")] = 1.0,
     where: Annotated[
         str | None,
         typer.Option(
@@ -63,29 +63,28 @@ def search(
         note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds pictures")
         return
 
-    from clipkit.index.hits import records_of, weighted
-    from clipkit.models.text_encoder_numpy import load_query_encoder
-    from clipkit.tasks.search import Searcher, write_page
+    from clipkit.tasks.search import write_page
 
-    encoder: Encoder | QueryEncoder | None = None
-    if image is None:
-        encoder = load_query_encoder(opened.model)
-    if encoder is None:
-        encoder = load_maker(opened.model, f"the index {index}", "fp32")
-    searcher = Searcher(opened, encoder)
-    picture = image if image is None or Path(image).exists() else weighted(image, 1.0)
     found: list[tuple[str | None, Hits]] = []
     wanted: list[str | None] = [*asked] or [query]
     for words in wanted:
-        hits = searcher.search(
-            words, picture, k, where, minus=minus or (), like=like or (), distinct=distinct
+        hits = opened.search(
+            words,
+            k,
+            where=where,
+            image=image,
+            like=like or (),
+            minus=minus or (),
+            minus_weight=minus_weight,
+            image_weight=image_weight,
+            distinct=distinct,
         )
         found.append((words if asked else None, hits))
         if not (as_json or as_csv):
             _print(words if asked else None, hits, show)
         _note_no_match(hits)
     if as_json or as_csv:
-        print_described([(*one, records_of(opened, one[1])) for one in found], as_csv)
+        print_described([(*one, one[1].records()) for one in found], as_csv)
     if html is not None:
         write_page([hits for _, hits in found], html)
     note(f"answered by {opened.model}")

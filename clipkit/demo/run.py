@@ -30,7 +30,6 @@ from clipkit.tasks.classify import classify
 from clipkit.tasks.embed import embed
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 from clipkit.tasks.index import build_index
-from clipkit.tasks.search import Searcher
 from clipkit.tasks.train import train
 from clipkit.training.run_directory import CONFIG_FILE
 
@@ -201,9 +200,9 @@ def _measure(encoder: Encoder, unseen: Source) -> tuple[dict[str, float], dict[s
 
 
 def _search(index: VectorIndex, encoder: Encoder, unseen: Source) -> list[Found]:
-    searcher, pictures = Searcher(index, encoder), _pictures(unseen)
+    searcher, pictures = index.with_encoder(encoder), _pictures(unseen)
     return [
-        Found(query, [(pictures[hit.key], hit.score) for hit in searcher.by_caption(query, k=HITS)])
+        Found(query, [(pictures[hit.key], hit.score) for hit in searcher.search(query, k=HITS)])
         for query in QUERIES
     ]
 

@@ -35,7 +35,8 @@ class Rows(Protocol):
     ``shards`` gives the same rows at each call, float32 [m, dim] beside a table of m rows.
     """
 
-    dim: int
+    @property
+    def dim(self) -> int: ...  # noqa: D102
 
     def __len__(self) -> int: ...
 

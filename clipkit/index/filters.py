@@ -6,7 +6,7 @@ reads it and Arrow's compute engine evaluates it; nothing in it is ever run as c
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from clipkit.data.formats.metadata import DAY, INTEGER, NUMBER, TEXT, TIME, TRUTH, kind_of
 from clipkit.errors import DataError
 from clipkit.index.segments import ID, Segment
-from clipkit.index.vector_index import VectorIndex
 from clipkit.store.shards import conform, widened
 
 FOLDER = "folder"
@@ -45,21 +44,24 @@ _WORDS = {"and", "or", "not", "in", "is"}
 _CONSTANTS = {"null": "None", "none": "None", "true": "True", "false": "False"}
 
 
-def rows_where(index: VectorIndex, condition: str) -> NDArray[np.bool_]:
+def rows_where(segments: Sequence[Segment], condition: str) -> NDArray[np.bool_]:
     """The rows of an index for which a condition holds, bool [n] in the order of its records.
 
-    Of the records only the columns that it names are read.
+    Only the columns that the condition names are read.
+
+    Args:
+        segments: of the index.
+        condition: such as ``"year >= 2023 and folder = 'holiday'"``.
 
     Raises:
-        DataError: it is no condition, names a column that is not there, or compares a column with
-            a value of another kind.
+        DataError: a syntax error, an unknown column, or a value of another type than its column.
     """
-    schema = widened(*(segment.schema for segment in index.segments))
+    schema = widened(*(segment.schema for segment in segments))
     if FOLDER not in schema.names:
         schema = schema.append(pa.field(FOLDER, TEXT))
     wanted = parse_where(condition, schema)
     found = [np.empty(0, bool)]
-    for segment in index.segments:
+    for segment in segments:
         rows = wanted.rows(_columns(segment, wanted.columns))
         found.append(rows if segment.live is None else rows[segment.live])
     return np.concatenate(found)

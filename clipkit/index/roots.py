@@ -6,7 +6,7 @@ is added has a prefix of its own, and ``PREFIX/KEY`` are its keys. The manifest 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -89,13 +89,13 @@ def with_roots(source: dict[str, Any], roots: Iterable[Root]) -> dict[str, Any]:
     return {**source, "roots": [asdict(root) for root in roots]}
 
 
-def owner(roots: list[Root], key: str) -> Root:
+def owner(roots: Sequence[Root], key: str) -> Root:
     """The root that a key of the index belongs to."""
     fitting = [root for root in roots if not root.prefix or key.startswith(f"{root.prefix}/")]
     return max(fitting, key=lambda root: len(root.prefix))
 
 
-def file_of(roots: list[Root], key: str) -> Path | None:
+def file_of(roots: Sequence[Root], key: str) -> Path | None:
     """The file of a key of the index, links followed; None where it has none, or none any more.
 
     Keys come with the index: they name files below their own root, and no others.

@@ -15,20 +15,16 @@ Indexes that hold plain rows are searched by ``search_exact``, not by FAISS's wa
 Search the segments of an index, all their rows or chosen ones: few of these exactly.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import faiss as typed_faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.errors import ArtifactError, SpecError
+from clipkit.errors import SpecError
 from clipkit.index.exact import Floats, Integers, products, search_exact, search_halves
 from clipkit.index.faiss_factory import held_vectors, searched
 from clipkit.index.faiss_gpu import ENOUGH, to_card
-
-if TYPE_CHECKING:
-    from clipkit.index.segments import Segment
 
 # Its stubs know neither the keyword arguments nor all classes.
 faiss: Any = typed_faiss
@@ -145,7 +141,7 @@ Scores = NDArray[np.float32]
 RowNumbers = NDArray[np.int64]
 
 
-class Searcher:
+class FaissSearcher:
     """Searches one FAISS index: on the CPU, and on a card, if there is one, after some queries.
 
     Args:
@@ -250,58 +246,6 @@ FEW = 2**15
 """Rows up to which exact search takes a hundredth of a second, whatever the spec; an IVF probes
 lists in which few chosen rows may not lie at all."""
 _BLOCK = 2**13
-
-
-def by_segment(segments: Sequence["Segment"], chosen: Chosen | None) -> list[Chosen | None]:
-    """For each segment which of its rows are chosen, removed ones never; None: all are.
-
-    Args:
-        segments: of an index.
-        chosen: bool [n], in the order of its records.
-
-    Raises:
-        ArtifactError: they are not as many as the records.
-    """
-    if chosen is None:
-        return [None] * len(segments)
-    total = sum(map(len, segments))
-    if chosen.shape != (total,):
-        raise ArtifactError(
-            f"the choice of rows has shape {list(chosen.shape)}, expected one for each of the "
-            f"{total} records; choose anew from the index as it is"
-        )
-    masks: list[Chosen | None] = []
-    start = 0
-    for segment in segments:
-        own = chosen[start : start + len(segment)]
-        start += len(own)
-        if segment.live is not None:
-            mask = np.zeros(segment.rows, bool)
-            mask[segment.live] = own
-            own = mask
-        masks.append(own)
-    return masks
-
-
-def search_segments(
-    segments: Sequence["Segment"], queries: Floats, k: int, chosen: Chosen | None = None
-) -> tuple[Floats, Integers]:
-    """Scores and places of the best ``k`` rows of each segment, beside each other; -1 where none.
-
-    Args:
-        segments: of an index; places are counted over all of them, removed rows included.
-        queries: float32 [m, dim].
-        k: how many, at least 1.
-        chosen: as of ``by_segment``, with its errors.
-    """
-    scores, places, start = [], [], 0
-    for segment, mask in zip(segments, by_segment(segments, chosen), strict=True):
-        if segment.rows:
-            found, rows = segment.search(queries, k, mask)
-            scores.append(found)
-            places.append(np.where(rows < 0, -1, rows + start))
-        start += segment.rows
-    return np.concatenate(scores, axis=1), np.concatenate(places, axis=1)
 
 
 def search_few(

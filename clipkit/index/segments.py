@@ -31,7 +31,7 @@ files open; one that comes between the manifest and a file just deleted begins a
 The files of a segment, each opened with an error that says which one is damaged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -47,10 +47,12 @@ from numpy.typing import NDArray
 from clipkit.artifacts import Manifest
 from clipkit.errors import ArtifactError
 from clipkit.index.faiss_factory import held_vectors, read_index
-from clipkit.index.search import FEW, Searcher, rescored, search_few, search_halved
+from clipkit.index.search import FEW, FaissSearcher, rescored, search_few, search_halved
 from clipkit.store.shards import Vectors, conform, widened
 
 REPAIR = "build the index again"
+Mask = NDArray[np.bool_]
+"""True for the rows that a search may return."""
 
 
 def unfit(path: Path, found: str, expected: object) -> ArtifactError:
@@ -182,7 +184,7 @@ class Segment:
     ) -> None:
         self._folder, self.parts, self.index = folder, parts, index
         self._records, self.vectors = records, vectors
-        self._searcher = Searcher(index)
+        self._searcher = FaissSearcher(index)
         self.live: NDArray[np.bool_] | None = None
 
     @classmethod
@@ -325,3 +327,55 @@ class Segment:
         if self.parts.vectors is None or self.vectors is None:
             return scores, rows
         return rescored(rows, self.vectors, queries, min(k, self.rows))
+
+
+def split_mask(segments: Sequence[Segment], mask: Mask | None) -> list[Mask | None]:
+    """For each segment the rows that a search may return, without removed rows; None: all.
+
+    Args:
+        segments: of an index.
+        mask: bool [n], in the order of the index's records.
+
+    Raises:
+        ArtifactError: the mask has another length than the records.
+    """
+    if mask is None:
+        return [None] * len(segments)
+    total = sum(map(len, segments))
+    if mask.shape != (total,):
+        raise ArtifactError(
+            f"the mask has shape {list(mask.shape)}, expected one value for each of the {total} "
+            "records; compute it again for the index as it is now"
+        )
+    masks: list[Mask | None] = []
+    start = 0
+    for segment in segments:
+        own = mask[start : start + len(segment)]
+        start += len(own)
+        if segment.live is not None:
+            rows = np.zeros(segment.rows, bool)
+            rows[segment.live] = own
+            own = rows
+        masks.append(own)
+    return masks
+
+
+def search_segments(
+    segments: Sequence[Segment], queries: Vectors, k: int, mask: Mask | None = None
+) -> tuple[Vectors, NDArray[np.int64]]:
+    """Scores and places of the best ``k`` rows of each segment, side by side; -1 where none.
+
+    Args:
+        segments: of an index; places are counted over all of them, removed rows included.
+        queries: float32 [m, dim].
+        k: how many, at least 1.
+        mask: as for ``split_mask``, with its errors.
+    """
+    scores, places, start = [], [], 0
+    for segment, own in zip(segments, split_mask(segments, mask), strict=True):
+        if segment.rows:
+            found, rows = segment.search(queries, k, own)
+            scores.append(found)
+            places.append(np.where(rows < 0, -1, rows + start))
+        start += segment.rows
+    return np.concatenate(scores, axis=1), np.concatenate(places, axis=1)

@@ -27,7 +27,8 @@ from clipkit.index.build import Built, cannot_write, write_segment
 from clipkit.index.exact import Floats, Integers, search_exact
 from clipkit.index.faiss_factory import parts, set_knobs
 from clipkit.index.sample_queries import Questions, keep_questions
-from clipkit.index.search import REFINE, rescored, search_index, search_segments, split_knobs
+from clipkit.index.search import REFINE, rescored, search_index, split_knobs
+from clipkit.index.segments import search_segments
 from clipkit.index.vector_index import VectorIndex, describe
 from clipkit.store.embedding_store import EmbeddingStore
 

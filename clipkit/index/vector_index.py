@@ -1,68 +1,111 @@
-"""VectorIndex: FAISS indexes beside their records, searched by inner product.
+"""VectorIndex: an index opened for searching, by text, image, vector or several of these.
 
 An index is a directory of segments (see ``segments``) and of ``manifest.json``, which names their
-files and holds the FAISS factory string and the search-time knobs. ``IndexWriter`` changes one.
-
-Hit: what a search finds.
+files and holds the FAISS factory string and the search parameters. ``IndexWriter`` changes one.
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from PIL import Image
 
 from clipkit.artifacts import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
-from clipkit.errors import ArtifactError
+from clipkit.data.images import Decode, read_image
+from clipkit.errors import ArtifactError, CaptionError, DataError, ImageError, ModelError
 from clipkit.index.build import Built, Rows, cannot_write, write_segment
 from clipkit.index.calibration import Calibration
 from clipkit.index.faiss_factory import default_knobs, set_knobs
-from clipkit.index.search import Chosen, search_segments, split_knobs
-from clipkit.index.segments import ID, Segment, parts_of, unfit
-from clipkit.store.embedding_store import EXACT, EmbeddingStore
-from clipkit.store.shards import Vectors, together
+from clipkit.index.filters import rows_where
+from clipkit.index.hits import Hit, Hits, Record
+from clipkit.index.roots import roots_of
+from clipkit.index.search import split_knobs
+from clipkit.index.segments import ID, Mask, Segment, parts_of, search_segments, unfit
+from clipkit.store.embedding_store import EXACT, EmbeddingStore, ExternalVectors
+from clipkit.store.shards import SCHEMA, Vectors, json_value, together
 
+if TYPE_CHECKING:
+    from clipkit.models.encoder import Encoder
+    from clipkit.models.text_encoder_numpy import QueryEncoder
 
-@dataclass(frozen=True)
-class Hit:
-    """An item found: its key, and its inner product with the query, higher being better.
+    AnyEncoder: TypeAlias = Encoder | QueryEncoder
 
-    ``id`` is the number that the item keeps in its index, whatever becomes of its key;
-    ``probability`` tells how likely it is what a caption asked for, where that is known.
-    """
-
-    key: str
-    score: float
-    id: int = field(default=-1, compare=False)
-    probability: float | None = field(default=None, compare=False)
-
+ImageQuery: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
+Query: TypeAlias = str | Path | Image.Image | NDArray[Any]
 
 ATTEMPTS = 100
-"""How often an index that changes while it is opened is opened anew."""
+"""How often an index that changes while it is opened is opened again."""
+MINUS_WEIGHT = 0.5
+"""Default weight of ``minus``. Text vectors of CLIP have a mean cosine of 0.74: subtracting one
+with weight 1 removes most of the query and leaves noise."""
+NEAR_DUPLICATE = 0.95
+"""Cosine from which two images count as near-duplicates. Of 2,428 photos (ViT-B/32) two are so
+near to another; the median cosine to the nearest other photo is 0.81."""
+MOST_COMPARED = 10_000
+"""Keys that a misspelt key is compared with: a million would take minutes."""
 
 
 class VectorIndex:
-    """A finished index, loaded for searching; it stays as it was when a writer changes the files.
+    """A finished index, opened for searching; later changes on disk do not affect it.
+
+    Args:
+        path: the directory.
+        manifest: of the index.
+        segments: opened.
+        encoder: encodes text and image queries; None loads the index's own model on first use.
 
     Attributes:
         path: the directory.
-        manifest: what made it, its spec and its search-time knobs.
-        segments: its parts; the first is of its spec, the others are exact.
-        model: the model whose vectors it holds; queries must come from the same.
-        dim: width of its vectors.
+        manifest: the model, the spec and the search parameters.
+        segments: its parts; the first has the index's spec, the others are exact.
+        model: the model that encoded the vectors; queries must come from the same one.
+        dim: width of the vectors.
+
+    Raises:
+        ModelMismatchError: ``encoder`` is another model than the index's.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, segments: list[Segment]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        segments: list[Segment],
+        encoder: "AnyEncoder | None" = None,
+    ) -> None:
         self.path, self.manifest, self.segments = path, manifest, segments
         self.model = manifest.require_model()
         self.dim = self.model.dim
         self._starts = np.cumsum([0, *(segment.rows for segment in segments)])
+        self._encoder = encoder
+        self._folder: _TemporaryFolder | None = None
+        if encoder is not None:
+            self._require(encoder)
+
+    def _require(self, encoder: "AnyEncoder") -> None:
+        if not self.model.external:
+            self.model.require(
+                encoder.model,
+                what=f"the index {self.path}",
+                repair="search with the index's own model, or build the index again with "
+                "`clipkit index build IMAGES --out INDEX --model MODEL`",
+            )
+        elif encoder.model.dim != self.dim:
+            raise ModelError(
+                f"{encoder.model} gives vectors of dimension {encoder.model.dim}, but {self.path} "
+                f"holds vectors of dimension {self.dim}; use the model that made those"
+            )
 
     @classmethod
     def build(
@@ -72,9 +115,9 @@ class VectorIndex:
 
         Args:
             store: the vectors.
-            path: where the index shall stand.
+            path: directory of the index.
             spec: FAISS factory string.
-            replace: allow a finished index to stand there; it stays until the new one is finished.
+            replace: allow a finished index there; it is replaced once the new one is complete.
 
         Raises:
             SpecError: the spec is malformed or impossible for these vectors.
@@ -87,13 +130,56 @@ class VectorIndex:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Load a finished index and check that its files belong together.
+    def from_vectors(
+        cls,
+        vectors: NDArray[Any],
+        keys: Sequence[str],
+        *,
+        metadata: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None = None,
+        model: ModelRef | None = None,
+        path: str | Path | None = None,
+        spec: str = "Flat",
+    ) -> Self:
+        """Build an index of vectors that were computed elsewhere.
 
-        A writer may replace the files meanwhile: then it begins again with the new ones.
+        Args:
+            vectors: numbers [n, dim]; rows are scaled to unit length, so that scores are cosines.
+            keys: n different names.
+            metadata: further columns to filter by and to return: a mapping or data frame of
+                columns, or one mapping a row. ``captions`` and ``label`` are known names.
+            model: the model that encoded the vectors; None marks their origin as external, and
+                text or image queries then need ``with_encoder``.
+            path: directory of the index; None: a temporary one, deleted with this object.
+            spec: FAISS factory string.
 
         Raises:
-            ArtifactError: no index, half-written, or its files are damaged, foreign or do not fit.
+            DataError: shapes that do not fit, repeated keys, or vectors without a direction.
+            SpecError: the spec is malformed or impossible for these vectors.
+            ArtifactError: ``path`` is taken, or the disk is full.
+        """
+        rows = ExternalVectors.of(vectors, keys, metadata, model)
+        folder = None
+        if path is None:
+            folder = _TemporaryFolder()
+            path = folder.path / "index"
+        write_index(rows, rows.model, path, spec, rows.source, {"decode": EXACT})
+        index = cls.open(path)
+        index._folder = folder
+        return index
+
+    @classmethod
+    def open(cls, path: str | Path, *, encoder: "AnyEncoder | None" = None) -> Self:
+        """Open a finished index and check that its files belong together.
+
+        If a writer replaces the files meanwhile, opening starts again with the new ones.
+
+        Args:
+            path: the directory.
+            encoder: encodes text and image queries; None loads the index's own model on first use.
+
+        Raises:
+            ArtifactError: not an index, half-written, or with damaged or foreign files.
+            ModelMismatchError: ``encoder`` is another model than the index's.
         """
         path = Path(path)
         for _ in range(ATTEMPTS):
@@ -101,7 +187,7 @@ class VectorIndex:
             try:
                 with _one_directory(path):
                     manifest = read_manifest(path, "index")
-                    return cls(path, manifest, _open_segments(path, manifest))
+                    return cls(path, manifest, _open_segments(path, manifest), encoder)
             except _ReplacedError:
                 continue
             except ArtifactError:
@@ -109,46 +195,43 @@ class VectorIndex:
                     raise
         raise ArtifactError(f"{path} changed {ATTEMPTS} times while it was opened; try again")
 
-    def renewed(self) -> "VectorIndex":
-        """The index as it stands on disk now; what has not changed is not read again."""
+    def reopen(self) -> "VectorIndex":
+        """The index as it is on disk now; unchanged segments are not read again."""
         manifest = read_manifest(self.path, "index")
-        held = {segment.parts.index: segment for segment in self.segments}
-        return VectorIndex(self.path, manifest, _open_segments(self.path, manifest, held))
+        opened = {segment.parts.index: segment for segment in self.segments}
+        segments = _open_segments(self.path, manifest, opened)
+        index = VectorIndex(self.path, manifest, segments, self._encoder)
+        index._folder = self._folder
+        return index
+
+    def with_encoder(self, encoder: "AnyEncoder") -> "VectorIndex":
+        """The same index, searched with this encoder.
+
+        Raises:
+            ModelMismatchError: it is another model than the index's.
+        """
+        index = VectorIndex(self.path, self.manifest, self.segments, encoder)
+        index._folder = self._folder
+        return index
 
     def __len__(self) -> int:
         return self.manifest.count
 
     @property
     def spec(self) -> str:
-        """The FAISS factory string it was built with."""
+        """The FAISS factory string that it was built with."""
         return str(self.manifest.detail.get("spec"))
 
     @property
     def decode(self) -> str:
-        """How its pictures were read, "exact" or "fast"; one that is searched for is read so."""
+        """How its images were read, "exact" or "fast"; image queries are read the same way."""
         return str(self.manifest.detail.get("decode", EXACT))
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """How its scores become probabilities; None where that was not found out."""
+        """How scores become probabilities; None if the index is not calibrated."""
         raw = self.manifest.detail.get("calibration")
         return None if raw is None else Calibration.from_dict(raw, self.dim)
-
-    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
-        """Vectors, float32 [m, dim], and records of its rows, a bounded number at a time.
-
-        Raises:
-            ArtifactError: it was built by a clipkit that kept no vectors, with a lossy spec.
-        """
-        for segment in self.segments:
-            yield from segment.blocks(segment.live, self.path)
-
-    def records(self) -> pa.Table:
-        """All records: key, size in bytes, mtime_ns, captions, label, what else there is, and id.
-
-        They stand in the order in which they were added.
-        """
-        return together((t for s in self.segments for t in s.tables(s.live)), pa.schema([ID]))
 
     @cached_property
     def keys(self) -> list[str]:
@@ -161,16 +244,323 @@ class VectorIndex:
             ).to_pylist()
         return keys
 
-    def search(self, queries: Vectors, k: int, chosen: Chosen | None = None) -> list[list[Hit]]:
-        """The best ``k`` items of each query, best first; fewer where the index holds fewer.
+    def records(self) -> pa.Table:
+        """All records, in the order in which they were added.
+
+        Columns: key, size in bytes, mtime_ns, captions, label, content_hash, metadata, and id.
+        """
+        return together((t for s in self.segments for t in s.tables(s.live)), pa.schema([ID]))
+
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Vectors, float32 [m, dim], and records of its rows, a bounded number at a time.
+
+        Raises:
+            ArtifactError: an older clipkit built it with a lossy spec and stored no vectors.
+        """
+        for segment in self.segments:
+            yield from segment.blocks(segment.live, self.path)
+
+    def vector(self, key: str) -> Vectors:
+        """The vector of an item, float32 [dim].
+
+        Raises:
+            DataError: the index has no such key.
+            ArtifactError: an older clipkit stored no exact vectors.
+        """
+        for segment in self.segments:
+            rows = np.flatnonzero(np.asarray(pc.equal(segment.keys, key)))
+            if segment.live is not None:
+                rows = rows[segment.live[rows]]
+            if len(rows):
+                return self._vector(segment, int(rows[0]))
+        close = self.closest_key(key)
+        hint = f"did you mean {close!r}" if close else "a search shows keys as they are"
+        raise DataError(f"{self.path} has no item {key!r} ({hint}); name one that it has")
+
+    def closest_key(self, key: str) -> str | None:
+        """The key most like a misspelt one, among the first ``MOST_COMPARED``; None: none is."""
+        return next(iter(get_close_matches(key, self.keys[:MOST_COMPARED], 1)), None)
+
+    def read_records(self, hits: Sequence[Hit]) -> list[Record]:
+        """For each hit its captions, its label, and its metadata as ``more``, read from disk.
+
+        Values are those of JSON: dates and times become text, infinite numbers None.
+        """
+        columns = {name for segment in self.segments for name in segment.schema.names}
+        names = sorted(columns - {*SCHEMA.names, ID.name})
+        records = []
+        for hit in hits:
+            segment, row = self._locate_hit(hit)
+            record = segment.record(row)
+            more = {name: json_value(record.get(name)) for name in names}
+            captions = record.get("captions") or []
+            records.append({"captions": captions, "label": record.get("label"), "more": more})
+        return records
+
+    def mask(self, where: str) -> Mask:
+        """The rows that fulfil a condition, bool [len(self)] in the order of the records.
+
+        Args:
+            where: such as ``"year >= 2023 and folder = 'holiday'"`` (see ``filters``).
+
+        Raises:
+            DataError: a syntax error, an unknown column, or a value of another type.
+        """
+        return rows_where(self.segments, where)
+
+    @overload
+    def search(
+        self,
+        query: str | Path | Image.Image | None = None,
+        k: int = 10,
+        *,
+        where: str | None = None,
+        image: ImageQuery | None = None,
+        like: str | Sequence[str] = (),
+        minus: str | Sequence[str] = (),
+        minus_weight: float = MINUS_WEIGHT,
+        image_weight: float = 1.0,
+        distinct: bool = False,
+    ) -> Hits: ...
+    @overload
+    def search(
+        self,
+        query: list[Any] | tuple[Any, ...],
+        k: int = 10,
+        *,
+        where: str | None = None,
+        image: ImageQuery | None = None,
+        like: str | Sequence[str] = (),
+        minus: str | Sequence[str] = (),
+        minus_weight: float = MINUS_WEIGHT,
+        image_weight: float = 1.0,
+        distinct: bool = False,
+    ) -> list[Hits]: ...
+    @overload
+    def search(
+        self,
+        query: NDArray[Any],
+        k: int = 10,
+        *,
+        where: str | None = None,
+        image: ImageQuery | None = None,
+        like: str | Sequence[str] = (),
+        minus: str | Sequence[str] = (),
+        minus_weight: float = MINUS_WEIGHT,
+        image_weight: float = 1.0,
+        distinct: bool = False,
+    ) -> Any: ...
+    def search(
+        self,
+        query: Query | Sequence[Query] | None = None,
+        k: int = 10,
+        *,
+        where: str | None = None,
+        image: ImageQuery | None = None,
+        like: str | Sequence[str] = (),
+        minus: str | Sequence[str] = (),
+        minus_weight: float = MINUS_WEIGHT,
+        image_weight: float = 1.0,
+        distinct: bool = False,
+    ) -> Any:
+        """The ``k`` items nearest to a query, best first.
+
+        Query, ``image``, ``like`` and ``minus`` add up as unit vectors; the sum is scaled to unit
+        length. Hits of a text alone have a probability if the index is calibrated.
+
+        Args:
+            query: text (a ``str`` is always text), an image (``Path``, PIL image, or uint8 array
+                [height, width, 3]), or a vector (array [dim]). A list or tuple of these, or an
+                array [n, dim], is several queries.
+            k: how many hits.
+            where: a condition on the records that all hits fulfil, such as
+                ``"year >= 2023 and folder = 'holiday'"``.
+            image: an image that is added to the query; a ``str`` is a path here.
+            like: keys of the index, added to the query and left out of the hits.
+            minus: texts that are subtracted from the query.
+            minus_weight: weight of each text in ``minus``.
+            image_weight: weight of ``image``.
+            distinct: leave out near-duplicates of better hits.
+
+        Returns:
+            ``Hits`` of one query; a list of ``Hits`` for several.
+
+        Raises:
+            CaptionError: a blank text.
+            ImageError: an image cannot be read.
+            DataError: no query, an unknown key, a malformed condition, a weight that is not a
+                finite positive number, or terms that cancel each other out.
+            ModelError: the index's model cannot be loaded, or is not known.
+            TypeError: a query of another type.
+        """
+        queries, several = _as_queries(query)
+        like, minus = _as_list(like, "like"), _as_list(minus, "minus")
+        _require_weight("minus_weight", minus_weight)
+        _require_weight("image_weight", image_weight)
+        mask = None if where is None else self.mask(where)
+        terms = self._terms(image, like, minus, minus_weight, image_weight)
+        if not terms and any(one is None for one in queries):
+            raise DataError("there is nothing to search for, expected a text, an image or a vector")
+        encoded = self._encode(queries)
+        if not queries:
+            return []
+        vectors = np.stack(
+            [combine(([own] if own is not None else []) + [v for _, v in terms]) for own in encoded]
+        )
+        found = self._nearest(vectors, k, mask, set(like), distinct)
+        results = []
+        for one, vector, hits in zip(queries, vectors, found, strict=True):
+            words = [*([] if one is None else [_describe(one)]), *(text for text, _ in terms)]
+            if isinstance(one, str) and not terms:
+                hits = self._with_probabilities(hits, vector)
+            roots = tuple(roots_of(self.manifest))
+            results.append(Hits(tuple(hits), ", ".join(words), roots, self.read_records))
+        return results if several else results[0]
+
+    def _terms(
+        self,
+        image: ImageQuery | None,
+        like: Sequence[str],
+        minus: Sequence[str],
+        minus_weight: float,
+        image_weight: float,
+    ) -> list[tuple[str, Vectors]]:
+        """What is added to every query: in words, and as weighted vectors."""
+        terms = []
+        if image is not None:
+            image = Path(image) if isinstance(image, str) else image
+            terms.append((_describe(image), np.float32(image_weight) * self._encode_image(image)))
+        terms += [(f"like {key}", self.vector(key)) for key in like]
+        for text, vector in zip(minus, self._encode_texts(minus), strict=True):
+            terms.append((f"without {text}", np.float32(-minus_weight) * vector))
+        return terms
+
+    def _encode(self, queries: Sequence[Query | None]) -> list[Vectors | None]:
+        """The unit vector of each query, float32 [dim]; None for None."""
+        texts = iter(self._encode_texts([one for one in queries if isinstance(one, str)]))
+        vectors: list[Vectors | None] = []
+        for one in queries:
+            if one is None:
+                vectors.append(None)
+            elif isinstance(one, str):
+                vectors.append(next(texts))
+            elif isinstance(one, np.ndarray) and one.ndim == 1:
+                vectors.append(combine([self._checked(one[None])[0]]))
+            else:
+                vectors.append(self._encode_image(one))
+        return vectors
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[Vectors]:
+        if not texts:
+            return []
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"a text to search for is a {type(text).__name__}, expected a str")
+            if not text.strip():
+                raise CaptionError("the text to search for is empty, expected words")
+        return list(self.text_encoder.encode_text(list(texts)))
+
+    def _encode_image(self, image: "Path | Image.Image | NDArray[np.uint8]") -> Vectors:
+        """The vector of an image, float32 [dim], read as those of the index were."""
+        from clipkit.data.transforms import as_batch
+
+        encoder, decode = self.image_encoder, cast(Decode, self.decode)
+        preprocess = encoder.preprocess
+        if isinstance(image, Path):
+            try:
+                image = read_image(image, preprocess.reduction(decode))
+            except ImageError as error:
+                raise ImageError(f"cannot search with {image}: it {error}") from None
+        elif isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise TypeError(
+                    f"an array to search for has dtype {image.dtype} and shape "
+                    f"{list(image.shape)}, expected an image, uint8 [height, width, 3], or a "
+                    f"vector, float32 [{self.dim}]"
+                )
+            image = Image.fromarray(image)
+        pixels = preprocess.pixels(image, decode)
+        vector: Vectors = encoder.encode_images(as_batch([pixels]))[0]
+        return vector
+
+    @cached_property
+    def text_encoder(self) -> "AnyEncoder":
+        """Encodes texts: the encoder given, else the index's model, without torch if possible.
+
+        Raises:
+            ModelError: the model cannot be loaded, or is not known.
+        """
+        if self._encoder is not None:
+            return self._encoder
+        if "image_encoder" not in self.__dict__ and not self.model.external:
+            from clipkit.models.text_encoder_numpy import load_query_encoder
+
+            encoder = load_query_encoder(self.model)
+            if encoder is not None:
+                return encoder
+        return self.image_encoder
+
+    @cached_property
+    def image_encoder(self) -> "Encoder":
+        """Encodes images; errors as of ``text_encoder``."""
+        if self._encoder is not None:
+            from clipkit.models.text_encoder_numpy import QueryEncoder
+
+            if not isinstance(self._encoder, QueryEncoder):
+                return self._encoder
+        return load_encoder_of(self.model, f"the index {self.path}", precision="fp32")
+
+    def _nearest(
+        self, vectors: Vectors, k: int, mask: Mask | None, excluded: set[str], distinct: bool
+    ) -> list[list[Hit]]:
+        """The best ``k`` hits of each query, without excluded keys and near-duplicates."""
+        if not (excluded or distinct):
+            return self.search_vectors(vectors, k, mask)
+        results = []
+        for vector in vectors:
+            asked = k + len(excluded)
+            while True:
+                hits = self.search_vectors(vector[None], asked, mask)[0]
+                kept = [hit for hit in hits if hit.key not in excluded]
+                kept = self.distinct(kept) if distinct else kept
+                if len(kept) >= k or len(hits) < asked:
+                    break
+                asked *= 2
+            results.append(kept[:k])
+        return results
+
+    def distinct(self, hits: Sequence[Hit]) -> list[Hit]:
+        """The hits without near-duplicates of better ones.
+
+        Raises:
+            ArtifactError: an older clipkit stored no exact vectors.
+        """
+        vectors = np.array([self._vector(*self._locate_hit(hit)) for hit in hits])
+        kept: list[int] = []
+        for number in range(len(hits)):
+            if not kept or float((vectors[kept] @ vectors[number]).max()) < NEAR_DUPLICATE:
+                kept.append(number)
+        return [hits[number] for number in kept]
+
+    def _with_probabilities(self, hits: list[Hit], vector: Vectors) -> list[Hit]:
+        # Of texts alone: an image scores far above any text, its hits would all be certain.
+        scores = np.array([hit.score for hit in hits], np.float32)
+        chances = self.calibration.probabilities(vector, scores) if self.calibration else None
+        if chances is None:
+            return hits
+        pairs = zip(hits, chances.tolist(), strict=True)
+        return [replace(hit, probability=chance) for hit, chance in pairs]
+
+    def search_vectors(self, queries: Vectors, k: int, mask: Mask | None = None) -> list[list[Hit]]:
+        """The best ``k`` items of each query vector, best first; fewer if the index has fewer.
 
         Args:
             queries: float32 [n, dim], finite.
             k: how many, at least 1.
-            chosen: the rows to find, bool [len(self)] in the order of the records; None: all.
+            mask: the rows to search, bool [len(self)] in the order of the records; None: all.
 
         Raises:
-            ArtifactError: ``queries`` or ``chosen`` have another shape, or are not finite, or ``k``
+            ArtifactError: ``queries`` or ``mask`` have another shape, or are not finite, or ``k``
                 is below 1.
         """
         queries = self._checked(queries)
@@ -179,7 +569,7 @@ class VectorIndex:
         if not len(self) or not len(queries):
             return [[] for _ in queries]
         k = min(k, len(self))
-        found = search_segments(self.segments, queries, k, chosen)
+        found = search_segments(self.segments, queries, k, mask)
         return [self._hits(*pair, k) for pair in zip(*found, strict=True)]
 
     def _checked(self, queries: NDArray[Any]) -> Vectors:
@@ -197,7 +587,7 @@ class VectorIndex:
         return queries
 
     def _hits(self, scores: Vectors, rows: NDArray[np.int64], k: int) -> list[Hit]:
-        # Equal scores in row order, so that answers do not depend on how FAISS walked.
+        # Equal scores in row order, so that the hits do not depend on how FAISS walked.
         order = np.lexsort((rows, -scores))
         best = [n for n in order if rows[n] >= 0][:k]
         return [self._hit(float(scores[n]), int(rows[n])) for n in best]
@@ -208,7 +598,7 @@ class VectorIndex:
 
     @cached_property
     def places(self) -> NDArray[np.int64]:
-        """Where each of the records stands, int64 [n], counted over all segments."""
+        """The place of each record, int64 [n]: its row number, counted over all segments."""
         live = (s.live if s.live is not None else np.ones(s.rows, bool) for s in self.segments)
         return np.flatnonzero(np.concatenate([*live]))
 
@@ -216,6 +606,108 @@ class VectorIndex:
         """The segment of a place, and the row in it."""
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self.segments[number], place - int(self._starts[number])
+
+    def _locate_hit(self, hit: Hit) -> tuple[Segment, int]:
+        for segment in self.segments:
+            own = segment.ids == hit.id
+            rows = np.flatnonzero(own if segment.live is None else own & segment.live)
+            if len(rows):
+                return segment, int(rows[0])
+        raise ArtifactError(f"{self.path} has no item with id {hit.id}; search again")
+
+    def _vector(self, segment: Segment, row: int) -> Vectors:
+        if segment.vectors is None:
+            raise ArtifactError(
+                f"{self.path} was built by an older clipkit, which stored its vectors only "
+                "approximately; build the index again"
+            )
+        return np.array(segment.vectors[row], np.float32)
+
+
+def open_index(path: str | Path, *, encoder: "AnyEncoder | None" = None) -> VectorIndex:
+    """Open an index for searching; arguments and errors as of ``VectorIndex.open``."""
+    return VectorIndex.open(path, encoder=encoder)
+
+
+def load_encoder_of(model: ModelRef, what: str, *, precision: Any = "auto") -> "Encoder":
+    """The encoder of an artifact's model.
+
+    Args:
+        model: the reference in the artifact's manifest.
+        what: the artifact, for the error.
+        precision: as of ``load_model``.
+
+    Raises:
+        ModelError: it cannot be loaded, or the vectors came from outside clipkit.
+        ModelMismatchError: the model of that name has other weights now.
+    """
+    from clipkit.models.loading import load_model_ref
+
+    if model.external:
+        raise ModelError(
+            f"the vectors of {what} came from outside clipkit, so the model for texts and images "
+            "is unknown; pass encoder=..., or search with a vector"
+        )
+    return load_model_ref(model, what, precision=precision)
+
+
+def load_text_encoder(model: ModelRef, what: str) -> "AnyEncoder":
+    """As ``load_encoder_of``, without torch if the text tower's weights are known."""
+    from clipkit.models.text_encoder_numpy import load_query_encoder
+
+    return load_query_encoder(model) or load_encoder_of(model, what, precision="fp32")
+
+
+def combine(vectors: Sequence[Vectors]) -> Vectors:
+    """The direction of a sum of weighted unit vectors: float32 [dim], of unit length.
+
+    Raises:
+        DataError: they cancel each other out.
+    """
+    total = np.sum(vectors, axis=0, dtype=np.float32)
+    length = float(np.linalg.norm(total))
+    if length < 1e-3:
+        raise DataError(
+            "the terms of the query cancel each other out, so that the query has no direction; "
+            "search for fewer of them"
+        )
+    return np.asarray(total / length, np.float32)
+
+
+def _as_queries(query: Any) -> tuple[list[Query | None], bool]:
+    """A list of queries, and whether several were given."""
+    if query is None or isinstance(query, str | Path | Image.Image):
+        return [query], False
+    if isinstance(query, list | tuple):
+        return [one for item in query for one in _as_queries(item)[0]], True
+    if isinstance(query, np.ndarray):
+        return (list(query), True) if query.ndim == 2 else ([query], False)
+    raise TypeError(
+        f"a query is a {type(query).__name__}, expected text (str), an image (Path, PIL image, or "
+        "uint8 array [height, width, 3]), a vector (array [dim]), or a list of these"
+    )
+
+
+def _as_list(values: str | Sequence[str], name: str) -> list[str]:
+    values = [values] if isinstance(values, str) else list(values)
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} holds a {type(value).__name__}, expected str or list of str")
+    return values
+
+
+def _require_weight(name: str, value: float) -> None:
+    if not 0 < value < np.inf:
+        raise DataError(f"{name} is {value}, expected a number above 0")
+
+
+def _describe(query: Query) -> str:
+    """A query in words."""
+    if isinstance(query, str):
+        return query
+    if isinstance(query, np.ndarray) and query.ndim == 1:
+        return "a vector"
+    return f"like {query}" if isinstance(query, Path) else "like an image"
 
 
 def write_index(
@@ -264,11 +756,13 @@ def describe(spec: str, built: Built) -> dict[str, Any]:
 
 
 def _open_segments(
-    path: Path, manifest: Manifest, held: dict[str, Segment] | None = None
+    path: Path, manifest: Manifest, opened: dict[str, Segment] | None = None
 ) -> list[Segment]:
-    dim, held = manifest.require_model().dim, held or {}
+    dim, opened = manifest.require_model().dim, opened or {}
     segments = [
-        held[parts.index].renewed(parts) if parts.index in held else Segment.open(path, parts, dim)
+        opened[parts.index].renewed(parts)
+        if parts.index in opened
+        else Segment.open(path, parts, dim)
         for parts in parts_of(manifest, path)
     ]
     if not segments or sum(map(len, segments)) != manifest.count:
@@ -276,6 +770,14 @@ def _open_segments(
     segments[0].refine, knobs = split_knobs(manifest.detail.get("search", {}))
     set_knobs(segments[0].index, knobs)
     return segments
+
+
+class _TemporaryFolder:
+    """A folder that is deleted with this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="clipkit-"))
+        weakref.finalize(self, shutil.rmtree, self.path, True)
 
 
 class _ReplacedError(Exception):

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,8 +35,6 @@ from clipkit.store.shards import Vectors, check_vectors
 
 Live = NDArray[np.bool_] | None
 """bool [rows], False where a row is removed; None where none is."""
-MOST_COMPARED = 10_000
-"""Keys that a misspelt one is compared with: all of a million would take minutes."""
 _OURS = re.compile(
     r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|questions\.npy)\.tmp"
 )
@@ -49,7 +46,7 @@ class IndexWriter:
     """Changes a finished index; use it in a ``with`` statement and ``commit``.
 
     Args:
-        path: the index.
+        index: the index, or its directory.
 
     Attributes:
         index: the index as it was found, or as the last commit left it.
@@ -58,7 +55,8 @@ class IndexWriter:
         ArtifactError: no index, damaged, or another process is writing it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, index: str | Path | VectorIndex) -> None:
+        path = index.path if isinstance(index, VectorIndex) else index
         self.path = Path(os.path.abspath(path))
         read_manifest(self.path, "index")
         # Also the lock that building it anew takes; its directory stays empty here.
@@ -167,7 +165,7 @@ class IndexWriter:
             raise cannot_write(self.path, error) from None
         finally:
             self._sweep()
-        self._begin(self.index.renewed())
+        self._begin(self.index.reopen())
         return self.index
 
     def _unchanged(self) -> bool:
@@ -236,8 +234,8 @@ class IndexWriter:
             )
 
     def _unknown(self, key: str) -> ArtifactError:
-        close = get_close_matches(key, self.index.keys[:MOST_COMPARED], 1)
-        hint = f"did you mean {close[0]!r}" if close else "`clipkit info` tells what made it"
+        close = self.index.closest_key(key)
+        hint = f"did you mean {close!r}" if close else "`clipkit info` describes the index"
         return ArtifactError(f"{self.path} has no item {key!r}, nothing is removed; {hint}")
 
     def _sweep(self) -> None:

@@ -9,7 +9,8 @@ shard is a finished unit of work: an interrupted writer goes on after the last o
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from clipkit.artifacts import (
     ArtifactWriter,
@@ -28,11 +30,12 @@ from clipkit.artifacts import (
     read_manifest,
     write_json,
 )
-from clipkit.errors import ArtifactError, ModelMismatchError
+from clipkit.errors import ArtifactError, DataError, ModelMismatchError
 from clipkit.store.shards import (
     Record,
     ShardWriter,
     Vectors,
+    as_table,
     check_vectors,
     digest,
     read_shard,
@@ -167,9 +170,39 @@ class EmbeddingStore:
         """
         return StoreWriter(Path(path), model, decode, shard_size, replace)
 
+    @classmethod
+    def from_vectors(
+        cls,
+        vectors: NDArray[Any],
+        keys: Sequence[str],
+        path: str | Path,
+        *,
+        metadata: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None = None,
+        model: ModelRef | None = None,
+    ) -> "EmbeddingStore":
+        """Write a store of vectors that were computed elsewhere.
+
+        Args:
+            vectors: numbers [n, dim]; rows are scaled to unit length.
+            keys: n different names.
+            path: directory of the store.
+            metadata: further columns: a mapping or data frame of columns, or one mapping a row.
+                ``captions`` and ``label`` are known names.
+            model: the model that encoded the vectors; None marks their origin as external.
+
+        Raises:
+            DataError: shapes that do not fit, repeated keys, or vectors without a direction.
+            ArtifactError: ``path`` is taken, or the disk is full.
+        """
+        rows = ExternalVectors.of(vectors, keys, metadata, model)
+        with cls.create(path, rows.model) as writer:
+            for part, table in rows.shards():
+                writer.append(part, table.to_pylist())
+            return writer.finish(rows.source)
+
     @property
     def decode(self) -> str:
-        """How its pictures were read: "exact" or "fast"."""
+        """How its images were read: "exact" or "fast"."""
         return str(self.manifest.detail.get("decode", EXACT))
 
     def __len__(self) -> int:
@@ -356,3 +389,121 @@ def _cannot_write(path: Path, error: OSError) -> ArtifactError:
         f"{path} cannot be written ({error.strerror or error}); make room on that disk and run "
         "the same command again, finished shards are kept"
     )
+
+
+@dataclass(frozen=True)
+class ExternalVectors:
+    """Vectors that were computed outside clipkit, as the rows of a store or an index.
+
+    Attributes:
+        vectors: float32 [n, dim], rows of unit length.
+        table: their records.
+        model: what encoded them.
+    """
+
+    vectors: Vectors
+    table: pa.Table
+    model: ModelRef
+
+    @classmethod
+    def of(
+        cls,
+        vectors: NDArray[Any],
+        keys: Sequence[str],
+        metadata: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None,
+        model: ModelRef | None,
+    ) -> Self:
+        """Check and scale vectors; arguments and errors as of ``EmbeddingStore.from_vectors``."""
+        rows = np.array(vectors, np.float32)
+        if rows.ndim != 2 or not rows.shape[1]:
+            raise DataError(f"the vectors have shape {list(rows.shape)}, expected [n, dim]")
+        if isinstance(keys, str):
+            raise TypeError("keys is a str, expected a sequence of str, one for each vector")
+        names = list(keys)
+        if len(names) != len(rows):
+            raise DataError(
+                f"there are {len(names)} keys for {len(rows)} vectors, expected as many"
+            )
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"the key {name!r} is a {type(name).__name__}, expected a str")
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise DataError(
+                f"the key {twice!r} is repeated, expected a different key for each vector"
+            )
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
+        if len(bad):
+            raise DataError(
+                f"the vector of {names[bad[0]]!r} has length {lengths[bad[0], 0]:.4g}, expected a "
+                "finite length above 0; remove it"
+            )
+        if model is not None and model.dim != rows.shape[1]:
+            raise DataError(
+                f"the vectors have dimension {rows.shape[1]}, but those of {model} have {model.dim}"
+            )
+        columns = _metadata_columns(metadata, len(rows))
+        fixed = {"size": 0, "mtime_ns": 0, "captions": [], "label": None, "content_hash": None}
+        records = [
+            {**fixed, "key": key, **{name: values[row] for name, values in columns.items()}}
+            for row, key in enumerate(names)
+        ]
+        return cls(rows / lengths, as_table(records), model or ModelRef.of_external(rows.shape[1]))
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return int(self.vectors.shape[1])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Their origin, for a manifest."""
+        return {"kind": "external", "origin": "external"}
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
+        """Vectors and records, a bounded number at a time."""
+        for start in range(0, len(self), _BLOCK):
+            part = self.vectors[start : start + _BLOCK]
+            yield part, self.table.slice(start, len(part))
+
+
+_BLOCK = 2**14
+"""Rows of external vectors that are handed on at once."""
+
+
+def _metadata_columns(
+    metadata: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None, count: int
+) -> dict[str, list[Any]]:
+    """Columns of metadata, each of ``count`` values; captions as lists of texts."""
+    if metadata is None:
+        return {}
+    if isinstance(metadata, Sequence):
+        names = {name: None for row in metadata for name in row}
+        columns = {str(name): [row.get(name) for row in metadata] for name in names}
+    else:  # a mapping, or a pandas data frame, which iterates over its columns as well
+        columns = {str(name): list(metadata[name]) for name in metadata}
+    for name, values in columns.items():
+        if len(values) != count:
+            raise DataError(
+                f"the metadata column {name!r} has {len(values)} values, expected {count}, one for "
+                "each vector"
+            )
+        if name in ("key", "size", "mtime_ns", "content_hash", "id"):
+            raise DataError(f"a metadata column is named {name!r}, which is reserved; rename it")
+        # NumPy's scalars are no values of Arrow's when they are mixed with others.
+        columns[name] = [
+            value.item() if isinstance(value, np.generic) else value for value in values
+        ]
+    captions = columns.get("captions", [])
+    if captions:
+        columns["captions"] = [[c] if isinstance(c, str) else list(c or ()) for c in captions]
+    return columns
+
+
+def open_store(path: str | Path) -> EmbeddingStore:
+    """Open an embedding store; errors as of ``EmbeddingStore.open``."""
+    return EmbeddingStore.open(path)

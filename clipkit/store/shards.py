@@ -3,6 +3,7 @@
 Rows gathered into shards, each written to disk while the next one fills.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable
@@ -181,6 +182,15 @@ def as_table(records: list[Record]) -> pa.Table:
             f"the columns {', '.join(more)} of the records cannot be stored ({reason}), expected "
             "values of one type in each; convert them"
         ) from None
+
+
+def json_value(value: Any) -> str | int | float | bool | None:
+    """A value of any column as JSON has it: dates become text, infinite numbers None."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -149,7 +149,7 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
     k = min(K, len(index))
     exact, _ = search_exact(sample, (vectors for vectors, _ in index.shards()), k)
     first = found = 0
-    for hits, key, best in zip(index.search(sample, k), keys, exact, strict=True):
+    for hits, key, best in zip(index.search_vectors(sample, k), keys, exact, strict=True):
         reached = [hit for hit in hits if hit.score >= best[-1] - EQUAL]
         found += len(reached)
         # A copy of an image may stand before it.

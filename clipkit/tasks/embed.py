@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
+from clipkit.artifacts import is_complete, partial_path
 from clipkit.data.images import Decode, content_hash
 from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
 from clipkit.models.embed_source import encoded_batches
-from clipkit.store.embedding_store import EmbeddingStore, StoreWriter, decode_of
+from clipkit.store.embedding_store import EmbeddingStore, Owner, StoreWriter, decode_of
 from clipkit.store.incremental import KnownVectors
 from clipkit.store.shards import Vectors, digest
 
@@ -35,7 +36,7 @@ EARLIEST_STOP = 1000
 def embed(
     images: str | Path | Source,
     out: str | Path,
-    encoder: "Encoder",
+    encoder: "Encoder | None" = None,
     *,
     decode: Decode | None = None,
     batch_size: "BatchSize" = "auto",
@@ -54,7 +55,7 @@ def embed(
         images: whatever ``open_source`` opens, or a source already open, whose metadata are stored
             if it was opened with them.
         out: where the store shall stand.
-        encoder: the model.
+        encoder: the model; None loads that of the store at ``out``, or the default model.
         decode: "exact" reads pictures as open_clip does, "fast" at the size that is enough; None:
             as those of the store at ``out`` were read, and "exact" where there is none.
         batch_size: images encoded at once; ``"auto"`` suits the device.
@@ -71,6 +72,7 @@ def embed(
             or the disk is full.
     """
     source = images if isinstance(images, Source) else open_source(images, metadata=True)
+    encoder = encoder or default_encoder(Path(out))
     total = None if source.streaming else len(source.rows)
     decode = decode or cast(Decode | None, decode_of(Path(out))) or DEFAULT_DECODE
     with (
@@ -101,6 +103,18 @@ def embed(
         walk.finish()
         origin = {"root": str(source.root) if source.root else None, "kind": source.kind}
         return writer.finish({"spec": source.spec, **origin, "fingerprint": source.fingerprint})
+
+
+def default_encoder(store: Path) -> "Encoder":
+    """The encoder of the store at a path, finished or half-written, or the default model."""
+    from clipkit.models.loading import load_model, load_model_ref
+
+    owner = Owner.read(partial_path(store))
+    if owner is not None:
+        return load_model_ref(owner.model, f"the store {store}")
+    if is_complete(store):
+        return load_model_ref(EmbeddingStore.open(store).model, f"the store {store}")
+    return load_model()
 
 
 class _Walk:

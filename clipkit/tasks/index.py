@@ -1,24 +1,20 @@
-"""Look after an index: ``clipkit index remove`` and ``clipkit index compact``.
+"""Build, calibrate and maintain indexes: ``clipkit index build|remove|compact|calibrate``."""
 
-Make images searchable: ``clipkit index build STORE|IMAGES --out INDEX``.
-
-Measure an index with captions: ``clipkit index calibrate``.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.artifacts import ArtifactWriter, ModelRef, is_complete, partial_path, read_manifest
+from clipkit.artifacts import ArtifactWriter, is_complete, partial_path, read_manifest
 from clipkit.data.images import Decode
-from clipkit.errors import ArtifactError, ModelError
+from clipkit.data.source import Source
+from clipkit.errors import ArtifactError
 from clipkit.index.calibration import Calibration
 from clipkit.index.faiss_factory import new_index
 from clipkit.index.sample_queries import make_questions, write_calibration
 from clipkit.index.tuning import AUTO, Measured, Wish, build_tuned, remeasure
-from clipkit.index.vector_index import VectorIndex
+from clipkit.index.vector_index import VectorIndex, load_text_encoder
 from clipkit.index.writer import IndexWriter
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import shard_numbers
@@ -28,31 +24,32 @@ if TYPE_CHECKING:
     from clipkit.models.text_encoder_numpy import QueryEncoder
 
 
-def remove_items(index: str | Path, names: Sequence[str]) -> list[str]:
-    """Take images out of an index, all of them or none.
+def remove_items(index: str | Path | VectorIndex, names: str | Sequence[str]) -> list[str]:
+    """Remove items from an index, all of them or none.
 
     Args:
-        index: the index.
-        names: keys, or patterns such as ``holiday/*``, in which ``*`` also stands for slashes.
+        index: the index, or its directory.
+        names: keys, or patterns such as ``holiday/*``, in which ``*`` also matches slashes.
 
     Returns:
         The keys that were removed, in the index's order.
 
     Raises:
-        ArtifactError: a key is not held, a pattern fits none, or another process is writing.
+        ArtifactError: an unknown key, a pattern without a match, or another process is writing.
     """
+    names = [names] if isinstance(names, str) else list(names)
     with IndexWriter(index) as writer:
         keys = writer.index.keys
-        held, chosen = set(keys), set()
+        indexed, chosen = set(keys), set()
         for name in names:
-            if name in held or not any(sign in name for sign in "*?["):
+            if name in indexed or not any(sign in name for sign in "*?["):
                 chosen.add(name)
                 continue
             fitting = {key for key in keys if fnmatchcase(key, name)}
             if not fitting:
                 raise ArtifactError(
-                    f"no key of {index} fits the pattern {name!r}, nothing is removed; `clipkit "
-                    "search INDEX` shows keys as they are"
+                    f"no key of {writer.path} matches the pattern {name!r}, nothing is removed; "
+                    "`clipkit search INDEX` shows keys as they are"
                 )
             chosen |= fitting
         writer.remove(sorted(chosen))
@@ -60,77 +57,84 @@ def remove_items(index: str | Path, names: Sequence[str]) -> list[str]:
     return [key for key in keys if key in chosen]
 
 
-def compact_index(index: str | Path) -> VectorIndex:
-    """Build an index anew of what it holds: trained on that, in one piece, without removed rows.
+def compact_index(index: str | Path | VectorIndex) -> VectorIndex:
+    """Rebuild an index from its items: in one segment, trained again, without removed rows.
 
     Raises:
         ArtifactError: damaged, another process is writing, or the disk is full.
-        SpecError: too few images are left to train its spec on.
+        SpecError: too few items are left to train its spec on.
     """
     with IndexWriter(index) as writer:
         return writer.commit(compact=True)
-
-
-if TYPE_CHECKING:
-    Captions = Encoder | QueryEncoder
 
 
 WISH = Wish()
 
 
 def build_index(
-    source: str | Path,
+    data: str | Path | Source | EmbeddingStore,
     out: str | Path,
+    encoder: "Encoder | None" = None,
     *,
     spec: str = "Flat",
     wish: Wish = WISH,
-    load: "Callable[[], Encoder] | None" = None,
     decode: Decode | None = None,
-    load_text: "Callable[[ModelRef], Captions] | None" = None,
 ) -> VectorIndex:
     """Build an index of a store, or of images, which are embedded into ``OUT.store`` first.
 
-    An index that stands at ``out`` is replaced, in one step when the new one is finished.
+    An index at ``out`` is replaced in one step once the new one is complete.
 
     Args:
-        source: a store, or whatever ``open_source`` opens.
-        out: where the index shall stand.
-        spec: FAISS factory string; ``"auto"`` chooses one, and how it is searched, by what captions
-            find.
-        wish: what ``"auto"`` is to reach.
-        load: gives the encoder for images; not called for a store.
-        decode: how images are read, as of ``embed``; of no use for a store.
-        load_text: gives the encoder of a model's captions; called for ``"auto"``.
+        data: a store, or whatever ``open_source`` opens.
+        out: directory of the index.
+        encoder: encodes images, and the texts that ``"auto"`` measures with; None loads the model
+            of the store, or the default model for images.
+        spec: FAISS factory string; ``"auto"`` chooses one and its search parameters by the measured
+            recall of text queries.
+        wish: the recall and memory that ``"auto"`` aims at.
+        decode: how images are read, as of ``embed``; ignored for a store.
 
     Raises:
         SpecError: the spec is malformed, impossible for these vectors, or too large for the memory.
         ArtifactError: ``out`` is taken by something else, or the source is a damaged store.
-        ModelError: images or captions, and nothing to encode them with.
+        ModelError: the model cannot be loaded.
+        ModelMismatchError: ``encoder`` is not the model of the store.
         DataError: images that cannot be opened, or too many bad ones.
     """
-    out, path = Path(out), Path(source)
-    if _is_ours(path) or partial_path(path).is_dir():
-        store = EmbeddingStore.open(path)
-    else:
-        store = _embed(source, out, spec, load, decode)
+    out = Path(out)
+    store = _as_store(data)
+    if store is None:
+        from clipkit.tasks.embed import default_encoder
+
+        assert not isinstance(data, EmbeddingStore)
+        source = _open_source(data)
+        encoder = encoder or default_encoder(_store_beside(out))
+        store = _embed(source, out, spec, encoder, decode)
+    elif encoder is not None and not store.model.external:
+        what, repair = f"the store {store.path}", "use its own model, or embed the images again"
+        store.model.require(encoder.model, what=what, repair=repair)
     if spec == AUTO and not len(store):
-        spec = "Flat"  # there is nothing to choose by
+        spec = "Flat"  # nothing to measure with
     if spec != AUTO:
-        return VectorIndex.build(store, out, spec, replace=True)
-    if load_text is None:
-        raise ModelError(
-            f"the spec {AUTO!r} is chosen by what captions find, and nothing is there to encode "
-            f"them; give load_text an encoder of {store.model}, or name a spec such as Flat"
-        )
-    tables = (table for _, table in store.shards())
-    questions = make_questions(tables, load_text(store.model).encode_text)
-    build_tuned(store, out, questions, wish, replace=True)
-    write_calibration(out, questions)
-    return VectorIndex.open(out)
+        index = VectorIndex.build(store, out, spec, replace=True)
+    else:
+        text_encoder = encoder or load_text_encoder(store.model, f"the store {store.path}")
+        tables = (table for _, table in store.shards())
+        questions = make_questions(tables, text_encoder.encode_text)
+        build_tuned(store, out, questions, wish, replace=True)
+        write_calibration(out, questions)
+        index = VectorIndex.open(out)
+    return index if encoder is None else index.with_encoder(encoder)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a directory is clipkit's: other programs leave a manifest.json beside photos too."""
+def is_store(path: str | Path) -> bool:
+    """Whether a path names an artifact of clipkit, which ``build_index`` opens as a store.
+
+    Other programs leave a manifest.json beside photos, too.
+    """
+    path = Path(path)
+    if partial_path(path).is_dir():
+        return True
     try:
         read_manifest(path)
     except ArtifactError:
@@ -138,39 +142,45 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _embed(
-    source: str | Path,
-    out: Path,
-    spec: str,
-    load: "Callable[[], Encoder] | None",
-    decode: Decode | None,
-) -> EmbeddingStore:
-    # Here, because indexing a store needs neither torch nor datasets.
+def _as_store(data: str | Path | Source | EmbeddingStore) -> EmbeddingStore | None:
+    if isinstance(data, EmbeddingStore):
+        return data
+    if isinstance(data, str | Path) and is_store(data):
+        return EmbeddingStore.open(data)
+    return None
+
+
+def _open_source(data: str | Path | Source) -> Source:
+    # Imported here, because indexing a store needs neither torch nor datasets.
     from clipkit.data.open_source import open_source
+
+    return data if isinstance(data, Source) else open_source(data, metadata=True)
+
+
+def _store_beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.store")
+
+
+def _embed(
+    source: Source, out: Path, spec: str, encoder: "Encoder", decode: Decode | None
+) -> EmbeddingStore:
     from clipkit.tasks.embed import embed
 
-    if load is None:
-        raise ModelError(
-            f"{source} is no clipkit store, and embedding its images takes a model; name one "
-            "with --model, or `clipkit embed` them first"
-        )
-    images = open_source(source, metadata=True)
-    encoder = load()
-    # What can be refused is refused now, not after hours of encoding.
+    # Refuse now what can be refused, not after hours of encoding.
     if spec != AUTO:
-        new_index(spec, encoder.dim, None if images.streaming else len(images.rows))
+        new_index(spec, encoder.dim, None if source.streaming else len(source.rows))
     with ArtifactWriter(out, "index", replace=True):
         pass
-    return embed(images, out.with_name(f"{out.name}.store"), encoder, decode=decode)
+    return embed(source, _store_beside(out), encoder, decode=decode)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What captions told of an index.
+    """Result of ``calibrate_index``.
 
     Attributes:
-        measured: what they find, against exact search.
-        calibration: how its scores become probabilities.
+        measured: recall and time of text queries, against exact search.
+        calibration: how scores become probabilities.
     """
 
     measured: Measured
@@ -183,27 +193,29 @@ class Calibrated:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        told = {name: getattr(self.calibration, name) for name in ("auroc", "error", "captions")}
-        return {**self.measured.to_dict(), **told, "source": self.source}
+        facts = {name: getattr(self.calibration, name) for name in ("auroc", "error", "captions")}
+        return {**self.measured.to_dict(), **facts, "source": self.source}
 
 
 def calibrate_index(
-    path: str | Path, load_text: "Callable[[ModelRef, str], Encoder | QueryEncoder]"
+    index: str | Path | VectorIndex, encoder: "Encoder | QueryEncoder | None" = None
 ) -> Calibrated:
-    """Measure what captions find in an index, and write how its scores are to be read into it.
+    """Measure what text queries find, and store how scores become probabilities in the index.
 
     Args:
-        path: the index.
-        load_text: gives the encoder of a model's captions; told which model, and of what.
+        index: the index, or its directory.
+        encoder: the index's model; None loads it.
 
     Raises:
-        ArtifactError: no index, damaged, empty, or another process is writing it.
-        ModelError: its model is out of reach.
+        ArtifactError: not an index, damaged, empty, or another process is writing it.
+        ModelError: its model cannot be loaded.
+        ModelMismatchError: ``encoder`` is another model than the index's.
     """
-    index = VectorIndex.open(path)
-    if not len(index):
+    path = index.path if isinstance(index, VectorIndex) else index
+    opened = VectorIndex.open(path, encoder=encoder)
+    if not len(opened):
         raise ArtifactError(f"{path} is empty, expected images to measure scores of; add some")
-    encode = load_text(index.model, f"the index {path}").encode_text
-    questions = make_questions((table for _, table in index.shards()), encode)
-    measured = remeasure(index, questions.captions)
+    tables = (table for _, table in opened.shards())
+    questions = make_questions(tables, opened.text_encoder.encode_text)
+    measured = remeasure(opened, questions.captions)
     return Calibrated(measured, write_calibration(path, questions, measured))

@@ -33,6 +33,7 @@ from clipkit.index.roots import (
     with_roots,
 )
 from clipkit.index.segments import ID
+from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.models.embed_source import encoded_batches
 from clipkit.models.loading import load_model_ref
@@ -309,10 +310,10 @@ class Update:
 
 
 def sync_index(
-    index: str | Path,
-    images: str | Path | None = None,
-    *,
+    index: str | Path | VectorIndex,
+    data: str | Path | Source | None = None,
     encoder: "Encoder | None" = None,
+    *,
     workers: int | str = "auto",
 ) -> Changes:
     """Bring an index up to date with its images: new, changed, renamed and deleted ones.
@@ -324,21 +325,21 @@ def sync_index(
 
     Args:
         index: the index.
-        images: one of its folders or tables, a folder within one, or its only folder at a new
-            place; None: all that it was made of.
-        encoder: the model of the index; None: it is loaded when there is something to encode.
+        data: one of its folders or tables, a folder within one, or its only folder at a new
+            place; None: all that it was built from.
+        encoder: the model of the index; None loads it if there is something to encode.
         workers: decoding threads; ``"auto"`` is one per core.
 
     Raises:
         DataError: the images cannot be opened, or there are none, in which case nothing is removed.
         ModelMismatchError: ``encoder`` is another model.
-        ArtifactError: ``images`` are not those of the index, or another process is writing it.
+        ArtifactError: ``data`` is not part of the index, or another process is writing it.
     """
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         total = Changes()
-        for where in [root.where for root in roots] if images is None else [images]:
-            source = open_source(where, metadata=True)
+        for where in [root.where for root in roots] if data is None else [data]:
+            source = where if isinstance(where, Source) else open_source(where, metadata=True)
             scope, roots = _scope_of(source, roots, writer.path)
             update = Update(writer, scope, roots)
             store = update.encode(source, encoder, workers)
@@ -349,10 +350,10 @@ def sync_index(
 
 
 def add_images(
-    index: str | Path,
-    images: str | Path,
-    *,
+    index: str | Path | VectorIndex,
+    data: str | Path | Source | EmbeddingStore,
     encoder: "Encoder | None" = None,
+    *,
     prefix: str | None = None,
     workers: int | str = "auto",
 ) -> Changes:
@@ -363,7 +364,7 @@ def add_images(
 
     Args:
         index: the index.
-        images: a store, or whatever ``open_source`` opens.
+        data: a store, or whatever ``open_source`` opens.
         encoder: as for ``sync_index``.
         prefix: what the keys of a place that is new to the index begin with; None: its name.
         workers: as for ``sync_index``.
@@ -373,9 +374,7 @@ def add_images(
         ModelMismatchError: the store or ``encoder`` is of another model.
         ArtifactError: ``prefix`` is taken, or another process is writing the index.
     """
-    path = Path(images)
-    is_store = is_complete(path) and shard_numbers(path)
-    opened = EmbeddingStore.open(path) if is_store else open_source(images, metadata=True)
+    opened = _open(data)
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         wanted = _root(opened) if isinstance(opened, Source) else root_of(opened.manifest.source)
@@ -388,7 +387,7 @@ def add_images(
             )
         if scope is None and alone:
             raise ArtifactError(
-                f"{images} lies in no folder of {index}; add the folder that it lies in"
+                f"{wanted.where} is in no folder of {writer.path}; add the folder that contains it"
             )
         new = scope is None
         if scope is None:
@@ -402,6 +401,14 @@ def add_images(
             update.apply(update.shards_of(opened), [])
         update.changes.prefix = scope.root.prefix if new else ""
         return update.changes
+
+
+def _open(data: str | Path | Source | EmbeddingStore) -> Source | EmbeddingStore:
+    if isinstance(data, Source | EmbeddingStore):
+        return data
+    path = Path(data)
+    is_store = is_complete(path) and shard_numbers(path)
+    return EmbeddingStore.open(path) if is_store else open_source(data, metadata=True)
 
 
 def _root(source: Source) -> Root:

@@ -16,9 +16,9 @@ from clipkit.data.formats.metadata import DAY, INTEGER, NUMBER, OWN, TEXT, TIME,
 from clipkit.data.images import Decode
 from clipkit.data.transforms import Pixels
 from clipkit.index.filters import FOLDER, folders_of, parse_where
-from clipkit.index.hits import distinct
+from clipkit.index.hits import Hit
 from clipkit.index.roots import Root, roots_of
-from clipkit.index.vector_index import Hit, VectorIndex
+from clipkit.index.vector_index import VectorIndex
 from clipkit.models.encoder import Encoder
 from clipkit.models.inference_precision import DEFAULT_PRECISION, Precision
 from clipkit.models.loading import load_model_ref
@@ -96,11 +96,11 @@ class Collection:
             k: at least 1.
             mask: the rows to search; None: all.
         """
-        return self.index.search(queries, k, mask)
+        return self.index.search_vectors(queries, k, mask)
 
     def distinct(self, hits: Sequence[Hit]) -> list[Hit]:
         """The hits without near-duplicates of better ones."""
-        return distinct(self.index, hits)
+        return self.index.distinct(hits)
 
     def vector(self, key: str) -> Vector | None:
         """The vector of a key; None if the index stores only a lossy one.

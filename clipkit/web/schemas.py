@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from clipkit.errors import ServeError
-from clipkit.index.hits import MINUS
+from clipkit.index.vector_index import MINUS_WEIGHT
 
 MAX_HITS = 10_000
 """How far a search can be paged."""
@@ -60,7 +60,7 @@ class QueryTerms(Page):
     q: Text = Field("", description="Text to search for. An empty query lists the images.")
     minus: list[Text] = Field([], max_length=8, description="Texts to move away from.")
     minus_weight: float = Field(
-        MINUS, gt=0, le=10, description="Weight of each `minus` text and `unlike` image."
+        MINUS_WEIGHT, gt=0, le=10, description="Weight of each `minus` text and `unlike` image."
     )
     like: list[Key] = Field([], max_length=8, description="Keys of images to move towards.")
     unlike: list[Key] = Field([], max_length=8, description="Keys of images to move away from.")

@@ -15,10 +15,10 @@ from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.formats.metadata import OWN
 from clipkit.data.labels import Label, parse_label
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.index import vector_index
 from clipkit.index.calibration import GOOD
 from clipkit.index.filters import FOLDER
-from clipkit.index.hits import combined
+from clipkit.index.hits import Hit
+from clipkit.index.vector_index import combine
 from clipkit.models.tokenizer import TruncationReport, tokenize
 from clipkit.web.batching import Batcher, EncoderQueue, Vector
 from clipkit.web.collection import Collection, Mask, ServedIndex
@@ -66,7 +66,7 @@ class Service:
         self.served, self.monitor = served, monitor
         self.worker, self.uploads = ImageWorker(thumbnails), UploadCache()
         self._encoding = EncoderQueue(monitor.batches.observe)
-        self._searches: Batcher[_VectorSearch, list[vector_index.Hit]] = Batcher(_search_batch)
+        self._searches: Batcher[_VectorSearch, list[Hit]] = Batcher(_search_batch)
         self._classifiers: OrderedDict[tuple[str, ...], ZeroShotClassifier] = OrderedDict()
 
     @property
@@ -175,7 +175,7 @@ class Service:
         wanted += [await self._vector_of(collection, key) for key in query.like]
         unwanted += [await self._vector_of(collection, key) for key in query.unlike]
         terms = wanted + [np.float32(-query.minus_weight) * vector for vector in unwanted]
-        return combined(terms) if terms else None
+        return combine(terms) if terms else None
 
     async def _hits(
         self,
@@ -184,7 +184,7 @@ class Service:
         vector: Vector,
         mask: Mask | None,
         stop: int,
-    ) -> list[vector_index.Hit]:
+    ) -> list[Hit]:
         """The best hits, at least ``stop`` of them if there are as many."""
         if query.distinct and stop > MAX_DISTINCT_HITS:
             raise RequestError(
@@ -242,8 +242,8 @@ def _round_up(k: int) -> int:
     return max(128, 1 << (k - 1).bit_length())
 
 
-def _search_batch(searches: Sequence[_VectorSearch]) -> list[list[vector_index.Hit]]:
-    results: list[list[vector_index.Hit]] = [[] for _ in searches]
+def _search_batch(searches: Sequence[_VectorSearch]) -> list[list[Hit]]:
+    results: list[list[Hit]] = [[] for _ in searches]
     groups: dict[tuple[int, int, str], list[int]] = {}
     for n, one in enumerate(searches):
         groups.setdefault((id(one.collection), one.k, one.where), []).append(n)

@@ -41,7 +41,7 @@ def index_demo(demo: Path, folder: Path) -> Path:
             print(json.dumps(record), file=lines)
     index = folder / "emoji-index"
     encoder = clipkit.load_model(demo / "run")
-    clipkit.build_index(photos, index, load=lambda: encoder)
+    clipkit.build_index(photos, index, encoder=encoder)
     calibrate_index(index, lambda *_: encoder)
     return index
 

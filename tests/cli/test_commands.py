@@ -322,7 +322,7 @@ def test_search_prints_what_the_index_finds(run, index, encoder, colour_folder, 
     if query != "text":
         words += ["--image", colour_folder / "blue-2.png"]
         vector += encoder.encode_images([read_image(colour_folder / "blue-2.png")])[0]
-    expected = VectorIndex.open(index).search(vector[None] / np.linalg.norm(vector), 5)[0]
+    expected = VectorIndex.open(index).search_vectors(vector[None] / np.linalg.norm(vector), 5)[0]
     out, err = run("search", index, *words, "-k", 5, "--json")
     assert [hit["key"] for hit in objects(out)] == [hit.key for hit in expected]
     assert [hit["rank"] for hit in objects(out)] == [1, 2, 3, 4, 5]
@@ -347,7 +347,7 @@ def test_a_query_that_is_too_long_shows_what_was_not_read(run, index):
 
 
 def test_search_refuses_what_it_cannot_answer(run, index, tmp_path):
-    assert "caption is empty" in run("search", index, " ", code=1)[1]
+    assert "text to search for is empty" in run("search", index, " ", code=1)[1]
     assert "expected a clipkit index" in run("search", f"{index}.store", "red", code=1)[1]
     (tmp_path / "no.png").write_bytes(b"no picture")
     assert "cannot be searched" in run("search", index, "--image", tmp_path / "no.png", code=1)[1]

@@ -76,7 +76,7 @@ def test_a_server_encodes_in_the_precision_that_was_named(
     run, colour_folder, tiny_checkpoint, tmp_path, monkeypatch
 ):
     index = build_index(
-        colour_folder, tmp_path / "index", load=lambda: clipkit.load_model(tiny_checkpoint)
+        colour_folder, tmp_path / "index", encoder=clipkit.load_model(tiny_checkpoint)
     )
     served = []
     monkeypatch.setattr(

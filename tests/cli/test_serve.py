@@ -21,7 +21,7 @@ def test_the_command_serves_until_it_is_interrupted(
     colour_folder, tiny_checkpoint, tmp_path, monkeypatch, capsys
 ):
     encoder = clipkit.load_model(tiny_checkpoint)
-    index = build_index(colour_folder, tmp_path / "index", load=lambda: encoder)
+    index = build_index(colour_folder, tmp_path / "index", encoder=encoder)
     told = []
 
     def ask(stderr):

@@ -12,12 +12,10 @@ from clipkit.classifiers.zero_shot import Prediction
 from clipkit.config import parse_config
 from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
-from clipkit.index.hits import Hits
+from clipkit.index.hits import Hit, Hits
 from clipkit.index.roots import Root, file_of
-from clipkit.index.vector_index import Hit
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
-from clipkit.tasks.search import Searcher
 from tests.helpers.models import tiny_model
 from tests.helpers.toys import ColourEncoder, square
 
@@ -34,16 +32,16 @@ def size_of(png):
 def searcher(colour_folder, tmp_path):
     encoder = ColourEncoder()
     embed(colour_folder, tmp_path / "store", encoder)
-    return Searcher(build_index(tmp_path / "store", tmp_path / "index"), encoder)
+    return build_index(tmp_path / "store", tmp_path / "index", encoder)
 
 
 def test_hits_show_their_pictures(searcher, colour_folder):
-    hits = searcher.by_caption("red", k=4)
+    hits = searcher.search("red", k=4)
     page = hits._repr_html_()
     assert page.count("data:image/jpeg;base64,") == 4
     assert "“red”" in page
     assert all(hit.key in page and f"{hit.score:.3f}" in page for hit in hits)
-    assert hits == list(hits)
+    assert list(hits) == list(hits.items)
     (colour_folder / hits[0].key).unlink()
     assert hits._repr_html_().count("data:image/jpeg;base64,") == 3
 

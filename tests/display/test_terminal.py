@@ -12,9 +12,8 @@ from PIL import Image
 from clipkit.cli.output import print_pictures
 from clipkit.display.terminal import COLUMNS, ROWS, find_drawer, half_blocks
 from clipkit.display.thumbnails import thumbnail
-from clipkit.index.hits import Hits
+from clipkit.index.hits import Hit, Hits
 from clipkit.index.roots import Root
-from clipkit.index.vector_index import Hit
 from tests.helpers.toys import square
 
 

@@ -75,7 +75,7 @@ def state(path):
         return None
     index = VectorIndex.open(path)
     assert len(index) == len(index.keys) == len(index.records())
-    hits_of = index.search(unit_rows(20, index.dim), 8)
+    hits_of = index.search_vectors(unit_rows(20, index.dim), 8)
     answers = [[(hit.key, hit.id) for hit in hits] for hits in hits_of]
     return index.keys, index.spec, answers
 
@@ -100,7 +100,7 @@ def prepare_sync(folder):
     from tests.helpers.toys import ColourEncoder, square, write_squares
 
     write_squares(folder / "photos", per_colour=1)
-    build_index(folder / "photos", folder / "synced", spec="HNSW8", load=ColourEncoder)
+    build_index(folder / "photos", folder / "synced", spec="HNSW8", encoder=ColourEncoder())
     (folder / "photos" / "red" / "red-0.png").unlink()
     (folder / "photos" / "blue" / "blue-0.png").rename(folder / "photos" / "blue" / "moved.png")
     square("green", shade=50).save(folder / "photos" / "green" / "new.png")

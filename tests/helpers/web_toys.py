@@ -43,7 +43,7 @@ class ServedEncoder(ColourEncoder):
 def build(folder: Path, per_colour: int = 3) -> Path:
     """An index of squares: folder/photos and folder/index."""
     write_squares(folder / "photos", per_colour)
-    build_index(folder / "photos", folder / "index", load=ServedEncoder)
+    build_index(folder / "photos", folder / "index", encoder=ServedEncoder())
     return folder / "index"
 
 

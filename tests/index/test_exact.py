@@ -124,10 +124,10 @@ def test_a_batch_is_exact_in_an_index_of_halves(tmp_path):
         index = VectorIndex.build(writer.finish({}), tmp_path / "index", "SQfp16")
     asked = np.concatenate([unit_rows(flat.CONVERTED, DIM, seed=1), rows[7:8]])
     wanted, order = slow_search(asked, rows, 10)
-    for hits, scores, numbers in zip(index.search(asked, 10), wanted, order, strict=True):
+    for hits, scores, numbers in zip(index.search_vectors(asked, 10), wanted, order, strict=True):
         assert [hit.id for hit in hits] == numbers.tolist()
         assert [hit.score for hit in hits] == scores.tolist()
-    (one,) = index.search(asked[:1], 10)
+    (one,) = index.search_vectors(asked[:1], 10)
     assert [hit.score for hit in one] == pytest.approx(wanted[0].tolist(), abs=1e-3)
 
 

@@ -49,17 +49,17 @@ def test_answers_are_the_same_with_a_card(card, tmp_path, monkeypatch, spec):
         writer.commit()
     card.clear()
     index = VectorIndex.open(tmp_path / "with")
-    few = index.search(queries[:20], 5)
+    few = index.search_vectors(queries[:20], 5)
     assert not card  # not for so few queries
-    many = index.search(queries, 5)
+    many = index.search_vectors(queries, 5)
     assert card
     monkeypatch.setattr(device, "cards", lambda: 0)
-    assert VectorIndex.open(tmp_path / "with").search(queries, 5) == many
+    assert VectorIndex.open(tmp_path / "with").search_vectors(queries, 5) == many
     assert many[:20] == few
     VectorIndex.build(store, tmp_path / "without", spec)
     with IndexWriter(tmp_path / "without") as writer:
         writer.remove(store.keys[:5])
-        assert writer.commit().search(queries, 5) == many
+        assert writer.commit().search_vectors(queries, 5) == many
 
 
 def test_without_a_card_nothing_is_copied(fresh):
@@ -84,9 +84,9 @@ def test_a_real_card_answers_as_the_cpu(tmp_path, monkeypatch, spec):
     store = make_store(tmp_path / "store", unit_rows(20_000, DIM))
     built = VectorIndex.build(store, tmp_path / "index", spec)
     queries = unit_rows(200, DIM, seed=2)
-    on_card = built.search(queries, 10)
+    on_card = built.search_vectors(queries, 10)
     monkeypatch.setattr(device, "cards", lambda: 0)
-    on_cpu = VectorIndex.open(tmp_path / "index").search(queries, 10)
+    on_cpu = VectorIndex.open(tmp_path / "index").search_vectors(queries, 10)
     same = [
         len({h.key for h in a} & {h.key for h in b}) / 10
         for a, b in zip(on_card, on_cpu, strict=True)

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from clipkit.errors import ArtifactError, DataError
-from clipkit.index import search as chosen_module
 from clipkit.index import segments as segments_module
 from clipkit.index.filters import rows_where
+from clipkit.index.segments import split_mask
 from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.store.embedding_store import EmbeddingStore
@@ -103,7 +103,7 @@ def folder(row):
 def test_conditions_choose_what_python_would(index, condition, holds):
     expected = [holds(row) for row in index.records().to_pylist()]
     assert 0 < sum(expected) < len(expected)
-    assert rows_where(index, condition).tolist() == expected
+    assert rows_where(index.segments, condition).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ def test_conditions_choose_what_python_would(index, condition, holds):
 )
 def test_what_is_no_condition_is_refused_in_a_sentence(index, condition, message):
     with pytest.raises(DataError, match=message):
-        rows_where(index, condition)
+        rows_where(index.segments, condition)
 
 
 def assert_exact(index, rows):
     vectors = np.concatenate([block for block, _ in index.shards()])
     keys = np.array(index.keys)
     for k in (1, 5, 400):
-        for query, hits in zip(QUERIES, index.search(QUERIES, k, rows), strict=True):
+        for query, hits in zip(QUERIES, index.search_vectors(QUERIES, k, rows), strict=True):
             order = np.flatnonzero(rows)[np.argsort(-(vectors[rows] @ query), kind="stable")][:k]
             assert [hit.key for hit in hits] == keys[order].tolist()
 
@@ -164,14 +164,14 @@ def test_searching_among_chosen_rows_is_exact(tmp_path, monkeypatch, spec, few):
         index.segments[0].refine = 400
         faiss.extract_index_ivf(index.segments[0].index).nprobe = 8
     for condition in ("year >= 2015", "year > 3000", "folder = 'work' and year < 2005"):
-        rows = rows_where(index, condition)
+        rows = rows_where(index.segments, condition)
         assert_exact(index, rows)
 
 
 def test_a_choice_of_other_rows_is_refused(index):
-    with pytest.raises(ArtifactError, match="one for each of the 301 records"):
-        index.search(QUERIES, 3, np.ones(5, bool))
-    assert chosen_module.by_segment(index.segments, None) == [None, None]
+    with pytest.raises(ArtifactError, match="one value for each of the 301 records"):
+        index.search_vectors(QUERIES, 3, np.ones(5, bool))
+    assert split_mask(index.segments, None) == [None, None]
 
 
 def test_only_the_columns_that_are_named_are_read(index, monkeypatch):
@@ -182,6 +182,6 @@ def test_only_the_columns_that_are_named_are_read(index, monkeypatch):
         "column",
         lambda self, name: read.append(name) or column(self, name),
     )
-    rows_where(index, "year > 2005 and label = 'label 1'")
+    rows_where(index.segments, "year > 2005 and label = 'label 1'")
     assert set(read) - {"key"} == {"year", "label"}
     assert isinstance(index.segments[0].keys, pa.ChunkedArray)

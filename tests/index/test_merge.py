@@ -36,7 +36,7 @@ def assert_holds(index, expected):
     keys, rows = list(expected), np.stack(list(expected.values()))
     queries = unit_rows(10, DIM, seed=5)
     order = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :5]
-    found = [[hit.key for hit in hits] for hits in index.search(queries, 5)]
+    found = [[hit.key for hit in hits] for hits in index.search_vectors(queries, 5)]
     assert found == [[keys[n] for n in best] for best in order]
 
 

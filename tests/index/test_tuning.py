@@ -11,7 +11,7 @@ from typer import BadParameter
 from clipkit.artifacts import ModelRef
 from clipkit.cli import main
 from clipkit.cli.index import parse_size
-from clipkit.errors import ModelError, SpecError
+from clipkit.errors import SpecError
 from clipkit.index import tuning as tune
 from clipkit.index.exact import search_exact
 from clipkit.index.faiss_factory import new_index, train
@@ -175,6 +175,8 @@ IMAGES, TEXTS = gap(3000, 1200)
 class Told:
     """Encodes any captions as the same made-up text vectors, in order."""
 
+    model = MODEL
+
     def encode_text(self, captions):
         return TEXTS[: len(captions)]
 
@@ -222,7 +224,7 @@ def test_the_index_finds_what_its_manifest_says(store, questions, tmp_path, larg
     # What the tuner asked is what a search asks.
     segment = index.segments[0]
     ask = asker(segment.index, segment.vectors, detail["search"])
-    hits = VectorIndex.open(tmp_path / "index").search(TEXTS[:50], 10)
+    hits = VectorIndex.open(tmp_path / "index").search_vectors(TEXTS[:50], 10)
     for found, row in zip(hits, ask(TEXTS[:50], 10), strict=True):
         assert [hit.id for hit in found] == row[row >= 0].tolist()
 
@@ -235,7 +237,7 @@ def test_what_a_changed_index_finds_is_measured_as_it_stands(store, questions, t
         writer.remove(gone)
         index = writer.commit()
     assert remeasure(index, TEXTS[:200]).recall > 0.8
-    hits = index.search(TEXTS[:20], 10)
+    hits = index.search_vectors(TEXTS[:20], 10)
     assert not {hit.key for found in hits for hit in found} & set(gone)
 
 
@@ -287,21 +289,16 @@ def test_a_refine_that_is_no_number_is_refused(store, questions, tmp_path, large
         VectorIndex.open(tmp_path / "index")
 
 
-def test_auto_takes_captions(store, tmp_path):
-    with pytest.raises(ModelError, match=r"what captions find.*load_text"):
-        build_index(store.path, tmp_path / "index", spec="auto")
-    asked = []
-    index = build_index(
-        store.path, tmp_path / "index", spec="auto", load_text=lambda m: asked.append(m) or Told()
-    )
-    assert (index.spec, asked) == ("Flat", [MODEL])
+def test_auto_encodes_captions_with_the_encoder(store, tmp_path):
+    index = build_index(store, tmp_path / "index", Told(), spec="auto")
+    assert (index.spec, index.model) == ("Flat", MODEL)
 
 
 def test_an_empty_store_makes_an_empty_index(tmp_path):
     empty = make_store(tmp_path / "store", 0)
-    index = build_index(empty.path, tmp_path / "index", spec="auto", load_text=lambda model: Told())
+    index = build_index(empty.path, tmp_path / "index", Told(), spec="auto")
     assert (index.spec, len(index)) == ("Flat", 0)
-    assert index.search(np.ones((1, DIM), np.float32), 3) == [[]]
+    assert index.search_vectors(np.ones((1, DIM), np.float32), 3) == [[]]
 
 
 def command(monkeypatch, capsys, *words):

@@ -9,7 +9,8 @@ import pytest
 from clipkit.artifacts import ModelRef
 from clipkit.errors import ArtifactError, SpecError
 from clipkit.index.faiss_factory import new_index
-from clipkit.index.vector_index import Hit, VectorIndex
+from clipkit.index.hits import Hit
+from clipkit.index.vector_index import VectorIndex
 from clipkit.store.embedding_store import EmbeddingStore
 from tests.helpers.toys import records, unit_rows
 
@@ -45,7 +46,7 @@ def keys_of(answers):
 @pytest.mark.parametrize("spec", ["Flat", "IDMap,Flat", "IDMap2,Flat", "IVF16,Flat", "RR16,Flat"])
 def test_exact_specs_equal_the_sorted_product(store, tmp_path, spec):
     queries = unit_rows(50, DIM, seed=1)
-    answers = VectorIndex.build(store, tmp_path / "index", spec).search(queries, 10)
+    answers = VectorIndex.build(store, tmp_path / "index", spec).search_vectors(queries, 10)
     expected = slow_search(queries, store.vectors(), 10)
     assert keys_of(answers) == keys_of(expected)
     scores, wanted = (
@@ -74,7 +75,7 @@ def test_exact_specs_equal_the_sorted_product(store, tmp_path, spec):
 def test_approximate_specs_find_most_of_it(store, tmp_path, spec, least):
     queries = unit_rows(50, DIM, seed=1)
     VectorIndex.build(store, tmp_path / "index", spec)
-    answers = VectorIndex.open(tmp_path / "index").search(queries, 10)
+    answers = VectorIndex.open(tmp_path / "index").search_vectors(queries, 10)
     expected = keys_of(slow_search(queries, store.vectors(), 10))
     found = [len({*a} & {*b}) for a, b in zip(keys_of(answers), expected, strict=True)]
     assert np.sum(found) / 500 >= least
@@ -99,9 +100,9 @@ def test_search_settings_are_recorded_and_applied(store, tmp_path):
     assert (built.spec, built.model, len(built)) == ("IDMap2,IVF64,SQ8", MODEL, 1000)
     assert built.manifest.source == {"spec": "made up", "store": str(store.path)}
     query = unit_rows(1, DIM, seed=1)
-    assert len(built.search(query, 1000)[0]) < 1000
+    assert len(built.search_vectors(query, 1000)[0]) < 1000
     change(path, {"search": {"nprobe": 64}})
-    assert len(VectorIndex.open(path).search(query, 1000)[0]) == 1000
+    assert len(VectorIndex.open(path).search_vectors(query, 1000)[0]) == 1000
     change(path, {"search": {"nprobes": 64}})
     with pytest.raises(SpecError, match="nprobes=64"):
         VectorIndex.open(path)
@@ -118,7 +119,7 @@ def test_k_beyond_the_index_gives_what_there_is(tmp_path):
     store = make_store(tmp_path / "store", vectors)
     for spec in ("Flat", "IVF2,Flat", "HNSW8", "SQ8"):
         index = VectorIndex.build(store, tmp_path / "index", spec, replace=True)
-        (hits,) = index.search(vectors[:1], 100)
+        (hits,) = index.search_vectors(vectors[:1], 100)
         assert hits[0].key == "item-00000.png"
         assert sorted(hit.key for hit in hits) == store.keys
 
@@ -127,7 +128,7 @@ def test_cells_that_are_not_searched_give_fewer_hits_and_no_strangers(store, tmp
     index = VectorIndex.build(store, tmp_path / "index", "IVF64,Flat")
     change(tmp_path / "index", {"search": {"nprobe": 1}})
     index = VectorIndex.open(tmp_path / "index")
-    for hits in index.search(unit_rows(50, DIM, seed=1), 500):
+    for hits in index.search_vectors(unit_rows(50, DIM, seed=1), 500):
         assert 0 < len(hits) < 500
         assert len({hit.key for hit in hits}) == len(hits)
 
@@ -135,7 +136,7 @@ def test_cells_that_are_not_searched_give_fewer_hits_and_no_strangers(store, tmp
 def test_equal_scores_come_in_row_order(tmp_path):
     twins = np.repeat(unit_rows(1, DIM), 6, axis=0)
     index = VectorIndex.build(make_store(tmp_path / "store", twins), tmp_path / "index")
-    (hits,) = index.search(twins[:1], 6)
+    (hits,) = index.search_vectors(twins[:1], 6)
     assert [hit.key for hit in hits] == [record["key"] for record in records(6)]
 
 
@@ -143,14 +144,14 @@ def test_an_empty_store_makes_an_empty_index(tmp_path):
     empty = make_store(tmp_path / "store", np.empty((0, DIM), np.float32))
     index = VectorIndex.build(empty, tmp_path / "index")
     assert len(index) == 0
-    assert index.search(unit_rows(2, DIM), 5) == [[], []]
+    assert index.search_vectors(unit_rows(2, DIM), 5) == [[], []]
     with pytest.raises(SpecError, match="needs at least 4 vectors to train on, but there are 0"):
         VectorIndex.build(empty, tmp_path / "other", "IVF4,Flat")
 
 
 def test_no_queries_no_answers(store, tmp_path):
     index = VectorIndex.build(store, tmp_path / "index")
-    assert index.search(np.empty((0, DIM), np.float32), 5) == []
+    assert index.search_vectors(np.empty((0, DIM), np.float32), 5) == []
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_no_queries_no_answers(store, tmp_path):
 def test_bad_queries_are_refused(store, tmp_path, queries, k, said):
     index = VectorIndex.build(store, tmp_path / "index")
     with pytest.raises(ArtifactError, match=said):
-        index.search(queries, k)
+        index.search_vectors(queries, k)
 
 
 @pytest.mark.parametrize(
@@ -309,14 +310,13 @@ def test_records_are_those_of_the_store(store, tmp_path):
 SEARCH_WITHOUT_TORCH = """
 import sys
 import clipkit.store.embedding_store, clipkit.index.vector_index
-from clipkit.tasks.search import Searcher
 from clipkit.index.vector_index import VectorIndex
 assert "torch" not in sys.modules
 index = VectorIndex.open(sys.argv[1])
 import numpy as np
 query = np.zeros(index.dim, np.float32)
 query[0] = 1
-print([hit.key for hit in Searcher(index).by_vector(query, k=3)])
+print([hit.key for hit in index.search(query, k=3)])
 assert "torch" not in sys.modules
 """
 

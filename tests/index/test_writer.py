@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from clipkit.artifacts import MANIFEST
 from clipkit.errors import ArtifactError, SpecError
 from clipkit.index import vector_index
-from clipkit.index.vector_index import Hit, VectorIndex
+from clipkit.index.hits import Hit
+from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.store.embedding_store import EmbeddingStore
 from tests.helpers.indexes import DIM, MODEL, POOL, QUERIES, make_store, old_index, table
@@ -54,7 +55,7 @@ class Model:
 def assert_answers(index, model, least):
     assert len(index) == len(model.vectors)
     assert dict(zip(index.keys, index.records()["id"].to_pylist(), strict=True)) == model.ids
-    expected, answers = model.search(QUERIES, 10), index.search(QUERIES, 10)
+    expected, answers = model.search(QUERIES, 10), index.search_vectors(QUERIES, 10)
     same = 0
     for query, found, wanted in zip(QUERIES, answers, expected, strict=True):
         assert len(found) == len(wanted)
@@ -140,7 +141,7 @@ def test_a_base_too_small_to_train_is_left_as_it_is(tmp_path):
             writer.commit(compact=True)
     after = VectorIndex.open(tmp_path / "index")
     assert after.manifest == index.manifest
-    assert after.search(QUERIES, 5) == index.search(QUERIES, 5)
+    assert after.search_vectors(QUERIES, 5) == index.search_vectors(QUERIES, 5)
 
 
 def names(path):
@@ -174,7 +175,7 @@ def test_ids_are_never_given_twice(tmp_path):
     with IndexWriter(path) as writer:
         writer.remove(store.keys)
         assert len(writer.commit()) == 0
-        assert writer.commit(compact=True).search(QUERIES, 3) == [[]] * len(QUERIES)
+        assert writer.commit(compact=True).search_vectors(QUERIES, 3) == [[]] * len(QUERIES)
         writer.append(POOL[:2], table(["a", "b"]))
         index = writer.commit()
     assert index.records()["id"].to_pylist() == [10, 11]
@@ -225,7 +226,7 @@ def test_an_index_of_format_1_opens_and_lives_on(tmp_path, spec):
     path = old_index(tmp_path / "old", vectors, spec)
     before = VectorIndex.open(path)
     fresh = VectorIndex.build(make_store(tmp_path / "store", vectors), tmp_path / "new", "Flat")
-    wanted = [[hit.key for hit in hits] for hits in fresh.search(QUERIES, 3)]
+    wanted = [[hit.key for hit in hits] for hits in fresh.search_vectors(QUERIES, 3)]
     if spec != "SQ8":
         assert [[hit.key for hit in hits] for hits in before.search(QUERIES, 3)] == wanted
     with IndexWriter(path) as writer:
@@ -233,7 +234,7 @@ def test_an_index_of_format_1_opens_and_lives_on(tmp_path, spec):
         writer.append(vectors[7:8], table(["seven"], id=[7]))
         writer.commit()
     index = VectorIndex.open(path)
-    assert index.search(vectors[7:8], 1)[0][0].key == "seven"
+    assert index.search_vectors(vectors[7:8], 1)[0][0].key == "seven"
     assert sorted(index.records()["id"].to_pylist()) == list(range(50))
     with IndexWriter(path) as writer:
         if spec == "SQ8":
@@ -242,7 +243,9 @@ def test_an_index_of_format_1_opens_and_lives_on(tmp_path, spec):
         else:
             writer.commit(compact=True)
             assert "index.faiss" not in names(path)
-    assert VectorIndex.open(path).search(vectors[7:8], 1)[0][0] == Hit("seven", pytest.approx(1))
+    assert VectorIndex.open(path).search_vectors(vectors[7:8], 1)[0][0] == Hit(
+        "seven", pytest.approx(1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +281,7 @@ def test_a_key_may_move_to_other_vectors_within_one_commit(tmp_path):
         writer.remove(["item-00003.png"])
         writer.append(POOL[:1], table(["item-00003.png"]))
         index = writer.commit()
-    assert index.search(POOL[:1], 1)[0] == [Hit("item-00003.png", pytest.approx(1))]
+    assert index.search_vectors(POOL[:1], 1)[0] == [Hit("item-00003.png", pytest.approx(1))]
     assert len(index) == 20
 
 
@@ -301,13 +304,13 @@ def test_a_reader_keeps_what_it_opened(tmp_path):
     store, path = make_store(tmp_path / "store", unit_rows(60, DIM)), tmp_path / "index"
     VectorIndex.build(store, path, "SQ8")
     reader, twin = VectorIndex.open(path), VectorIndex.open(path)
-    answers = twin.search(QUERIES, 5)
+    answers = twin.search_vectors(QUERIES, 5)
     with IndexWriter(path) as writer:
         writer.remove(store.keys[:50])
         writer.commit(compact=True)
     VectorIndex.build(store, path, "Flat", replace=True)
     # Nothing of it was read before its files were deleted.
-    assert reader.search(QUERIES, 5) == answers
+    assert reader.search_vectors(QUERIES, 5) == answers
     assert reader.keys == store.keys
     assert np.concatenate([rows for rows, _ in reader.shards()]).shape == (60, DIM)
 

@@ -17,7 +17,6 @@ from clipkit.store import shards as shard_writer
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
-from clipkit.tasks.search import Searcher
 from tests.helpers.paths import ROOT
 from tests.helpers.toys import ColourEncoder, records, soft, unit_rows, write_squares
 
@@ -156,16 +155,16 @@ def test_an_image_is_searched_for_as_those_of_the_index_were_read(photos, tiny_c
     from clipkit.models.loading import load_model
 
     encoder = load_model(tiny_checkpoint)
-    index = build_index(photos, photos.with_name("index"), load=lambda: encoder, decode=decode)
-    searcher = Searcher(index, encoder)
+    index = build_index(photos, photos.with_name("index"), encoder=encoder, decode=decode)
+    searcher = index.with_encoder(encoder)
     vectors = EmbeddingStore.open(photos.with_name("index.store")).vectors()
     for key, vector in zip(index.keys, vectors, strict=True):
-        (hit,) = searcher.by_image(photos / key, k=1)
+        (hit,) = searcher.search(image=photos / key, k=1)
         assert hit.key == key
         # Read in the other way, the scores are off by 1e-5 and more.
         assert hit.score == pytest.approx(1, abs=2e-6)
-        np.testing.assert_allclose(searcher._encode(photos / key), vector, atol=1e-6)
+        np.testing.assert_allclose(searcher._encode_image(photos / key), vector, atol=1e-6)
     caption = encoder.encode_text(["a red picture"])[0]
-    assert searcher.by_caption("a red picture", k=1)[0].score == pytest.approx(
+    assert searcher.search("a red picture", k=1)[0].score == pytest.approx(
         float((vectors @ caption).max()), abs=1e-5
     )

@@ -307,7 +307,7 @@ def test_the_precision_is_recorded_and_vectors_go_together(
     assert index.model.precision == "bf16"
     exact = load_model(tiny_checkpoint, precision="fp32")
     assert exact.model == store.model
-    hits = clipkit.Searcher(index, exact).by_image(Image.open(colour_folder / "red-2.png"), k=1)
+    hits = index.with_encoder(exact).search(image=Image.open(colour_folder / "red-2.png"), k=1)
     assert hits[0].score > 0.999
     assert CliRunner().invoke(app, [*arguments, "--precision", "fp8"]).exit_code == 2
 

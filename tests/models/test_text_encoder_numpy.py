@@ -175,7 +175,7 @@ def test_search_loads_neither_torch_nor_open_clip(colour_folder, tmp_path):
     encoder = load_model(path)
     embed(colour_folder, tmp_path / "store", encoder)
     index = clipkit.build_index(tmp_path / "store", tmp_path / "index")
-    wanted = clipkit.Searcher(index, encoder).by_caption("a red picture")
+    wanted = index.with_encoder(encoder).search("a red picture")
 
     def search():
         done = subprocess.run(

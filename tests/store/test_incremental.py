@@ -143,7 +143,7 @@ def test_the_way_pictures_are_read_is_recorded_followed_and_not_mixed(photos, tm
         embed(photos, tmp_path / "store", encoder, decode="fast")
     assert embed(photos, tmp_path / "store", encoder).decode == "exact"
     assert build_index(store.path, tmp_path / "index").decode == "exact"
-    made = build_index(photos, tmp_path / "other", load=ColourEncoder, decode="exact")
+    made = build_index(photos, tmp_path / "other", encoder=ColourEncoder(), decode="exact")
     assert made.decode == "exact"
 
 

@@ -347,7 +347,7 @@ def other_checkpoint(path, seed):
 def test_an_index_whose_model_was_replaced_or_is_gone(colour_folder, tmp_path, capsys, monkeypatch):
     model, index = tmp_path / "model", tmp_path / "index"
     before = other_checkpoint(model, seed=1)
-    build_index(colour_folder, index, load=lambda: clipkit.load_model(model))
+    build_index(colour_folder, index, encoder=clipkit.load_model(model))
     shutil.copytree(model, tmp_path / "kept")
     after = other_checkpoint(model, seed=2)
     line = fail(capsys, monkeypatch, "search", index, "red")
@@ -355,7 +355,7 @@ def test_an_index_whose_model_was_replaced_or_is_gone(colour_folder, tmp_path, c
     assert after.fingerprint[:12] in line
     assert "put the model back" in line
     with pytest.raises(ModelMismatchError, match="clipkit index build IMAGES --out INDEX"):
-        clipkit.Searcher(VectorIndex.open(index), clipkit.load_model(model))
+        VectorIndex.open(index, encoder=clipkit.load_model(model))
     line = fail(
         capsys, monkeypatch, "embed", colour_folder, "--out", f"{index}.store", "--model", model
     )
@@ -408,12 +408,12 @@ def test_directories_of_something_else_are_refused_and_stay(
 def test_a_foreign_manifest_beside_photos_is_no_obstacle(colour_folder, tmp_path):
     for content in ('{"name": "an app", "icons": []}', "no JSON", "[]"):
         (colour_folder / "manifest.json").write_text(content)
-        index = build_index(colour_folder, tmp_path / "index", load=ColourEncoder)
+        index = build_index(colour_folder, tmp_path / "index", encoder=ColourEncoder())
         assert len(index) == 12
     store = tmp_path / "index.store"
     (store / "manifest.json").write_text("damaged")
     with pytest.raises(ArtifactError, match="cannot be read"):
-        build_index(store, tmp_path / "other", load=ColourEncoder)
+        build_index(store, tmp_path / "other", encoder=ColourEncoder())
 
 
 def test_half_written_directories_say_so(tmp_path, capsys, monkeypatch):
@@ -468,7 +468,7 @@ def test_a_full_disk_while_embedding_and_indexing(tmp_path, disk):
     write_squares(photos)
     embed(photos, store, ColourEncoder())
     build_index(store, index)
-    answer = VectorIndex.open(index).search(np.eye(3, dtype=np.float32), 4)
+    answer = VectorIndex.open(index).search_vectors(np.eye(3, dtype=np.float32), 4)
     square("red", shade=3).save(photos / "red" / "new.png")
     for leaving in (0, 4096, 8192):
         disk.fill(leaving)
@@ -477,7 +477,7 @@ def test_a_full_disk_while_embedding_and_indexing(tmp_path, disk):
         with pytest.raises((ArtifactError, OSError), match=r"No space|cannot be written"):
             build_index(store, index, spec="HNSW8")
         assert len(EmbeddingStore.open(store)) == 16
-        assert VectorIndex.open(index).search(np.eye(3, dtype=np.float32), 4) == answer
+        assert VectorIndex.open(index).search_vectors(np.eye(3, dtype=np.float32), 4) == answer
         disk.make_room()
     assert len(embed(photos, store, ColourEncoder())) == 17
     assert len(build_index(store, index, spec="HNSW8")) == 17

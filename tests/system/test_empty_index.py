@@ -9,7 +9,6 @@ from clipkit.errors import DataError
 from clipkit.index.vector_index import VectorIndex
 from clipkit.tasks.index import compact_index, remove_items
 from clipkit.tasks.map import draw_map
-from clipkit.tasks.search import Searcher
 from clipkit.tasks.sync import add_images
 from tests.helpers.toys import COLOURS, png, square
 from tests.helpers.web_toys import ServedEncoder, build, client, keys
@@ -25,7 +24,7 @@ def index(tmp_path, request):
 
 
 def test_a_search_finds_nothing(index, monkeypatch, capsys):
-    assert Searcher(VectorIndex.open(index), ServedEncoder()).by_caption("red") == []
+    assert VectorIndex.open(index, encoder=ServedEncoder()).search("red").items == ()
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # which a command changes
     for more in ([], ["--json"]):
         monkeypatch.setattr("sys.argv", ["clipkit", "search", str(index), "red", *more])

@@ -58,7 +58,7 @@ def pairs_of(path):
     assert len(index) == 40 + len(pair)
     assert not pair or [key[-1] for key in pair] == ["a", "b"]
     assert len({key[:-1] for key in pair}) <= 1
-    found = {hit.key for hit in index.search(unit_rows(1, DIM), len(index))[0]}
+    found = {hit.key for hit in index.search_vectors(unit_rows(1, DIM), len(index))[0]}
     assert found == set(index.keys)
     return pair
 

@@ -52,7 +52,7 @@ def test_recall_is_that_of_counting_by_hand(index):
     vectors = np.concatenate([rows for rows, _ in opened.shards()])
     chosen = np.sort(np.random.default_rng(0).choice(300, 200, replace=False))
     best = np.argsort(-(vectors[chosen] @ vectors.T), axis=1)[:, :10]
-    hits = [[hit.id for hit in hits] for hits in opened.search(vectors[chosen], 10)]
+    hits = [[hit.id for hit in hits] for hits in opened.search_vectors(vectors[chosen], 10)]
     expected = np.mean([len({*a} & {*b}) / 10 for a, b in zip(hits, best.tolist(), strict=True)])
     report = check_index(index)
     assert report.recall == pytest.approx(expected)
@@ -139,7 +139,7 @@ def by_hand(path, rows, texts):
     """Recall@10 as counted with sets."""
     best = np.argsort(-(texts @ rows.T), axis=1)[:, :10]
     keys = VectorIndex.open(path).keys
-    hits = VectorIndex.open(path).search(texts, 10)
+    hits = VectorIndex.open(path).search_vectors(texts, 10)
     pairs = zip(hits, best, strict=True)
     return np.mean([len({h.key for h in found} & {keys[n] for n in b}) / 10 for found, b in pairs])
 

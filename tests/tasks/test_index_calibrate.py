@@ -12,7 +12,6 @@ from clipkit.index.sample_queries import generic_captions, make_questions
 from clipkit.index.vector_index import VectorIndex
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.index import calibrate_index
-from clipkit.tasks.search import Searcher
 from tests.helpers.gap import gap
 from tests.helpers.toys import records, soft
 
@@ -50,7 +49,7 @@ def index(tmp_path):
 def test_a_calibrated_index_tells_probabilities(index):
     assert VectorIndex.open(index).calibration is None
     before = json.loads((index / MANIFEST).read_text())
-    found = calibrate_index(index, lambda model, what: Told())
+    found = calibrate_index(index, Told())
     assert found.calibration.informative
     assert (found.source, found.measured.recall) == ("captions of the images", 1)
     after = json.loads((index / MANIFEST).read_text())
@@ -58,19 +57,19 @@ def test_a_calibrated_index_tells_probabilities(index):
     assert after["detail"].pop("measured") == found.measured.to_dict()
     assert after == before
     opened = VectorIndex.open(index)
-    hits = Searcher(opened, Told()).by_caption("caption 8", k=5)
+    hits = opened.with_encoder(Told()).search("caption 8", k=5)
     chances = opened.calibration.probabilities(
         Told().encode_text(["caption 8"])[0], np.array([hit.score for hit in hits], np.float32)
     )
     assert [hit.probability for hit in hits] == pytest.approx(chances.tolist())
-    assert hits[0].probability > 0.5 > Searcher(opened, Told()).by_caption("?")[0].probability
-    assert Searcher(opened).by_vector(IMAGES[0])[0].probability is None
+    assert hits[0].probability > 0.5 > opened.with_encoder(Told()).search("?")[0].probability
+    assert opened.search(IMAGES[0])[0].probability is None
 
 
 def test_scores_that_say_nothing_give_no_probability(index):
-    found = calibrate_index(index, lambda model, what: Told(match=0))
+    found = calibrate_index(index, Told(match=0))
     assert not found.calibration.informative
-    hits = Searcher(VectorIndex.open(index), Told(match=0)).by_caption("caption 8")
+    hits = VectorIndex.open(index, encoder=Told(match=0)).search("caption 8")
     assert {hit.probability for hit in hits} == {None}
 
 
@@ -78,7 +77,7 @@ def test_an_empty_index_is_refused(tmp_path):
     with EmbeddingStore.create(tmp_path / "store", MODEL) as writer:
         empty = VectorIndex.build(writer.finish({}), tmp_path / "index")
     with pytest.raises(ArtifactError, match="is empty"):
-        calibrate_index(empty.path, lambda model, what: Told())
+        calibrate_index(empty.path, Told())
 
 
 def command(monkeypatch, capsys, *words):

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from clipkit.errors import CaptionError, DataError
-from clipkit.index.hits import MINUS, NEAR, weighted
-from clipkit.index.vector_index import VectorIndex
+from clipkit.index.vector_index import MINUS_WEIGHT, NEAR_DUPLICATE, VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.tasks.index import build_index
-from clipkit.tasks.search import Searcher
 from tests.helpers.toys import COLOURS, ColourEncoder, square, write_squares
 
 
@@ -24,17 +22,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def searcher(folder):
-    return Searcher(
-        build_index(folder / "photos", folder / "i", load=ColourEncoder), ColourEncoder()
-    )
+def index(folder):
+    return build_index(folder / "photos", folder / "i", ColourEncoder())
 
 
-def best(searcher, vector, k, without=()):
+def best(index, vector, k, without=()):
     """Keys by a product with every vector."""
-    rows = np.concatenate([block for block, _ in searcher.index.shards()])
+    rows = np.concatenate([block for block, _ in index.shards()])
     order = np.argsort(-(rows @ vector), kind="stable")
-    keys = [searcher.index.keys[n] for n in order]
+    keys = [index.keys[n] for n in order]
     return [key for key in keys if key not in without][:k]
 
 
@@ -42,59 +38,64 @@ def of(*words):
     return ColourEncoder().encode_text(list(words))
 
 
-def test_terms_add_up_with_their_weights(searcher):
+def test_terms_add_up_with_their_weights(index):
     red, blue, green = of("red", "blue", "green")
-    hits = searcher.search("red", k=9, minus=["blue:0.8", "green"])
-    assert [hit.key for hit in hits] == best(searcher, red - 0.8 * blue - MINUS * green, 9)
-    assert hits.query == "red, without blue, without green"
+    hits = index.search("red", k=9, minus=["blue", "green"])
+    expected = best(index, red - MINUS_WEIGHT * (blue + green), 9)
+    assert [hit.key for hit in hits] == expected
+    hits = index.search("red", k=9, minus="blue", minus_weight=0.8)
+    assert [hit.key for hit in hits] == best(index, red - 0.8 * blue, 9)
+    assert hits.query == "red, without blue"
     picture = square("blue")
-    hits = searcher.search("red", image=(picture, 0.25), k=9)
+    hits = index.search("red", image=picture, image_weight=0.25, k=9)
     image = ColourEncoder().encode_images([picture])[0]
-    assert [hit.key for hit in hits] == best(searcher, red + np.float32(0.25) * image, 9)
+    assert [hit.key for hit in hits] == best(index, red + np.float32(0.25) * image, 9)
 
 
-def test_more_like_this_is_not_the_same(searcher):
+def test_more_like_this_is_not_the_same(index):
     key = "cyan/cyan-1.png"
-    row = searcher.index.keys.index(key)
-    vector = np.concatenate([block for block, _ in searcher.index.shards()])[row]
-    hits = searcher.search(like=[key], k=5)
-    assert [hit.key for hit in hits] == best(searcher, vector, 5, without=[key])
-    with pytest.raises(DataError, match=r"no image 'cyan/cyan-9.png' \(did you mean 'cyan/cyan-"):
-        searcher.search(like=["cyan/cyan-9.png"])
+    row = index.keys.index(key)
+    vector = np.concatenate([block for block, _ in index.shards()])[row]
+    hits = index.search(like=[key], k=5)
+    assert [hit.key for hit in hits] == best(index, vector, 5, without=[key])
+    with pytest.raises(DataError, match=r"no item 'cyan/cyan-9.png' \(did you mean 'cyan/cyan-"):
+        index.search(like=["cyan/cyan-9.png"])
 
 
 def test_a_removed_image_is_not_found_by_its_key(folder, tmp_path):
-    build_index(folder / "photos", tmp_path / "i", load=ColourEncoder)
+    build_index(folder / "photos", tmp_path / "i", encoder=ColourEncoder())
     with IndexWriter(tmp_path / "i") as writer:
         writer.remove(["red/red-0.png"])
         writer.commit()
-    with pytest.raises(DataError, match="no image"):
-        Searcher(VectorIndex.open(tmp_path / "i")).search(like=["red/red-0.png"])
+    with pytest.raises(DataError, match="no item"):
+        VectorIndex.open(tmp_path / "i").search(like=["red/red-0.png"])
 
 
-def test_near_duplicates_stand_once(searcher):
-    rows = np.concatenate([block for block, _ in searcher.index.shards()])
-    vectors = dict(zip(searcher.index.keys, rows, strict=True))
-    everything = searcher.search("red", k=24)
+def test_near_duplicates_stand_once(index):
+    rows = np.concatenate([block for block, _ in index.shards()])
+    vectors = dict(zip(index.keys, rows, strict=True))
+    everything = index.search("red", k=24)
     kept = []
     for hit in everything:
-        if all(vectors[hit.key] @ vectors[key] < NEAR for key in kept):
+        if all(vectors[hit.key] @ vectors[key] < NEAR_DUPLICATE for key in kept):
             kept.append(hit.key)
     assert len(COLOURS) <= len(kept) < 24
     for k in (3, len(kept), 24):
-        assert [hit.key for hit in searcher.search("red", k=k, distinct=True)] == kept[:k]
+        assert [hit.key for hit in index.search("red", k=k, distinct=True)] == kept[:k]
 
 
-def test_bad_terms_are_refused(searcher):
+def test_bad_terms_are_refused(index):
     with pytest.raises(CaptionError, match="empty"):
-        searcher.search("red", minus=[" "])
-    for text in ("people:0", "people:-1", "people:inf", "people:nan"):
-        with pytest.raises(DataError, match="expected a number above 0"):
-            weighted(text, 1)
-    assert weighted("at 10:30", 0.5) == ("at 10", 30)
-    assert weighted("note: blue", 0.5) == ("note: blue", 0.5)
-    with pytest.raises(DataError, match="opposites"):
-        searcher.search("red", minus=["red:1"])
+        index.search("red", minus=[" "])
+    for weight in (0, -1, np.inf, np.nan):
+        for name in ("minus_weight", "image_weight"):
+            with pytest.raises(DataError, match=f"{name} is .*expected a number above 0"):
+                index.search("red", **{name: weight})
+    assert index.search("red", minus="white at 10:30").query == "red, without white at 10:30"
+    with pytest.raises(TypeError, match="minus holds a int, expected str"):
+        index.search("red", minus=[1])
+    with pytest.raises(DataError, match="cancel each other out"):
+        index.search("red", minus=["red"], minus_weight=1)
 
 
 def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, monkeypatch, run):
@@ -102,14 +103,19 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
     run("index", "build", colour_folder, "--out", index, "--model", tiny_checkpoint)
     import clipkit
 
-    searcher = Searcher(VectorIndex.open(index), clipkit.load_model(tiny_checkpoint))
+    opened = VectorIndex.open(index, encoder=clipkit.load_model(tiny_checkpoint))
     picture = colour_folder / "red-0.png"
     out, _ = run(
-        *("search", index, "red", "--minus", "blue:0.3", "--like", "red-1.png"),
-        *("--image", f"{picture}:0.5", "--json", "-k", 4),
+        *("search", index, "red", "--minus", "blue", "--like", "red-1.png"),
+        *("--minus-weight", 0.3, "--image", picture, "--image-weight", 0.5, "--json", "-k", 4),
     )
-    expected = searcher.search(
-        "red", image=(picture, 0.5), minus=["blue:0.3"], like=["red-1.png"], k=4
+    expected = opened.search(
+        *("red", 4),
+        image=str(picture),
+        image_weight=0.5,
+        minus="blue",
+        minus_weight=0.3,
+        like="red-1.png",
     )
     found = [json.loads(line) for line in out.splitlines()]
     assert [hit["key"] for hit in found] == [hit.key for hit in expected]
@@ -121,9 +127,7 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
     lines = list(csv.DictReader(out.splitlines()))
     queries = ["red", "red", "a blue picture", "a blue picture"]
     assert [line["query"] for line in lines] == queries
-    expected = [
-        hit.key for query in ("red", "a blue picture") for hit in searcher.search(query, k=2)
-    ]
+    expected = [hit.key for query in ("red", "a blue picture") for hit in opened.search(query, k=2)]
     assert [line["key"] for line in lines] == expected
     text = page.read_text()
     assert all(key in text for key in expected)

@@ -40,7 +40,7 @@ def encoder():
 
 @pytest.fixture
 def index(photos, tmp_path, encoder):
-    build_index(photos, tmp_path / "index", spec="HNSW8", load=lambda: encoder)
+    build_index(photos, tmp_path / "index", spec="HNSW8", encoder=encoder)
     encoder.encoded = 0
     return tmp_path / "index"
 
@@ -59,7 +59,7 @@ def assert_as_fresh(index, photos, tmp_path):
     """The index holds and finds what an index of the folder, built now, holds and finds."""
     shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
     shutil.rmtree(tmp_path / "fresh.store", ignore_errors=True)
-    fresh = build_index(photos, tmp_path / "fresh", load=ColourEncoder)
+    fresh = build_index(photos, tmp_path / "fresh", encoder=ColourEncoder())
     found = VectorIndex.open(index)
     facts = ("size", "mtime_ns", "captions", "label", "content_hash")
     rows, expected = (
@@ -68,7 +68,9 @@ def assert_as_fresh(index, photos, tmp_path):
     )
     assert rows == expected
     assert len(found) == len(fresh)
-    for ours, theirs in zip(found.search(QUERIES, 99), fresh.search(QUERIES, 99), strict=True):
+    for ours, theirs in zip(
+        found.search_vectors(QUERIES, 99), fresh.search_vectors(QUERIES, 99), strict=True
+    ):
         wanted = {hit.key: hit.score for hit in theirs}
         assert {hit.key: hit.score for hit in ours} == pytest.approx(wanted, abs=1e-6)
     assert not [name for name in os.listdir(index.parent) if name.startswith(".")]
@@ -123,7 +125,7 @@ def test_a_whole_folder_renamed_is_not_encoded(index, photos, tmp_path, encoder)
 
 
 def test_other_captions_change_the_records_alone(colour_folder, tmp_path, encoder):
-    build_index(colour_folder, tmp_path / "index", load=lambda: encoder)
+    build_index(colour_folder, tmp_path / "index", encoder=encoder)
     (colour_folder / "red-0.txt").write_text("a red picture, indeed\n")
     encoder.encoded = 0
     assert counts(sync_index(tmp_path / "index", encoder=encoder)) == {
@@ -227,7 +229,7 @@ def test_adding_what_lies_within_removes_nothing(index, photos, encoder):
     assert counts(changes) == {"added": 1, "encoded": 1}
     assert "more/one.png" in VectorIndex.open(index).keys
     paint(photos.parent / "alone.png", "blue", 42)
-    with pytest.raises(ArtifactError, match="lies in no folder of"):
+    with pytest.raises(ArtifactError, match="is in no folder of"):
         add_images(index, photos.parent / "alone.png", encoder=encoder)
     with pytest.raises(ArtifactError, match="holds no images of"):
         sync_index(index, photos / "more" / "one.png", encoder=encoder)
@@ -331,7 +333,7 @@ def test_tables_are_synced_by_their_content(tmp_path, encoder):
         pd.DataFrame(rows).to_parquet(tmp_path / "pairs.parquet")
 
     write(["red", "green", "blue"])
-    build_index(tmp_path / "pairs.parquet", tmp_path / "index", load=lambda: encoder)
+    build_index(tmp_path / "pairs.parquet", tmp_path / "index", encoder=encoder)
     write(["red", "cyan", "blue", "white"])
     encoder.encoded = 0
     changes = sync_index(tmp_path / "index", encoder=encoder)

@@ -96,7 +96,7 @@ def test_a_state_that_cannot_be_opened_leaves_the_old_one(index, capsys):
         grown = index.with_name("again")
         index.rename(grown)
         assert not ask.served.refresh()
-        build_index(index.with_name("photos"), index, load=ServedEncoder)
+        build_index(index.with_name("photos"), index, encoder=ServedEncoder())
         assert ask.served.refresh()
         assert not ask.served.refresh()
 

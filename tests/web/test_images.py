@@ -55,7 +55,7 @@ def test_what_browsers_do_not_show_comes_as_a_jpeg(tmp_path):
     folder.mkdir()
     square("red", size=16).save(folder / "a.tiff")
     square("blue", size=16).save(folder / "b.ppm")
-    index = build_index(folder, tmp_path / "index", load=ServedEncoder)
+    index = build_index(folder, tmp_path / "index", encoder=ServedEncoder())
     with client(index.path) as ask:
         for key, colour in (("a.tiff", "red"), ("b.ppm", "blue")):
             answer = ask.get(f"/image/{key}")
@@ -162,7 +162,7 @@ def test_keys_that_point_out_of_the_folder_are_not_read(tmp_path):
     rows = ["own.png", "../secret.png", str(tmp_path / "secret.png"), "linked.png"]
     rows += ["folder/deep.png", "inside.png"]
     table.write_text("file_name,caption\n" + "".join(f"{row},text\n" for row in rows))
-    index = build_index(table, tmp_path / "index", load=ServedEncoder)
+    index = build_index(table, tmp_path / "index", encoder=ServedEncoder())
     assert len(index) == 6
     with client(index.path) as ask:
         for key in index.keys:
@@ -227,7 +227,7 @@ def test_names_of_any_letters_work(tmp_path):
     write_squares(folder)
     for name in names:
         square("red").save(folder / name)
-    index = build_index(folder, tmp_path / "index", load=ServedEncoder)
+    index = build_index(folder, tmp_path / "index", encoder=ServedEncoder())
     assert set(names) <= set(index.keys)
     # A real server, for the test client reads percent signs twice.
     with running(application(index.path)[0]) as port:

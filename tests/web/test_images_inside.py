@@ -14,9 +14,8 @@ from clipkit.data.open_source import open_source
 from clipkit.data.random_access import open_pictures
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import DataError
-from clipkit.index.hits import Hits
+from clipkit.index.hits import Hit, Hits
 from clipkit.index.roots import roots_of
-from clipkit.index.vector_index import Hit
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images
 from clipkit.web import images as files
@@ -109,7 +108,7 @@ def test_keys_of_one_hash_are_told_apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_are_served(tmp_path, kind):
     spec = made(kind, tmp_path)
-    index = build_index(spec, tmp_path / "index", load=ServedEncoder)
+    index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     with client(index.path) as ask:
         assert ask.get("/info").json()["missing"] is None
         rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
@@ -124,7 +123,7 @@ def test_they_are_served(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
     spec = made(kind, tmp_path)
-    index = build_index(spec, tmp_path / "index", load=ServedEncoder)
+    index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
     hits = Hits([Hit(key, 1.0) for key in (*rows, "none")], "", roots_of(index.manifest))
     shown = [hits.picture(hit) for hit in hits]
@@ -137,7 +136,7 @@ def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
 
 def test_a_source_that_changed_never_shows_another_picture(tmp_path):
     table(tmp_path / "t.parquet")
-    index = build_index(tmp_path / "t.parquet", tmp_path / "index", load=ServedEncoder)
+    index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
     row = list(PNGS).index("red")
     whole = dict(PNGS)
     for other in (PNGS["blue"], whole["red"][:-1] + b"x"):  # of another size, and of the same
@@ -153,7 +152,7 @@ def test_a_source_that_changed_never_shows_another_picture(tmp_path):
 
 def test_what_is_gone_or_damaged_is_told(tmp_path):
     table(tmp_path / "t.parquet")
-    index = build_index(tmp_path / "t.parquet", tmp_path / "index", load=ServedEncoder)
+    index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
     whole = (tmp_path / "t.parquet").read_bytes()
     for change, sentence in (
         (lambda file: file.write_bytes(b"PAR1" + bytes(100)), "no intact Parquet file"),
@@ -177,7 +176,7 @@ def test_what_is_gone_or_damaged_is_told(tmp_path):
 
 def test_a_damaged_tar_is_told(tmp_path):
     spec = shards(tmp_path / "tars")
-    index = build_index(spec, tmp_path / "index", load=ServedEncoder)
+    index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     (tmp_path / "tars" / "a-1.tar").write_bytes(b"no tar at all" * 100)
     with client(index.path) as ask:
         assert ask.get("/image/a-0.tar/red.png").status_code == 200
@@ -190,7 +189,7 @@ def test_a_damaged_tar_is_told(tmp_path):
 def test_giant_pictures_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FILE", len(PNGS["red"]))
     table(tmp_path / "t.parquet")
-    index = build_index(tmp_path / "t.parquet", tmp_path / "index", load=ServedEncoder)
+    index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
     with client(index.path) as ask:
         for row, data in enumerate(PNGS.values()):
             large = len(data) > len(PNGS["red"])

@@ -380,7 +380,7 @@ def test_controls_of_every_kind_write_conditions(page, tmp_path):
         "long note": [f"{colour}'s " + "note " * 40 for colour in COLOURS],
     }
     pq.write_table(pa.table(rows), tmp_path / "table.parquet")
-    index = build_index(tmp_path / "table.parquet", tmp_path / "index", load=ServedEncoder)
+    index = build_index(tmp_path / "table.parquet", tmp_path / "index", encoder=ServedEncoder())
     with running(application(index.path)[0]) as port:
         page.goto(f"http://127.0.0.1:{port}/")
         page.click("#filter-button")
@@ -458,7 +458,7 @@ def test_script_in_names_captions_and_columns_is_shown_as_text(page, tmp_path):
         square("red").save(folder / one)
     rows = [f'"{name}","{SCRIPT}","{SCRIPT}"', 'b.png,"two","plain"']
     (folder / "metadata.csv").write_text("file_name,caption,label\n" + "\n".join(rows))
-    index = build_index(folder, tmp_path / SCRIPT.replace("/", ""), load=ServedEncoder)
+    index = build_index(folder, tmp_path / SCRIPT.replace("/", ""), encoder=ServedEncoder())
     with running(application(index.path)[0]) as port:
         page.goto(f"http://127.0.0.1:{port}/?q={SCRIPT}&labels={SCRIPT}%0Ab&where='<img' in label")
         expect(page.locator(".tile .name").first).to_have_text(SCRIPT)
@@ -479,7 +479,7 @@ def test_pictures_inside_a_table_are_shown_and_named_where_it_is_gone(page, tmp_
     rows = {"image": [png(square(c)) for c in COLOURS], "caption": list(COLOURS)}
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table(rows), table)
-    index = build_index(table, tmp_path / "index", load=ServedEncoder)
+    index = build_index(table, tmp_path / "index", encoder=ServedEncoder())
     with running(application(index.path)[0]) as port:
         page.goto(f"http://127.0.0.1:{port}/?q=red")
         wait_for_image(page, "#grid img")

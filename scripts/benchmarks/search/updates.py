@@ -91,7 +91,7 @@ def main() -> None:
         query = unit_rows(1, options.dim, 1)
         for name, step in (
             ("open", lambda: VectorIndex.open(path)),
-            ("open and search once", lambda: VectorIndex.open(path).search(query, 10)),
+            ("open and search once", lambda: VectorIndex.open(path).search_vectors(query, 10)),
             ("add ten", add),
             ("remove ten", remove),
         ):

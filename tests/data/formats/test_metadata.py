@@ -17,7 +17,6 @@ from clipkit.store.shards import Record, digest
 from clipkit.tasks import embed as embed_module
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
-from clipkit.tasks.search import Searcher
 from clipkit.tasks.sync import add_images, sync_index
 from tests.helpers.tables import DAY, EXPECTED, NAMES, ROWS, metadata
 from tests.helpers.toys import COLOURS, ColourEncoder, png, square
@@ -65,16 +64,16 @@ def test_columns_of_tables_come_to_the_store_by_value(photos, tmp_path, encoder,
 
 
 def test_a_filter_finds_what_the_table_says(photos, tmp_path, encoder):
-    build_index(write(photos, "csv"), tmp_path / "index", load=lambda: encoder)
-    searcher = Searcher(VectorIndex.open(tmp_path / "index"), encoder)
-    hits = searcher.search(caption="red", k=9, where="year >= 2023 and folder = 'holiday'")
+    build_index(write(photos, "csv"), tmp_path / "index", encoder=encoder)
+    searcher = VectorIndex.open(tmp_path / "index", encoder=encoder)
+    hits = searcher.search("red", k=9, where="year >= 2023 and folder = 'holiday'")
     kept = [r for r in ROWS if r["year"] >= 2023 and r["folder"] == "holiday"]
     vectors = encoder.encode_images([square(r["filepath"][:-4]) for r in kept])
     scores = vectors @ encoder.encode_text(["red"])[0]
     assert [h.key for h in hits] == [
         kept[n]["filepath"] for n in np.argsort(-scores, kind="stable")
     ]
-    assert len(searcher.search(caption="red", k=2, where="'SIZE 1' in table_size")) == 1
+    assert len(searcher.search("red", k=2, where="'SIZE 1' in table_size")) == 1
 
 
 def test_a_saved_dataset_and_several_parquet_files(photos, tmp_path, encoder, monkeypatch):
@@ -156,7 +155,7 @@ def test_types_are_those_of_all_rows():
 
 
 def test_other_metadata_are_brought_up_to_date_without_encoding(photos, tmp_path, encoder):
-    build_index(write(photos, "csv"), tmp_path / "index", spec="HNSW8", load=lambda: encoder)
+    build_index(write(photos, "csv"), tmp_path / "index", spec="HNSW8", encoder=encoder)
     encoder.encoded = 0
     assert sync_index(tmp_path / "index", encoder=encoder).unchanged == len(ROWS)
     # A column more, one less, a year that is no number.
@@ -181,13 +180,11 @@ def test_sources_without_a_column_have_nulls_in_it(photos, tmp_path, encoder):
     other = tmp_path / "other"
     other.mkdir()
     square("red", shade=9).save(other / "plain.png")
-    build_index(write(photos, "csv"), tmp_path / "one", load=lambda: encoder)
+    build_index(write(photos, "csv"), tmp_path / "one", encoder=encoder)
     add_images(tmp_path / "one", other, encoder=encoder)
     records = VectorIndex.open(tmp_path / "one").records()
     assert metadata(records) == EXPECTED | {"other/plain.png": dict.fromkeys(NAMES)}
-    hits = Searcher(VectorIndex.open(tmp_path / "one"), encoder).search(
-        caption="red", where="year is null"
-    )
+    hits = VectorIndex.open(tmp_path / "one", encoder=encoder).search("red", where="year is null")
     assert [hit.key for hit in hits] == ["other/plain.png"]
 
 
@@ -196,11 +193,11 @@ def test_indexes_whose_columns_differ_are_merged(photos, tmp_path, encoder):
     other.mkdir()
     for colour in list(COLOURS)[:2]:
         square(colour, shade=9).save(other / f"{colour}.png")
-    build_index(write(photos, "csv"), tmp_path / "one", load=lambda: encoder)
+    build_index(write(photos, "csv"), tmp_path / "one", encoder=encoder)
     rows = [
         {"filepath": f"{c}.png", "year": f"c. {n}", "place": "Rome"} for n, c in enumerate(COLOURS)
     ]
-    build_index(write(other, "jsonl", rows[:2]), tmp_path / "two", load=lambda: encoder)
+    build_index(write(other, "jsonl", rows[:2]), tmp_path / "two", encoder=encoder)
     index = merge_indexes([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     found = metadata(index.records(), ["year", "place", "public"])
     assert len(found) == len(COLOURS) + 2

@@ -350,7 +350,7 @@ def test_search_refuses_what_it_cannot_answer(run, index, tmp_path):
     assert "text to search for is empty" in run("search", index, " ", code=1)[1]
     assert "expected a clipkit index" in run("search", f"{index}.store", "red", code=1)[1]
     (tmp_path / "no.png").write_bytes(b"no picture")
-    assert "cannot be searched" in run("search", index, "--image", tmp_path / "no.png", code=1)[1]
+    assert "cannot search with" in run("search", index, "--image", tmp_path / "no.png", code=1)[1]
 
 
 # classify

@@ -1,1 +1,1 @@
-"""Drawing primitives that know nothing of clipkit: HTML, SVG, plots, terminal output."""
+"""Drawing primitives that know nothing of clipkit: HTML, SVG curves, thumbnails, terminals."""

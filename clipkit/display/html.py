@@ -1,8 +1,8 @@
-"""What pages of results are made of: one HTML file, light and dark, no script, nothing fetched.
+"""HTML for self-contained pages and for notebooks.
 
-What objects show of themselves in a notebook: small pieces of HTML, light and dark.
-
-Pages of results that need nothing beside them, as HTML.
+``document`` is a whole page in one file: light and dark, no script, nothing loaded. ``card``,
+``table`` and ``gallery`` are fragments for ``_repr_html_``, which take their colours from the
+notebook. Texts are escaped here.
 """
 
 import base64
@@ -44,7 +44,7 @@ li { margin: .35rem 0; max-width: 46rem; } footer { margin-top: 3rem; font-size:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured share in [0, 1] beside what guessing would reach."""
+    """A measured share in [0, 1] beside the level of chance."""
 
     name: str
     value: float
@@ -52,7 +52,7 @@ class Figure:
 
 
 def document(title: str, lead: str, body: str, footer: str, style: str = "") -> str:
-    """A whole page; title, lead and footer are texts, body and style are HTML and CSS."""
+    """A whole page; title, lead and footer are plain text, body and style are HTML and CSS."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -72,7 +72,7 @@ def document(title: str, lead: str, body: str, footer: str, style: str = "") -> 
 
 
 def figure_table(figures: Iterable[Figure]) -> str:
-    """Measured shares with a bar each, beside what guessing reaches."""
+    """Measured shares with a bar each, beside the level of chance."""
     rows = "".join(
         f'<tr><td>{escape(f.name)}</td><td class="n"><b>{percent(f.value)}</b></td>'
         f'<td class="bar">{bar(f.value)}</td><td class="n">{percent(f.chance)}</td></tr>'
@@ -82,13 +82,13 @@ def figure_table(figures: Iterable[Figure]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def data_uri(picture: bytes, kind: str = "jpeg") -> str:
-    """The address of a picture inside the page itself; ``kind`` is "jpeg" or "png"."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+def data_uri(image: bytes, kind: str = "jpeg") -> str:
+    """An image as a data URI; ``kind`` is "jpeg" or "png"."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
 
 
 def commands(pairs: Iterable[tuple[str, str]]) -> str:
-    """What each command does, and the command."""
+    """Commands, each below a description."""
     return "".join(
         f'<p class="soft">{escape(what)}</p><pre><code>{escape(command)}</code></pre>'
         for what, command in pairs
@@ -96,12 +96,12 @@ def commands(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def bullets(texts: Sequence[str]) -> str:
-    """A list of texts."""
+    """A bulleted list of texts."""
     return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] for a person."""
+    """A share in [0, 1] as a percentage."""
     return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
 
 
@@ -110,19 +110,20 @@ def bar(share: float) -> str:
     return f'<div class="track"><div class="fill" style="width:{100 * share:.1f}%"></div></div>'
 
 
-MOST_SHOWN = 60
+MAX_SHOWN = 60
+"""Images of a gallery; more would make a notebook slow."""
 _QUIET = "color:inherit;background:none;border:0"
 _CELL = f"{_QUIET};text-align:left;padding:.15em 1.2em .15em 0;vertical-align:top"
 
 
 def card(title: str, facts: Iterable[tuple[str, object]]) -> str:
-    """A title above names and values."""
+    """A title above a table of names and values."""
     rows = [(name, str(value)) for name, value in facts]
     return f"<b>{escape(title)}</b>{table((), rows)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Texts in rows and columns."""
+    """A table of texts."""
     head = "".join(f'<th style="{_CELL}">{escape(cell)}</th>' for cell in header)
     body = "".join(f'<tr style="{_QUIET}">{_cells(row)}</tr>' for row in rows)
     start = f'<thead><tr style="{_QUIET}">{head}</tr></thead>' if header else ""
@@ -134,26 +135,26 @@ def _cells(row: Sequence[str]) -> str:
 
 
 def gallery(title: str, items: Iterable[tuple[bytes | None, str, str]], total: int) -> str:
-    """Pictures beside each other, each above two lines of text, the first 60 of them.
+    """Images side by side, each above two lines of text; at most ``MAX_SHOWN`` of them.
 
     Args:
-        title: above them; may be empty.
-        items: a JPEG (None where the picture cannot be shown), the first line and the second.
-        total: how many items there are; of those beyond ``MOST_SHOWN`` none is asked for.
+        title: written above; may be empty.
+        items: a JPEG (None for a missing image), the first line and the second; read lazily.
+        total: the number of items.
     """
     shown = "".join(
-        f'<figure style="margin:0;width:128px;overflow-wrap:anywhere">{picture(data)}'
+        f'<figure style="margin:0;width:128px;overflow-wrap:anywhere">{_framed(data)}'
         f'<figcaption style="font-size:.85em;line-height:1.3"><b>{escape(first)}</b><br>'
         f'<span style="opacity:.7">{escape(second)}</span></figcaption></figure>'
-        for data, first, second in islice(items, MOST_SHOWN)
+        for data, first, second in islice(items, MAX_SHOWN)
     )
     grid = "display:flex;flex-wrap:wrap;gap:12px;align-items:end;margin:.4em 0"
-    rest = f"and {total - MOST_SHOWN} more" if total > MOST_SHOWN else ""
+    rest = f"and {total - MAX_SHOWN} more" if total > MAX_SHOWN else ""
     return f'<b>{escape(title)}</b><div style="{grid}">{shown}</div>{rest}'
 
 
-def picture(jpeg: bytes | None) -> str:
-    """A picture inside the page; a plain frame where there is none."""
+def _framed(jpeg: bytes | None) -> str:
+    """An image inside the page; an empty frame if it is missing."""
     if jpeg is None:
         frame = "width:128px;height:96px;border:1px dashed currentColor;opacity:.4"
         return f'<div style="{frame}"></div>'

@@ -1,4 +1,9 @@
-"""Curves as SVG, which takes its colours from the page around it."""
+"""Curves as inline SVG that takes its colours from the page, and so follows its dark mode.
+
+Written by hand rather than with matplotlib: a curve of 10,000 points takes 7 ms and 8 KB here,
+against 72 ms, 0.6 s of import and 53 KB with matplotlib's SVG backend (2026-11-27), whose colours
+are fixed in the file.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,18 +11,18 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
-MOST_POINTS = 600
-"""Points drawn of a curve: about one a pixel."""
+MAX_POINTS = 600
+"""Points drawn of a curve: about one per pixel."""
 _COLOURS = ("var(--blue)", "var(--green)", "var(--amber)")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 34
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: its name and its points in the order they were taken.
+    """A curve: its name and its points.
 
-    A point whose x is not beyond the last one begins a new line (the run went back); one that is
-    not finite leaves a gap.
+    A point whose x is not beyond that of the last one starts a new line; a point that is not finite
+    leaves a gap.
     """
 
     name: str
@@ -26,7 +31,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """The y axis: where it begins, where it ends at least (None: by the points), and its kind."""
+    """The y axis: its lower end, the least upper end (None: fitted to the points), and its type."""
 
     low: float | None = None
     high: float | None = None
@@ -41,20 +46,20 @@ def chart(
     level: tuple[str, float | None] = ("", None),
     small: bool = False,
 ) -> str:
-    """Draw curves over a common x.
+    """Draw curves over a common x axis.
 
     Args:
         series: at most three.
-        unit: of x.
-        scale: of y.
-        level: name and height of a dashed line; without a height there is none.
+        unit: of the x axis.
+        scale: of the y axis.
+        level: name and y of a dashed line; None as y for no line.
         small: for a third of the width of a page.
     """
     width, height = (360, 200) if small else (720, 260)
     lines = [list(_lines(one.points, scale.log)) for one in series]
     drawn = [point for parts in lines for part in parts for point in part]
     if not drawn:
-        return '<p class="soft">The log holds no such values.</p>'
+        return '<p class="soft">No data.</p>'
     name, dashed = level
     values = [y for _, y in drawn] + ([] if dashed is None else [dashed])
     bottom, top = _range(values, scale)
@@ -81,7 +86,7 @@ def chart(
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values lie in the drawing."""
+    """Maps values to pixels."""
 
     start: float
     end: float
@@ -109,7 +114,7 @@ class _Frame:
 
 
 def _grid(frame: _Frame, unit: str, log: bool) -> Iterator[str]:
-    """Lines with their values, and the values below."""
+    """Grid lines with their values, and the tick labels of the x axis."""
     ticks = _powers if log else _ticks
     for value in ticks(frame.bottom, frame.top, 4):
         y, name = frame.y(value), _number(10**value if log else value)
@@ -119,7 +124,7 @@ def _grid(frame: _Frame, unit: str, log: bool) -> Iterator[str]:
             f'text-anchor="end">{name}</text>'
         )
     below = f'y="{frame.height - 12}"'
-    # The unit stands in the corner, so numbers near it are left out.
+    # The unit is in the corner; tick labels near it are left out.
     for value in _ticks(frame.start, frame.end, max(2, frame.width // 120)):
         if frame.x(value) < frame.width - 14 - 9 * len(unit) - 22:
             yield f'<text x="{frame.x(value):.1f}" {below} text-anchor="middle">'
@@ -136,7 +141,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _lines(points: Sequence[Point], log: bool) -> Iterator[list[Point]]:
-    """Points as unbroken lines, thinned out to what can be seen."""
+    """Points as unbroken lines, thinned to the visible resolution."""
     line: list[Point] = []
     for x, value in points:
         usable = math.isfinite(value) and (value > 0 or not log)
@@ -150,8 +155,8 @@ def _lines(points: Sequence[Point], log: bool) -> Iterator[list[Point]]:
 
 
 def _thin(points: list[Point]) -> list[Point]:
-    """The lowest and the highest point of each of so many parts, so that no spike is lost."""
-    size = -(-2 * len(points) // MOST_POINTS)
+    """The lowest and the highest point of each part, so that no spike is lost."""
+    size = -(-2 * len(points) // MAX_POINTS)
     if size <= 2:
         return points
     kept: list[Point] = []
@@ -172,7 +177,7 @@ def _range(values: Sequence[float], scale: Scale) -> Point:
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between two values, about so many steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers between two values: about so many, in steps of 1, 2 or 5 × a power of ten."""
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.99)
@@ -181,7 +186,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _powers(low: float, high: float, about: int) -> list[float]:
-    """Logarithms of round numbers between two logarithms, powers of ten if these are enough."""
+    """Logarithms of round numbers between two logarithms: powers of ten if these are enough."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for factors in ((1,), (1, 2, 5), (1, 2, 3, 5, 7)):
         logs = [power + math.log10(factor) for power in powers for factor in factors]
@@ -192,7 +197,7 @@ def _powers(low: float, high: float, about: int) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """A tick's value, short."""
+    """A tick label."""
     if abs(value) < 1e-12:
         return "0"
     if abs(value) >= 1000:

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: whole where it has a protocol for them, else as coloured half blocks."""
+"""Images in a terminal, by its graphics protocol or as coloured half blocks."""
 
 import base64
 import io
@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from PIL import Image
 
 COLUMNS, ROWS = 32, 16
-"""The most cells that a picture takes. A cell is about twice as high as wide."""
-_CHUNK = 4096  # the most letters of a picture in one of kitty's commands
+"""Size limit of an image in cells; a cell is about twice as high as wide."""
+_CHUNK = 4096  # characters of data per command, the limit of kitty's protocol
 
 Drawer = Callable[[bytes], str]
 
 
 def find_drawer(environment: Mapping[str, str]) -> Drawer | None:
-    """What turns a picture's file into text that a terminal shows as the picture.
+    """The function that turns an image file into text which the terminal shows as the image.
 
     Args:
-        environment: the variables by which terminals say what they are.
+        environment: the environment variables, by which terminals identify themselves.
 
     Returns:
-        None where the terminal says neither that it shows pictures nor 24-bit colours.
+        None if the terminal announces neither a graphics protocol nor 24-bit colours.
     """
     program = environment.get("TERM_PROGRAM", "")
     if "KITTY_WINDOW_ID" in environment or program == "ghostty":
@@ -32,9 +32,9 @@ def find_drawer(environment: Mapping[str, str]) -> Drawer | None:
     return None
 
 
-def half_blocks(picture: bytes) -> str:
-    """Lines of upper half blocks, each with the colours of two pixels, one above the other."""
-    with Image.open(io.BytesIO(picture)) as opened:
+def half_blocks(image: bytes) -> str:
+    """Lines of upper half blocks; each has the colours of two pixels, one above the other."""
+    with Image.open(io.BytesIO(image)) as opened:
         small = opened.convert("RGB")
     small.thumbnail((COLUMNS, 2 * ROWS))
     pixels, (width, height) = small.load(), small.size
@@ -53,20 +53,20 @@ def _numbers(colour: object) -> str:
     return ";".join(map(str, colour)) if isinstance(colour, tuple) else str(colour)
 
 
-def _inline(picture: bytes) -> str:
+def _inline(image: bytes) -> str:
     """iTerm2's protocol, "Inline Images": the file as it is."""
-    data = base64.b64encode(picture).decode()
-    place = f"inline=1;size={len(picture)};width={COLUMNS};height={ROWS};preserveAspectRatio=1"
+    data = base64.b64encode(image).decode()
+    place = f"inline=1;size={len(image)};width={COLUMNS};height={ROWS};preserveAspectRatio=1"
     return f"\x1b]1337;File={place}:{data}\a\n"
 
 
-def _kitty(picture: bytes) -> str:
+def _kitty(image: bytes) -> str:
     """Kitty's graphics protocol, "Transferring pixel data": a PNG in parts."""
     stream = io.BytesIO()
-    with Image.open(io.BytesIO(picture)) as opened:
+    with Image.open(io.BytesIO(image)) as opened:
         width, height = opened.size
         opened.save(stream, "PNG")
-    # The terminal stretches a picture to the cells it is given.
+    # The terminal stretches an image to the given cells.
     rows = max(1, min(ROWS, round(COLUMNS / 2 * height / width)))
     columns = max(1, min(COLUMNS, round(2 * rows * width / height)))
     data = base64.b64encode(stream.getvalue()).decode()

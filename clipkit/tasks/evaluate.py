@@ -10,7 +10,6 @@ from clipkit.data.images import Skipped
 from clipkit.data.labels import empty_classes, targets_of
 from clipkit.data.open_source import Source
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.display import plots
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate
 from clipkit.evaluation.report import (
@@ -24,6 +23,7 @@ from clipkit.evaluation.report import (
 )
 from clipkit.models.embed_source import EncodedPairs, cached_pairs
 from clipkit.models.encoder import Encoder
+from clipkit.reports import plots
 
 _SHOWN = 5  # texts
 

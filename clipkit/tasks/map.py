@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from clipkit.artifacts import Manifest, read_manifest, write_text
 from clipkit.data.labels import EVERYDAY
 from clipkit.data.open_source import open_source, row_image
-from clipkit.display import plots
 from clipkit.display.html import data_uri
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
 from clipkit.index.projection import cluster, lay_out, name_clusters, require_enough
 from clipkit.index.roots import file_of, roots_of
 from clipkit.index.vector_index import VectorIndex
+from clipkit.reports import plots
 from clipkit.reports.map import Cluster, MapPage, render_map
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import Vectors

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clipkit.data.images import read_image
-from clipkit.display import plots
-from clipkit.display.plots import Drawing
 from clipkit.errors import ArtifactError, DataError
+from clipkit.reports import plots
+from clipkit.reports.plots import Drawing
 from clipkit.training.log import LOG_FILE, read_log
 
 if TYPE_CHECKING:

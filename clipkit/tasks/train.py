@@ -9,11 +9,11 @@ from clipkit.artifacts import is_complete, write_text
 from clipkit.config import LoopConfig, TrainConfig, load_config
 from clipkit.data.loader import PairLoader
 from clipkit.display.html import bullets, card
-from clipkit.display.plots import plot_run
 from clipkit.errors import FULL, ArtifactError, ConfigError, DataError, TrainingError
 from clipkit.models.checkpoint import Towers
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.progress import catch_interrupts, print_status
+from clipkit.reports.plots import plot_run
 from clipkit.reports.run import REPORT_FILE, render_run, run_page
 from clipkit.training.allocator import freed_memory_kept
 from clipkit.training.build import build_towers

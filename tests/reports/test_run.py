@@ -6,7 +6,7 @@ import re
 import pytest
 
 from clipkit.data.open_source import open_source
-from clipkit.display.svg import MOST_POINTS, Scale, Series, chart
+from clipkit.display.svg import MAX_POINTS, Scale, Series, chart
 from clipkit.errors import TrainingError
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.reports.run import Outcome, changed_settings, render_run, run_page
@@ -50,7 +50,7 @@ def test_a_curve_breaks_where_the_run_went_back_or_a_value_is_not_finite():
 def test_a_long_curve_is_thinned_but_keeps_its_spike():
     points = [(x, 100.0 if x == 7777 else 1.0 + x % 2) for x in range(20_000)]
     (line,) = polylines(chart([Series("a", points)], "step", Scale(low=0)))
-    assert MOST_POINTS / 2 < len(line) <= MOST_POINTS
+    assert MAX_POINTS / 2 < len(line) <= MAX_POINTS
     assert line[0][0] == min(x for x, _ in line)
     top = min(y for _, y in line)
     assert sum(y == top for _, y in line) == 1
@@ -59,7 +59,7 @@ def test_a_long_curve_is_thinned_but_keeps_its_spike():
 @pytest.mark.parametrize("points", [[], [(1, math.nan)], [(5, 3.0)], [(1, 0.0), (2, 0.0)]])
 def test_curves_of_little_or_nothing(points):
     svg = chart([Series("a", points)], "step", Scale())
-    assert ("no such values" in svg) == (not any(math.isfinite(y) for _, y in points))
+    assert ("No data." in svg) == (not any(math.isfinite(y) for _, y in points))
     assert "nan" not in svg
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipkit.config import parse_config
-from clipkit.display.plots import plot_run
+from clipkit.reports.plots import plot_run
 from clipkit.tasks.plot import plot_runs
 from clipkit.tasks.train import train
 from clipkit.training.log import log_line, read_log

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from clipkit.cli import app
-from clipkit.display.plots import curve, plot_run, smooth
 from clipkit.errors import ArtifactError
+from clipkit.reports.plots import curve, plot_run, smooth
 from clipkit.tasks.plot import plot_runs
 from tests.helpers.runs import LINES
 

@@ -1,4 +1,8 @@
-"""Drawings for people: pure functions from numbers to pictures."""
+"""Plots of runs, maps, similarities and confusions: pure functions from numbers to figures.
+
+matplotlib is imported inside the functions because it takes half a second; they use its object
+interface, which keeps no global state.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,42 +21,39 @@ if TYPE_CHECKING:
 
 
 LogLine = dict[str, Any]
-MOST_NAMED = 60
-"""Classes of a confusion matrix that get their names written."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A drawing that shows itself in a notebook and can be saved.
-
-    Attributes:
-        figure: matplotlib's.
-    """
-
-    figure: "Figure"
-
-    def save(self, file: Path) -> None:
-        """Write it as a PNG."""
-        self.figure.savefig(file, dpi=110, format="png")
-
-    def _repr_png_(self) -> bytes:
-        stream = BytesIO()
-        self.figure.savefig(stream, dpi=110, format="png")
-        return stream.getvalue()
-
-
+MAX_NAMED = 60
+"""A confusion matrix of more classes has no names at its axes."""
 _SMOOTHED = 10
 """Lines over which the loss of several runs is averaged."""
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A plot, shown as an image in a notebook.
+
+    Attributes:
+        figure: matplotlib's figure.
+    """
+
+    figure: "Figure"
+
+    def save(self, file: "str | Path | BytesIO") -> None:
+        """Write the plot as a PNG."""
+        self.figure.savefig(file, dpi=110, format="png")
+
+    def _repr_png_(self) -> bytes:
+        stream = BytesIO()
+        self.save(stream)
+        return stream.getvalue()
+
+
 def plot_run(lines: Sequence[LogLine], title: str) -> Drawing:
-    """Draw the loss and the held-out recall of a run over its steps.
+    """Plot the loss and the held-out recall of a run over its steps.
 
     Args:
         lines: the lines of log.jsonl.
-        title: what to write above.
+        title: written above.
     """
-    # Imported here because matplotlib takes a second; the object interface keeps no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -80,11 +81,11 @@ def plot_run(lines: Sequence[LogLine], title: str) -> Drawing:
 
 
 def plot_runs(logs: Mapping[str, Sequence[LogLine]], by: Literal["step", "time"]) -> Drawing:
-    """Draw several runs over each other: loss, held-out recall, learning rate, throughput.
+    """Plot several runs together: loss, held-out recall, learning rate, throughput.
 
     Args:
         logs: the lines of log.jsonl of each run, by its name.
-        by: what runs to the right: steps, or minutes of training.
+        by: the x axis: steps, or minutes of training.
     """
     from matplotlib.figure import Figure
 
@@ -119,13 +120,13 @@ def plot_map(
     names: Sequence[tuple[str, float, float]],
     title: str,
 ) -> Drawing:
-    """Draw a collection on a plane, coloured by cluster.
+    """Plot the projection of a collection, coloured by cluster.
 
     Args:
-        places: [n, 2]; y runs down, as on the page.
-        clusters: [n].
-        names: what to write, and where.
-        title: what to write above.
+        places: float [n, 2]; y points down, as on the page.
+        clusters: int [n].
+        names: of the clusters, each with its x and y.
+        title: written above.
     """
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
@@ -153,14 +154,14 @@ def plot_map(
 
 
 def plot_similarity(
-    cosines: "NDArray[np.float32]", captions: Sequence[str], pictures: "Sequence[Image.Image]"
+    cosines: "NDArray[np.float32]", captions: Sequence[str], images: "Sequence[Image.Image]"
 ) -> Drawing:
-    """Draw how near images and captions are, the pictures above their columns.
+    """Plot cosine similarities of captions (rows) and images (columns).
 
     Args:
-        cosines: [captions, images].
+        cosines: float [captions, images].
         captions: written beside the rows.
-        pictures: small ones.
+        images: drawn above the columns, one each.
     """
     from matplotlib.figure import Figure
 
@@ -168,11 +169,11 @@ def plot_similarity(
     size = (3.5 + 0.9 * columns, 1.6 + 0.45 * rows)
     figure = Figure(figsize=size, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(0.9, 0.45 * rows), sharex=True)
-    for column, picture in enumerate(pictures):
-        side = max(picture.size)
-        half = (0.46 * picture.width / side, 0.46 * picture.height / side)
+    for column, image in enumerate(images):
+        side = max(image.size)
+        half = (0.46 * image.width / side, 0.46 * image.height / side)
         corners = (column - half[0], column + half[0], half[1], -half[1])
-        above.imshow(picture, extent=corners, aspect="equal")
+        above.imshow(image, extent=corners, aspect="equal")
     above.set(xlim=(-0.5, columns - 0.5), ylim=(0.5, -0.5))
     above.axis("off")
     below.imshow(cosines, cmap="viridis", aspect="auto")
@@ -188,11 +189,11 @@ def plot_similarity(
 
 
 def plot_confusion(counts: "NDArray[np.int64]", labels: Sequence[str]) -> Drawing:
-    """Draw which class was taken for which, as shares of each row.
+    """Plot a confusion matrix, each row as shares of its class.
 
     Args:
-        counts: [classes, classes]: how many items of a class (row) were called each (column).
-        labels: the classes; written where there are at most 60.
+        counts: int [classes, classes]: items of a class (row) by prediction (column).
+        labels: the classes; written for at most 60 of them.
     """
     from matplotlib.figure import Figure
 
@@ -201,8 +202,8 @@ def plot_confusion(counts: "NDArray[np.int64]", labels: Sequence[str]) -> Drawin
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="called", ylabel="is")
-    if len(labels) <= MOST_NAMED:
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(labels) <= MAX_NAMED:
         axes.set_xticks(range(len(labels)), labels, rotation=90)
         axes.set_yticks(range(len(labels)), labels)
     if len(labels) <= 15:
@@ -224,12 +225,12 @@ def curve(
     by: Literal["step", "time"],
     value: Callable[[LogLine], float | None],
 ) -> tuple[list[float], list[float]]:
-    """Where a value of a log's lines stands, and the value; a gap where the run went back.
+    """The x and y of a curve, with a gap wherever the run was rolled back.
 
     Args:
-        lines: of log.jsonl.
-        by: steps, or minutes; a line without a time stands at that of the one before it.
-        value: of a line; None leaves the line out.
+        lines: the lines of log.jsonl.
+        by: steps, or minutes; a line without a time has that of the line before it.
+        value: gives y of a line; None leaves the line out.
     """
     x: list[float] = []
     y: list[float] = []
@@ -249,13 +250,13 @@ def curve(
 
 
 def as_text(name: str) -> str:
-    """A name as matplotlib is to write it: no formula between dollars, and never left out."""
+    """A name that matplotlib writes as it is: no formula between dollars, not hidden in legends."""
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Means of the last 10 values, as far as they go back without a gap."""
+    """Means of the last 10 values since the last gap."""
     result: list[float] = []
     window: list[float] = []
     for value in values:

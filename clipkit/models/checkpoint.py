@@ -17,9 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from clipkit.artifacts import ArtifactWriter, Manifest, ModelRef, write_json
+from clipkit.artifacts import (
+    MANIFEST,
+    ArtifactWriter,
+    Manifest,
+    ModelRef,
+    is_complete,
+    read_manifest,
+    write_json,
+)
 from clipkit.data.transforms import Preprocess
-from clipkit.errors import ArtifactError
+from clipkit.errors import ArtifactError, ModelError
 from clipkit.models.dual_encoder import DualEncoder, LockedTower, activations, heads
 from clipkit.models.encoder import Encoder
 from clipkit.models.tokenizer import CONTEXT, VOCAB
@@ -162,3 +170,46 @@ def vector_dim(clip: Any) -> int:
     if isinstance(projection, nn.Linear):
         return projection.out_features
     return int(projection.shape[1])
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, ordered by step."""
+    found = [p for p in run.glob("step-*") if is_step(p) and (p / MANIFEST).is_file()]
+    return sorted(found, key=checkpoint_step)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run with the best held-out recall so far.
+
+    Raises:
+        ModelError: no recall was measured, or the checkpoint is gone.
+    """
+    best = read_manifest(run_checkpoints(run)[-1], "checkpoint").detail.get("best")
+    if best and is_complete(run / f"step-{best['step']}"):
+        return run / f"step-{best['step']}"
+    raise ModelError(
+        f"{run} has no best checkpoint, which requires a held-out set and a metric in train.best; "
+        f"use {run} for the last checkpoint"
+    )
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """The directory that holds the weights: ``path`` itself, or the last checkpoint of a run.
+
+    Raises:
+        ModelError: ``path`` holds no model.
+    """
+    path = path.absolute()
+    if (path / CONFIG).is_file():
+        return path
+    steps = run_checkpoints(path)
+    if steps:
+        return steps[-1]
+    found = "no clipkit artifact"
+    if is_complete(path):
+        found = f"a clipkit {read_manifest(path).kind}"
+    elif (path / "config.toml").is_file():
+        found = "a run without a finished checkpoint"
+    raise ModelError(
+        f"{path} holds {found}, expected a run, a checkpoint or a directory with {CONFIG}"
+    )

@@ -22,7 +22,7 @@ from clipkit.config import TrainConfig
 from clipkit.data.open_source import Source
 from clipkit.display.html import Figure, bullets, commands, document, figure_table
 from clipkit.display.svg import Scale, Series, chart
-from clipkit.models.loading import run_checkpoints
+from clipkit.models.checkpoint import run_checkpoints
 from clipkit.models.tokenizer import CONTEXT, shorten
 from clipkit.training.log import mean_guess
 from clipkit.training.loop import Outcome

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.errors import TrainingError
-from clipkit.models.checkpoint import checkpoint_step
-from clipkit.models.loading import run_checkpoints
+from clipkit.models.checkpoint import checkpoint_step, run_checkpoints
 from clipkit.training.run_directory import RunDirectory, planned_checkpoints
 
 if TYPE_CHECKING:

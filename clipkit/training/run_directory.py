@@ -23,8 +23,7 @@ from clipkit.artifacts import (
 from clipkit.config import TrainConfig, dump_config, load_config
 from clipkit.data.images import is_utf8, printable
 from clipkit.errors import ArtifactError, ConfigError, MissingExtraError
-from clipkit.models.checkpoint import checkpoint_step, is_step
-from clipkit.models.loading import run_checkpoints
+from clipkit.models.checkpoint import checkpoint_step, is_step, run_checkpoints
 from clipkit.training.distributed import World
 from clipkit.training.log import LOG_FILE, log_line, read_log
 

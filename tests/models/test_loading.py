@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 import clipkit
 from clipkit.config import parse_config
+from clipkit.data.transforms import Preprocess
 from clipkit.errors import ModelError, ModelMismatchError
 from clipkit.models.dual_encoder import why_unsuitable
 from clipkit.models.loading import load_model, load_model_ref, resolve
@@ -129,8 +131,105 @@ def test_a_model_that_changed_behind_an_artifact_is_refused(tiny_checkpoint):
     reference = load_model(tiny_checkpoint).model
     assert load_model_ref(reference).model == reference
     changed = clipkit.ModelRef(reference.name, "", "0" * 64, reference.dim)
-    with pytest.raises(ModelMismatchError, match="put the model back"):
+    with pytest.raises(ModelMismatchError, match="restore the original model"):
         load_model_ref(changed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_object_gives_open_clips_vectors_and_stays_as_it_was(named, precision):
+    _, weights = named
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        "tiny-clip", pretrained=str(weights)
+    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    encoder = load_model(model, preprocess=preprocess, tokenizer=tokenizer, precision=precision)
+    captions = ["a dog", "a much longer caption of a dog", "Ünïcode &amp; RAIN"]
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([preprocess(picture(n)) for n in range(3)]), True)
+        texts = model.encode_text(tokenizer(captions), normalize=True)
+    close = {"atol": 1e-6} if precision == "fp32" else {"atol": 0.02}
+    found = encoder.encode_images([picture(n) for n in range(3)])
+    np.testing.assert_allclose(found, images, **close)
+    np.testing.assert_allclose(encoder.encode_text(captions), texts, **close)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert type(encoder.preprocess) is Preprocess
+    assert encoder.model == replace(
+        load_model(f"tiny-clip/{weights}").model, name="CLIP", weights="model object"
+    )
+    assert load_model(model).model == encoder.model  # open_clip stores its transform in the model
+    with pytest.raises(ModelError, match="the index i was built with CLIP.*pass it as encoder="):
+        load_model_ref(encoder.model, "the index i")
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_open_clips_own_transforms_are_recognised(named, resize_mode, interpolation):
+    _, weights = named
+    model = open_clip.create_model("tiny-clip", pretrained=str(weights))
+    transform = open_clip.image_transform(
+        (32, 32),
+        is_train=False,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.3),
+        interpolation=interpolation,
+        resize_mode=resize_mode,
+    )
+    encoder = load_model(model, preprocess=transform)
+    assert type(encoder.preprocess) is Preprocess
+    assert encoder.preprocess.mean == (0.5, 0.4, 0.3)
+    assert torch.equal(encoder.preprocess(picture()), transform(picture()))
+    assert encoder.model.fingerprint != load_model(model).model.fingerprint
+
+
+def test_another_transform_is_used_as_it_is(named, tmp_path):
+    _, weights = named
+    model = open_clip.create_model("tiny-clip", pretrained=str(weights)).eval()
+
+    def transform(image, shade=0.5):
+        small = image.resize((32, 32), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.asarray(small) / 255.0 - shade).permute(2, 0, 1).float()
+
+    encoder = load_model(model, preprocess=transform, precision="fp32")
+    with torch.no_grad():
+        wanted = model.encode_image(transform(picture())[None], normalize=True)[0]
+    picture().save(tmp_path / "a.png")
+    pixels = np.asarray(picture())
+    for image in (picture(), pixels, tmp_path / "a.png", transform(picture())):
+        np.testing.assert_allclose(encoder.encode_images(image), wanted, atol=1e-6)
+    store = clipkit.embed(tmp_path, tmp_path / "store", encoder)
+    np.testing.assert_allclose(store.vectors(), wanted[None], atol=1e-6)
+    darker = load_model(model, preprocess=lambda image: transform(image, 0.6)).model
+    again = load_model(model, preprocess=lambda image: transform(image)).model
+    assert again.fingerprint == encoder.model.fingerprint != darker.fingerprint
+
+
+def test_unsuitable_objects_are_refused(named):
+    _, weights = named
+    model, augment, _ = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights))
+    with pytest.raises(TypeError, match="found int as model, expected a name, a path or"):
+        load_model(3)
+    with pytest.raises(TypeError, match="preprocess or tokenizer beside the model tiny-clip"):
+        load_model(f"tiny-clip/{weights}", tokenizer=open_clip.SimpleTokenizer())
+    with pytest.raises(ModelError, match="found a Linear, expected an open_clip CLIP"):
+        load_model(torch.nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"shape \[5, 64\] .* context of 77 tokens"):
+        load_model(model, tokenizer=open_clip.SimpleTokenizer(context_length=64))
+    with pytest.raises(ModelError, match="differently from CLIP's"):
+        load_model(model, tokenizer=open_clip.SimpleTokenizer(clean="canonicalize"))
+    with pytest.raises(ModelError, match="pass the inference transform"):
+        load_model(model, preprocess=augment)
+    with pytest.raises(ModelError, match="preprocess returns .*Image.*expected a float tensor"):
+        load_model(model, preprocess=lambda image: image)
+    short = open_clip.CLIP(
+        32,
+        {"width": 32, "layers": 1, "head_width": 16, "patch_size": 16, "image_size": 32},
+        {"width": 32, "layers": 1, "heads": 2, "context_length": 64},
+    )
+    with pytest.raises(ModelError, match="its context is 64 tokens"):
+        load_model(short)
 
 
 def test_openais_spelling_of_names():
@@ -146,7 +245,7 @@ def test_openais_spelling_of_names():
         ("ViT-B-16-SigLIP/webli", "its tokenizer is timm/ViT-B-16-SigLIP"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "another text tower"),
         ("roberta-ViT-B-32/laion2b_s12b_b32k", "Hugging Face model roberta-base"),
-        ("no/such/folder", "no directory"),
+        ("no/such/folder", "neither a directory nor"),
     ],
 )
 def test_unsuitable_models_are_refused_at_once(model, sentence):
@@ -201,7 +300,7 @@ def test_a_pickle_that_runs_code_is_not_opened(named, tmp_path):
 
 
 def test_directories_without_a_model(tmp_path):
-    with pytest.raises(ModelError, match="holds nothing of clipkit's"):
+    with pytest.raises(ModelError, match="holds no clipkit artifact"):
         load_model(tmp_path)
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ModelError, match="a run without a finished checkpoint"):

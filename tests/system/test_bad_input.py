@@ -353,7 +353,7 @@ def test_an_index_whose_model_was_replaced_or_is_gone(colour_folder, tmp_path, c
     line = fail(capsys, monkeypatch, "search", index, "red")
     assert before.fingerprint[:12] in line
     assert after.fingerprint[:12] in line
-    assert "put the model back" in line
+    assert "restore the original model" in line
     with pytest.raises(ModelMismatchError, match="clipkit index build IMAGES --out INDEX"):
         VectorIndex.open(index, encoder=clipkit.load_model(model))
     line = fail(
@@ -361,7 +361,7 @@ def test_an_index_whose_model_was_replaced_or_is_gone(colour_folder, tmp_path, c
     )
     assert before.fingerprint[:12] in line
     shutil.rmtree(model)
-    assert f"the model {model} is not there" in fail(capsys, monkeypatch, "search", index, "red")
+    assert f"the model {model} does not exist" in fail(capsys, monkeypatch, "search", index, "red")
     shutil.move(tmp_path / "kept", model)
     monkeypatch.setattr(sys, "argv", ["clipkit", "search", str(index), "red", "-k", "2"])
     main_ends_well(capsys)

@@ -1,23 +1,38 @@
-"""Classifiers that were learned from a few labelled vectors, over a model that stays as it is.
+"""Classifiers fitted on a few labelled vectors, and the directories that classifiers are saved in.
 
-A classifier at rest: a directory with its arrays, its labels and the model it was made for.
+The encoder stays as it is: a head is a small function of its vectors.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.artifacts import ArtifactWriter, Manifest, ModelRef, is_complete, read_manifest
+from clipkit.artifacts import (
+    MANIFEST,
+    ArtifactWriter,
+    Manifest,
+    ModelRef,
+    read_manifest,
+)
 from clipkit.classifiers.zero_shot import Classifier, Vectors, ZeroShotClassifier
 from clipkit.data.labels import Label, path_of
-from clipkit.errors import ArtifactError
+from clipkit.data.prompts import IMAGENET, TEMPLATE_SETS, read_labels, read_templates
+from clipkit.errors import ArtifactError, CaptionError
+from clipkit.models.encoder import Encoder
+from clipkit.models.loading import load_model, load_model_ref
 
+Labels = Sequence[str] | str | Path | Classifier
+"""A list of labels, a file with one label per line, a saved classifier, or a classifier."""
+Templates = Sequence[str] | str | Path | None
+"""A list of templates, a file with one per line, ``"openai"``, ``"simple"``, or the default."""
 VOTE_SCALE = 1 / 0.07
 """Neighbours vote with exp(cosine / 0.07) (Wu et al. 2018, section 4.1)."""
-_LEAST = 1e-12  # votes of a class that no neighbour has
+ARRAYS = "classifier.safetensors"
+_LEAST = 1e-12  # votes for a class without a neighbour
 
 
 class LinearHead(Classifier):
@@ -37,11 +52,11 @@ class LinearHead(Classifier):
         self.weights, self.bias = weights, bias
 
     def logits(self, vectors: Vectors) -> Vectors:
-        """The regression's linear function."""
+        """A linear function of the vectors."""
         return np.asarray(vectors @ self.weights.T + self.bias, np.float32)
 
     def arrays(self) -> dict[str, Vectors]:
-        """Weights and bias."""
+        """The weights and the bias."""
         return {"weights": self.weights, "bias": self.bias}
 
     @classmethod
@@ -51,19 +66,19 @@ class LinearHead(Classifier):
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
-    ) -> "LinearHead":
-        """The head of these arrays."""
+    ) -> Self:
+        """The head with these ``arrays()``."""
         del settings
         return cls(labels, arrays["weights"], arrays["bias"], model)
 
 
 class NeighbourHead(Classifier):
-    """The ``k`` most similar labelled vectors vote; nearer ones count more.
+    """The ``k`` nearest labelled vectors vote; nearer ones count more.
 
     Attributes:
         keys: float32 [m, dim], the labelled vectors.
-        values: float32 [m, classes], 1 where a vector has a class.
-        k: how many vote.
+        values: float32 [m, classes], their classes as one-hot rows.
+        k: the number of neighbours.
     """
 
     kind = "neighbours"
@@ -75,21 +90,21 @@ class NeighbourHead(Classifier):
         self.keys, self.values, self.k = keys, values, k
 
     def logits(self, vectors: Vectors) -> Vectors:
-        """Logarithms of the votes, whose softmax is each class's share of them."""
-        similar = vectors @ self.keys.T
+        """The logarithms of the votes; their softmax is the share of each class."""
+        scores = vectors @ self.keys.T
         if self.k < len(self.keys):
-            nearest = np.partition(similar, -self.k, axis=1)[:, -self.k :].min(axis=1)
-            similar = np.where(similar >= nearest[:, None], similar, -np.inf)
+            nearest = np.partition(scores, -self.k, axis=1)[:, -self.k :].min(axis=1)
+            scores = np.where(scores >= nearest[:, None], scores, -np.inf)
         # Relative to the nearest one, so that no vote underflows.
-        votes = np.exp(self.scale * (similar - similar.max(axis=1, keepdims=True))) @ self.values
-        return np.asarray(np.log(np.maximum(votes, _LEAST)), np.float32)
+        weights = np.exp(self.logit_scale * (scores - scores.max(axis=1, keepdims=True)))
+        return np.asarray(np.log(np.maximum(weights @ self.values, _LEAST)), np.float32)
 
     def arrays(self) -> dict[str, Vectors]:
         """The labelled vectors and their classes."""
         return {"keys": self.keys, "values": self.values}
 
     def settings(self) -> dict[str, Any]:
-        """How many vote."""
+        """The number of neighbours."""
         return {"k": self.k}
 
     @classmethod
@@ -99,8 +114,8 @@ class NeighbourHead(Classifier):
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
-    ) -> "NeighbourHead":
-        """The head of these arrays and settings."""
+    ) -> Self:
+        """The head with these ``arrays()`` and ``settings()``."""
         return cls(labels, arrays["keys"], arrays["values"], settings["k"], model)
 
 
@@ -108,11 +123,11 @@ class TipAdapterHead(Classifier):
     """Captions and labelled vectors together (Zhang et al. 2022, equations 5 and 6).
 
     Attributes:
-        weights: float32 [classes, dim], made of captions.
+        weights: float32 [classes, dim], the zero-shot weights.
         keys: float32 [m, dim], the labelled vectors, fine-tuned or not.
-        values: float32 [m, classes], 1 where a vector has a class.
-        alpha: weight of the labelled vectors beside the captions.
-        beta: how quickly that of a vector falls with its distance.
+        values: float32 [m, classes], their classes as one-hot rows.
+        alpha: the weight of the labelled vectors relative to the captions.
+        beta: how quickly the weight of a labelled vector falls with its distance.
     """
 
     kind = "tip-adapter"
@@ -123,27 +138,27 @@ class TipAdapterHead(Classifier):
         weights: Vectors,
         cache: tuple[Vectors, Vectors],
         strength: tuple[float, float],
-        scale: float,
+        logit_scale: float,
         model: ModelRef,
     ) -> None:
-        super().__init__(labels, scale, model)
+        super().__init__(labels, logit_scale, model)
         self.weights = weights
         self.keys, self.values = cache
         self.alpha, self.beta = strength
 
     def logits(self, vectors: Vectors) -> Vectors:
-        """The captions' scaled cosines, and what near labelled vectors add."""
+        """The scaled cosines of the captions, plus the votes of the labelled vectors."""
         near = np.exp(-self.beta * (1 - vectors @ self.keys.T))
-        logits = self.scale * vectors @ self.weights.T + self.alpha * near @ self.values
+        logits = self.logit_scale * vectors @ self.weights.T + self.alpha * near @ self.values
         return np.asarray(logits, np.float32)
 
     def arrays(self) -> dict[str, Vectors]:
-        """The captions' weights, and the labelled vectors with their classes."""
+        """The zero-shot weights, and the labelled vectors with their classes."""
         return {"weights": self.weights, "keys": self.keys, "values": self.values}
 
     def settings(self) -> dict[str, Any]:
-        """The scale and both strengths."""
-        return {"scale": self.scale, "alpha": self.alpha, "beta": self.beta}
+        """The logit scale, alpha and beta."""
+        return {"scale": self.logit_scale, "alpha": self.alpha, "beta": self.beta}
 
     @classmethod
     def restore(
@@ -152,8 +167,8 @@ class TipAdapterHead(Classifier):
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
-    ) -> "TipAdapterHead":
-        """The head of these arrays and settings."""
+    ) -> Self:
+        """The head with these ``arrays()`` and ``settings()``."""
         return cls(
             labels,
             arrays["weights"],
@@ -165,13 +180,12 @@ class TipAdapterHead(Classifier):
 
 
 def one_hot(targets: NDArray[np.int64], classes: int) -> Vectors:
-    """Classes as rows with a single 1, float32 [n, classes]."""
+    """Class numbers as one-hot rows: float32 [n, classes]."""
     rows = np.zeros((len(targets), classes), np.float32)
     rows[np.arange(len(targets)), targets] = 1
     return rows
 
 
-ARRAYS = "classifier.safetensors"
 _KINDS = {
     kind.kind: kind for kind in (ZeroShotClassifier, LinearHead, NeighbourHead, TipAdapterHead)
 }
@@ -180,15 +194,15 @@ _KINDS = {
 def save_classifier(
     classifier: Classifier, path: Path, source: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a classifier as a directory; one that stands there is replaced.
+    """Write a classifier as a directory; an existing classifier is replaced.
 
     Args:
         classifier: of any kind.
-        path: where it shall stand.
-        source: what it was made from, for the manifest.
+        path: the directory.
+        source: what the classifier was built from, for the manifest.
 
     Raises:
-        ArtifactError: ``path`` is taken by something else, or cannot be written.
+        ArtifactError: ``path`` is something else, or cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -209,16 +223,11 @@ def save_classifier(
         writer.finish(manifest)
 
 
-def is_classifier(path: Path) -> bool:
-    """Whether a directory holds a classifier."""
-    return is_complete(path) and read_manifest(path).kind == "classifier"
-
-
 def open_classifier(path: Path) -> Classifier:
-    """Read a classifier.
+    """Read a saved classifier.
 
     Raises:
-        ArtifactError: none, half-written, damaged, or of a kind that this clipkit does not know.
+        ArtifactError: it is missing, incomplete, damaged, or of an unknown type.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -233,8 +242,81 @@ def open_classifier(path: Path) -> Classifier:
     try:
         arrays = load_file(path / ARRAYS)
         labels = [Label(parts) for parts in detail["labels"]]
-        kind: Any = _KINDS[detail["type"]]
-        classifier: Classifier = kind.restore(labels, model, arrays, detail["settings"])
+        kind: type[Classifier] = _KINDS[detail["type"]]
+        return kind.restore(labels, model, arrays, detail["settings"])
     except (OSError, SafetensorError, KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); make the classifier again") from None
-    return classifier
+        raise ArtifactError(f"{path} is damaged ({error}); build the classifier again") from None
+
+
+def load_classifier(
+    labels: Labels,
+    encoder: Encoder | None = None,
+    templates: Templates = None,
+    *,
+    background: bool = False,
+) -> tuple[Encoder, Classifier]:
+    """The classifier for the given labels, and the encoder that belongs to it.
+
+    Args:
+        labels: a list of labels; a file with one label per line; ``"imagenet"``; the directory of a
+            saved classifier; or a classifier.
+        encoder: the model; None loads the model of a saved classifier, else the default model.
+        templates: captions with a ``{}`` in place of the label, a file with one per line,
+            ``"openai"`` or ``"simple"``; None for ``DEFAULT_TEMPLATES``.
+        background: encode background captions too, for rejection and independent labels.
+
+    Raises:
+        TypeError: ``labels`` is a single label instead of a list.
+        CaptionError: labels or templates that cannot be used, or templates for a classifier whose
+            captions are already encoded.
+        ArtifactError: the saved classifier cannot be read.
+        ModelMismatchError: the classifier was built for another model.
+    """
+    found = read_labels_or_classifier(labels)
+    if isinstance(found, Classifier):
+        if templates is not None:
+            raise CaptionError(
+                "templates were given for a classifier whose captions are already encoded; leave "
+                "them out, or give labels instead of the classifier"
+            )
+        encoder = encoder or load_model_ref(found.model, "the classifier")
+        found.require(encoder.model)
+        return encoder, found
+    captions = list_templates(templates)
+    encoder = encoder or load_model()
+    return encoder, ZeroShotClassifier.from_labels(encoder, found, captions, background=background)
+
+
+def read_labels_or_classifier(labels: Labels) -> list[str] | Classifier:
+    """Labels as a list, or the classifier; see ``load_classifier``."""
+    if isinstance(labels, Classifier):
+        return labels
+    if not isinstance(labels, (str, Path)):
+        return list(labels)
+    # Not Path.is_file, which fails for a text longer than a file name.
+    if os.path.isfile(os.path.join(labels, MANIFEST)):
+        return open_classifier(Path(labels))
+    if isinstance(labels, Path) or os.path.isfile(labels) or labels == IMAGENET:
+        return list(read_labels(labels))
+    raise TypeError(
+        f"labels is one string, {labels[:80]!r}, expected a list such as ['dog', 'cat'], a file "
+        "with one label per line, or a saved classifier"
+    )
+
+
+def list_templates(templates: Templates) -> list[str]:
+    """Templates as a list; see ``load_classifier``.
+
+    Raises:
+        TypeError: ``templates`` is a single template instead of a list.
+        CaptionError: the file cannot be used.
+    """
+    if isinstance(templates, str) and "{}" in templates:
+        raise TypeError(
+            f"templates is one string, {templates[:80]!r}, expected a list such as "
+            f"['a photo of a {{}}.'], a file with one template per line, or one of "
+            f"{', '.join(TEMPLATE_SETS)}"
+        )
+    if templates is None or isinstance(templates, (str, Path)):
+        return read_templates(templates)
+    return list(templates)

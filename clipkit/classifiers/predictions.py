@@ -1,100 +1,157 @@
-"""What a classifier says of one image, for people and for programs."""
+"""Predictions: the labels of each image with their probabilities."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, overload
 
-from clipkit.classifiers.zero_shot import Prediction, ZeroShotClassifier, rank
-from clipkit.data.open_source import Row, row_image
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.artifacts import ModelRef
+from clipkit.data.images import Skipped
+from clipkit.data.open_source import row_image
+from clipkit.display.dataframe import data_frame
 from clipkit.display.html import gallery
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ImageError
-from clipkit.models.encoder import Vectors
 
-NONE = "none of these"
-EVEN = 0.5
-"""Judged by itself, a label is shown that is likelier than the generic captions."""
+NO_MATCH = "none of these"
+"""The label of a rejected image."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What an image shows.
+class LabelScore:
+    """A label or group of labels, and its probability in [0, 1]."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The labels of one image.
 
     Attributes:
-        key: of the image.
-        predictions: labels and their probabilities, likeliest first.
-        groups: the groups above the labels, likeliest first.
-        image: where the picture is: ``{"bytes": …, "path": …}``.
-        shows_any: the probability that it shows any of the labels; None if that was not asked.
-        rejected: whether it counts as showing none of them.
+        key: the key of the image.
+        top: the most probable labels, best first.
+        groups: the groups above the labels, most probable first.
+        image: where the image is: ``{"bytes": …, "path": …}``; None if only its vector is known.
+        shows_any: the probability that the image shows any of the labels; None if not computed.
+        rejected: whether the image counts as showing none of the labels.
     """
 
     key: str
-    predictions: list[Prediction]
-    groups: list[Prediction]
-    image: dict[str, Any]
+    top: tuple[LabelScore, ...]
+    groups: tuple[LabelScore, ...] = ()
+    image: dict[str, Any] | None = field(default=None, repr=False)
     shows_any: float | None = None
     rejected: bool = False
 
     @property
     def label(self) -> str:
-        """The likeliest label, or ``none of these``."""
-        return NONE if self.rejected else self.predictions[0].label
+        """The most probable label, or ``"none of these"``."""
+        return NO_MATCH if self.rejected else self.top[0].label
 
     @property
     def score(self) -> float:
         """The probability of ``label``."""
         if self.rejected and self.shows_any is not None:
             return 1 - self.shows_any
-        return self.predictions[0].score
+        return self.top[0].score
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON; only what was asked for."""
+        """The prediction as plain data for JSON."""
 
-        def plain(found: Sequence[Prediction]) -> list[dict[str, Any]]:
-            return [{"label": one.label, "score": one.score} for one in found]
+        def plain(scores: Sequence[LabelScore]) -> list[dict[str, Any]]:
+            return [{"label": one.label, "score": one.score} for one in scores]
 
-        asked: dict[str, Any] = {"key": self.key, "predictions": plain(self.predictions)}
+        result: dict[str, Any] = {"key": self.key, "predictions": plain(self.top)}
         if self.groups:
-            asked["groups"] = plain(self.groups)
+            result["groups"] = plain(self.groups)
         if self.shows_any is not None:
-            asked |= {"shows_any": self.shows_any, "rejected": self.rejected}
-        return asked
+            result |= {"shows_any": self.shows_any, "rejected": self.rejected}
+        return result
+
+    def to_row(self) -> dict[str, Any]:
+        """The prediction as one row of a table, with ``label_1``, ``probability_1`` and so on."""
+        row: dict[str, Any] = {"key": self.key, "label": self.label, "probability": self.score}
+        if self.shows_any is not None:
+            row["shows_any"] = self.shows_any
+        if self.groups:
+            row["group"], row["group_probability"] = self.groups[0].label, self.groups[0].score
+        for place, one in enumerate(self.top, 1):
+            row[f"label_{place}"], row[f"probability_{place}"] = one.label, one.score
+        return row
 
 
-class Answers(list[Answer]):
-    """A list of answers that shows itself as pictures in a notebook."""
+@dataclass(frozen=True)
+class Predictions(Sequence[Prediction]):
+    """The predictions for several images, in their order.
+
+    Attributes:
+        items: a prediction for each image.
+        model: the model that encoded the images.
+        skipped: the images that could not be read.
+    """
+
+    items: tuple[Prediction, ...]
+    model: ModelRef | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+    @overload
+    def __getitem__(self, place: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Predictions": ...
+    def __getitem__(self, place: int | slice) -> "Prediction | Predictions":
+        if isinstance(place, slice):
+            return Predictions(self.items[place], self.model)
+        return self.items[place]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def to_pandas(self) -> Any:
+        """A data frame with a row for each image.
+
+        The columns are key, label, probability, and then ``label_1``, ``probability_1`` and so on.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        rows = [one.to_row() for one in self.items]
+        return data_frame({name: [row[name] for row in rows] for name in rows[0]} if rows else {})
 
     def _repr_html_(self) -> str:
-        items = ((_thumbnail(a), f"{a.label} {a.score:.0%}", _others(a)) for a in self)
-        return gallery("", items, len(self))
+        title = f"{len(self.skipped)} images could not be read" if self.skipped else ""
+        shown = ((_thumbnail(p), f"{p.label} {p.score:.0%}", _others(p)) for p in self.items)
+        return gallery(title, shown, len(self.items))
 
 
-def _thumbnail(answer: Answer) -> bytes | None:
+def rank(
+    scores: NDArray[np.floating], labels: Sequence[str], keys: Sequence[str], k: int
+) -> Iterator[Prediction]:
+    """A prediction with the ``k`` labels of highest score for each row of scores.
+
+    Args:
+        scores: [n, classes].
+        labels: the classes.
+        keys: the keys of the n images.
+        k: labels per image, at most as many as there are.
+    """
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    for key, row, order in zip(keys, scores, best, strict=True):
+        yield Prediction(key, tuple(LabelScore(labels[j], float(row[j])) for j in order))
+
+
+def _thumbnail(prediction: Prediction) -> bytes | None:
+    if prediction.image is None:
+        return None
     try:
-        return thumbnail(row_image({"image": answer.image}))
+        return thumbnail(row_image({"image": prediction.image}))
     except ImageError:
         return None
 
 
-def _others(answer: Answer) -> str:
-    others = [one for one in answer.predictions if one.label != answer.label]
-    return " · ".join([answer.key, *(f"{one.label} {one.score:.0%}" for one in others)])
-
-
-def answer_each(
-    classifier: ZeroShotClassifier, vectors: Vectors, rows: Sequence[Row], k: int
-) -> Iterator[Answer]:
-    """Each label by itself: an image shows none of them where none is likelier than not.
-
-    Args:
-        classifier: with generic captions.
-        vectors: float32 [n, dim].
-        rows: the n rows they belong to.
-        k: labels per image.
-    """
-    scores = classifier.each_alone(vectors)
-    found = rank(scores, classifier.labels, [row["key"] for row in rows], k)
-    for row, predictions in zip(rows, found, strict=True):
-        best = predictions[0].score
-        yield Answer(row["key"], predictions, [], row["image"], best, best < EVEN)
+def _others(prediction: Prediction) -> str:
+    others = [one for one in prediction.top if one.label != prediction.label]
+    return " · ".join([prediction.key, *(f"{one.label} {one.score:.0%}" for one in others)])

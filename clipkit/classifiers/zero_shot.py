@@ -1,18 +1,16 @@
-"""Classifiers of image vectors, and the one that is made of captions, CLIP's zero-shot one.
-
-Labels × templates as unit vectors, one a label; many captions are encoded once and kept.
-"""
+"""Classifiers of image vectors, and CLIP's zero-shot classifier, which is built from captions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clipkit.artifacts import ModelRef
+from clipkit.classifiers.predictions import LabelScore, Prediction, Predictions, rank
 from clipkit.data.labels import parents, phrases_of
 from clipkit.data.prompts import BACKGROUND, DEFAULT_TEMPLATES, check_labels, label_captions
 from clipkit.errors import CaptionError, ModelMismatchError
@@ -21,184 +19,115 @@ from clipkit.models.encoder import Encoder
 from clipkit.models.tokenizer import CONTEXT, ROOM, encode, shorten
 from clipkit.user_cache import key_of, user_cache
 
-KEPT_FROM = 256
-"""Captions; fewer are encoded again each time, in about a second."""
-_AT_ONCE = 2048  # captions encoded between two moves of the bar
-
-
-def class_weights(
-    encoder: Encoder, labels: Sequence[str], templates: Sequence[str]
-) -> NDArray[np.float32]:
-    """Per label, the mean of its captions' unit vectors, of unit length: float32 [labels, dim].
-
-    Args:
-        encoder: the model.
-        labels: the classes.
-        templates: captions with a ``{}`` where the label goes.
-
-    Raises:
-        CaptionError: a template has no slot, or a caption does not fit in 77 tokens.
-    """
-    captions = label_captions(labels, templates)
-    count = sum(map(len, captions))
-    cache = user_cache() if count >= KEPT_FROM else None
-    name = key_of("classes", encoder.model.fingerprint, encoder.model.precision, captions)
-    kept = cache.get(name) if cache else None
-    if kept is not None:
-        return kept.arrays["weights"]
-    weights = np.empty((len(labels), encoder.dim), np.float32)
-    show = None if count > _AT_ONCE else True
-    with tqdm(total=count, unit="caption", desc="encoding labels", disable=show) as bar:
-        for first, last in _parts([len(texts) for texts in captions]):
-            texts = [text for one in captions[first:last] for text in one]
-            vectors = _encode(encoder, texts, labels[first:last])
-            starts = np.cumsum([0, *(len(one) for one in captions[first : last - 1])])
-            sums = np.add.reduceat(vectors, starts, axis=0)
-            weights[first:last] = sums / np.linalg.norm(sums, axis=1, keepdims=True)
-            bar.update(len(texts))
-    if cache:
-        cache.put(name, {"weights": weights}, {})
-    return weights
-
-
-def background_weights(encoder: Encoder, labels: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of generic captions that share no word of weight with a label, float32 [m, dim]."""
-    said = {word for label in labels for text in phrases_of(label) for word in text.lower().split()}
-    texts = [text for text in BACKGROUND if not said & set(text.rstrip(".").split()[-1:])]
-    return encoder.encode_text(texts)
-
-
-def _parts(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges of labels with about so many captions as are encoded at once."""
-    parts, first, held = [], 0, 0
-    for number, size in enumerate(sizes):
-        if held and held + size > _AT_ONCE:
-            parts.append((first, number))
-            first, held = number, 0
-        held += size
-    return [*parts, (first, len(sizes))]
-
-
-def _encode(encoder: Encoder, texts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float32]:
-    try:
-        return encoder.encode_text(texts, policy="error")
-    except CaptionError:
-        for text in texts:
-            needed = len(encode(text))
-            if needed > ROOM:
-                label = next(one for one in labels if any(p in text for p in phrases_of(one)))
-                raise CaptionError(
-                    f"the label {shorten(str(label), 60)!r} makes the caption "
-                    f"{shorten(text, 60)!r} of {needed + 2} tokens, expected at most {CONTEXT}; "
-                    "shorten it, or part it into several phrases with semicolons"
-                ) from None
-        raise
-
-
 Vectors = NDArray[np.float32]
 KEPT = 0.95
-"""Share of images that do show a label which a calibrated rejection keeps."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One label for one image; score is its probability in [0, 1], higher is better."""
-
-    key: str
-    label: str
-    score: float
+"""The share of images with a label that a calibrated rejection accepts."""
+EVEN = 0.5
+"""Judged by itself, a label is shown if it is more probable than the background captions."""
+CACHED_FROM = 256
+"""Weights of at least this many captions are cached; fewer are encoded in about a second."""
+_AT_ONCE = 2048  # captions encoded per update of the progress bar
 
 
 class Classifier(ABC):
-    """Says for image vectors of one model which of its labels they show.
+    """Maps image vectors of one model to probabilities of labels.
 
     Attributes:
         labels: the classes.
-        scale: the logit scale, an inverse temperature.
+        logit_scale: the inverse temperature of the softmax.
         model: the model whose vectors it takes.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, labels: Sequence[str], scale: float, model: ModelRef) -> None:
+    def __init__(self, labels: Sequence[str], logit_scale: float, model: ModelRef) -> None:
         self.labels = list(labels)
-        self.scale = scale
+        self.logit_scale = logit_scale
         self.model = model
 
     @abstractmethod
     def logits(self, vectors: Vectors) -> Vectors:
-        """What the softmax takes: [n, dim] to [n, classes]; higher is likelier."""
+        """The input of the softmax: float32 [n, dim] to [n, classes]."""
 
     @abstractmethod
     def arrays(self) -> dict[str, Vectors]:
-        """All arrays that it is made of, by name."""
+        """The arrays to save, by name."""
 
     def settings(self) -> dict[str, Any]:
-        """What else it is made of."""
-        return {"scale": self.scale}
+        """The numbers to save, by name."""
+        return {"scale": self.logit_scale}
+
+    @classmethod
+    @abstractmethod
+    def restore(
+        cls,
+        labels: Sequence[str],
+        model: ModelRef,
+        arrays: Mapping[str, Vectors],
+        settings: Mapping[str, Any],
+    ) -> Self:
+        """The classifier with these ``arrays()`` and ``settings()``."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that its answers depend on."""
-        made_of = {name: array.tobytes() for name, array in sorted(self.arrays().items())}
-        return key_of(self.kind, self.model.fingerprint, self.labels, self.settings(), made_of)
+        """Changes with everything that the predictions depend on."""
+        content = {name: array.tobytes() for name, array in sorted(self.arrays().items())}
+        return key_of(self.kind, self.model.fingerprint, self.labels, self.settings(), content)
 
     def require(self, model: ModelRef) -> None:
-        """Raise ModelMismatchError unless the classifier was made for this model's vectors."""
-        self.model.require(model, what="the classifier", repair="make it again with this model")
+        """Raise ModelMismatchError unless the classifier was built for this model's vectors."""
+        self.model.require(model, what="the classifier", repair="build it again with this model")
 
     def probabilities(self, vectors: Vectors) -> Vectors:
-        """Softmax over the classes: [n, dim] to [n, classes].
+        """Softmax over the classes: float32 [n, dim] to [n, classes].
 
         Raises:
-            ModelMismatchError: the vectors are of another width.
+            ModelMismatchError: the vectors have another dimension.
         """
         if vectors.shape[-1] != self.model.dim:
             raise ModelMismatchError(
                 f"the vectors have {vectors.shape[-1]} dimensions, expected {self.model.dim} of "
                 f"{self.model}; encode the images with that model"
             )
-        return softmax(self.logits(vectors))
+        return np.asarray(softmax(self.logits(vectors)), np.float32)
 
-    def predict(self, vectors: Vectors, keys: Sequence[str], k: int = 5) -> list[list[Prediction]]:
-        """The ``k`` likeliest labels of each image, best first.
+    def predict(self, vectors: Vectors, keys: Sequence[str], k: int = 5) -> Predictions:
+        """The ``k`` most probable labels of each image, and the probabilities of groups of labels.
 
         Args:
-            vectors: float32 [n, dim], rows of unit length.
-            keys: the images' keys.
-            k: how many labels; at most as many as there are.
+            vectors: float32 [n, dim], unit rows.
+            keys: the keys of the n images.
+            k: labels per image, at most as many as there are.
         """
-        return rank(self.probabilities(vectors), self.labels, keys, k)
-
-    def group_probabilities(self, vectors: Vectors) -> dict[str, NDArray[np.float32]]:
-        """The probability of each group above the labels, [n]: the sum of those below it."""
-        found = self.probabilities(vectors)
-        return {
-            name: found[:, members].sum(axis=1) for name, members in parents(self.labels).items()
+        probabilities = self.probabilities(vectors)
+        predictions = rank(probabilities, self.labels, keys, k)
+        groups = {
+            name: probabilities[:, members].sum(axis=1)
+            for name, members in parents(self.labels).items()
         }
+        if groups:
+            predictions = (
+                replace(one, groups=_by_score({name: p[i] for name, p in groups.items()}))
+                for i, one in enumerate(predictions)
+            )
+        return Predictions(tuple(predictions), self.model)
 
 
-def rank(
-    scores: Vectors, labels: Sequence[str], keys: Sequence[str], k: int
-) -> list[list[Prediction]]:
-    """The ``k`` labels of highest score of each image, best first."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return [
-        [Prediction(key, labels[j], float(row[j])) for j in order]
-        for key, row, order in zip(keys, scores, best, strict=True)
-    ]
+def _by_score(scores: Mapping[str, float]) -> tuple[LabelScore, ...]:
+    found = [LabelScore(name, float(score)) for name, score in scores.items()]
+    return tuple(sorted(found, key=lambda one: -one.score))
 
 
 class ZeroShotClassifier(Classifier):
-    """Class weights made of captions (Radford et al. 2021, section 3.1.4).
+    """Class weights built from captions (Radford et al. 2021, section 3.1.4).
 
     Attributes:
         labels: the classes, in the order of the rows of ``weights``.
-        weights: float32 [classes, dim], rows of unit length.
-        scale: the model's logit scale.
+        weights: float32 [classes, dim], unit rows.
+        logit_scale: of the model.
         model: the model whose vectors it takes.
-        background: float32 [captions, dim], what an image may show that no label names.
-        threshold: the least probability of any label at which an image counts as showing one.
+        background: float32 [captions, dim], captions of what an image may show besides the labels.
+        threshold: the lowest ``any_of`` at which an image counts as showing one of the labels.
     """
 
     kind = "zero-shot"
@@ -207,12 +136,12 @@ class ZeroShotClassifier(Classifier):
         self,
         labels: Sequence[str],
         weights: Vectors,
-        scale: float,
+        logit_scale: float,
         model: ModelRef,
         background: Vectors | None = None,
         threshold: float = 0.5,
     ) -> None:
-        super().__init__(labels, scale, model)
+        super().__init__(labels, logit_scale, model)
         self.weights, self.threshold = weights, threshold
         self.background = np.empty((0, model.dim), np.float32) if background is None else background
 
@@ -225,19 +154,17 @@ class ZeroShotClassifier(Classifier):
         *,
         background: bool = False,
     ) -> "ZeroShotClassifier":
-        """Build the weights: per label, the mean of its captions' unit vectors, of unit length.
-
-        Weights of many captions are kept in the person's cache.
+        """Encode the captions of each label; their normalised mean is the weight of the label.
 
         Args:
             encoder: the model.
-            labels: the classes; those with synonyms (``Label``) have captions for each.
-            templates: captions with a ``{}`` where the label goes.
-            background: encode generic captions too, for ``any_of`` and ``each_alone``.
+            labels: the classes; a ``Label`` with synonyms has captions for each of them.
+            templates: captions with a ``{}`` in place of the label.
+            background: encode background captions too, for ``any_of`` and ``each_alone``.
 
         Raises:
-            CaptionError: labels or templates that are empty, repeated, lack the slot, or do not
-                fit in 77 tokens.
+            CaptionError: labels or templates are empty or repeated, lack the ``{}``, or do not fit
+                in 77 tokens.
         """
         check_labels(labels)
         weights = class_weights(encoder, labels, templates)
@@ -246,15 +173,15 @@ class ZeroShotClassifier(Classifier):
 
     def logits(self, vectors: Vectors) -> Vectors:
         """The scaled cosines of images and class weights."""
-        return np.asarray(self.scale * vectors @ self.weights.T, np.float32)
+        return np.asarray(self.logit_scale * vectors @ self.weights.T, np.float32)
 
     def arrays(self) -> dict[str, Vectors]:
-        """The class weights and those of the generic captions."""
+        """The class weights and the background."""
         return {"weights": self.weights, "background": self.background}
 
     def settings(self) -> dict[str, Any]:
-        """The scale and the threshold."""
-        return {"scale": self.scale, "threshold": self.threshold}
+        """The logit scale and the threshold."""
+        return {"scale": self.logit_scale, "threshold": self.threshold}
 
     @classmethod
     def restore(
@@ -263,8 +190,8 @@ class ZeroShotClassifier(Classifier):
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
-    ) -> "ZeroShotClassifier":
-        """The classifier of these arrays and settings."""
+    ) -> Self:
+        """The classifier with these ``arrays()`` and ``settings()``."""
         return cls(
             labels,
             arrays["weights"],
@@ -274,63 +201,145 @@ class ZeroShotClassifier(Classifier):
             settings["threshold"],
         )
 
-    def any_of(self, vectors: Vectors) -> NDArray[np.float32]:
-        """The probability that an image shows any of the labels, [n].
+    def any_of(self, vectors: Vectors) -> Vectors:
+        """The probability that an image shows any of the labels: float32 [n, dim] to [n].
 
-        The labels' share in a softmax over labels and generic captions ("a photo of an object.").
+        It is the share of the labels in a softmax over labels and background captions.
 
         Raises:
-            CaptionError: made without generic captions.
+            CaptionError: the classifier has no background captions.
         """
-        labels = _log_sum(self.logits(vectors))
-        return _sigmoid(labels - self._generic(vectors))
+        labels = np.logaddexp.reduce(self.logits(vectors), axis=1)
+        return np.asarray(
+            np.exp(labels - np.logaddexp(labels, self._background_logits(vectors))), np.float32
+        )
 
     def each_alone(self, vectors: Vectors) -> Vectors:
-        """The probability of each label by itself, against the generic captions: [n, classes].
+        """The probability of each label against the background captions: [n, dim] to [n, classes].
 
-        These do not add up to 1: an image may show several labels, or none.
+        The rows do not sum to 1: an image may show several labels, or none.
 
         Raises:
-            CaptionError: made without generic captions.
+            CaptionError: the classifier has no background captions.
         """
-        return _sigmoid(self.logits(vectors) - self._generic(vectors)[:, None])
+        labels = self.logits(vectors)
+        background = self._background_logits(vectors)[:, None]
+        return np.asarray(np.exp(labels - np.logaddexp(labels, background)), np.float32)
+
+    def predict_each(self, vectors: Vectors, keys: Sequence[str], k: int = 5) -> Predictions:
+        """As ``predict``, with each label judged by itself.
+
+        An image is rejected if no label is more probable than the background captions.
+
+        Raises:
+            CaptionError: the classifier has no background captions.
+        """
+
+        def judged(one: Prediction) -> Prediction:
+            best = one.top[0].score
+            return replace(one, shows_any=best, rejected=best < EVEN)
+
+        found = rank(self.each_alone(vectors), self.labels, keys, k)
+        return Predictions(tuple(map(judged, found)), self.model)
 
     def calibrate(self, vectors: Vectors, kept: float = KEPT) -> None:
-        """Set the threshold by images that do show one of the labels.
+        """Set the threshold by images that show one of the labels.
 
-        Of further images like these at least the share ``kept`` stays above it, whatever the
-        model (split conformal prediction, Vovk et al. 2005, section 2.2).
+        At least the share ``kept`` of further images like these is accepted, whatever the model
+        (split conformal prediction, Vovk et al. 2005, section 2.2).
 
         Args:
             vectors: float32 [n, dim].
-            kept: share of such images to keep, in (0, 1).
+            kept: the share of such images to accept, in (0, 1).
 
         Raises:
-            CaptionError: too few images for that share, or made without generic captions.
+            CaptionError: too few images for this share, or no background captions.
         """
         scores = np.sort(self.any_of(vectors))
         place = int((1 - kept) * (len(scores) + 1) + 1e-9)
         if place < 1:
             least = int(np.ceil(1 / (1 - kept) - 1e-9)) - 1
             raise CaptionError(
-                f"{len(scores)} images were given to calibrate rejection, expected at least "
-                f"{least} to keep {kept:.0%}; add images that show one of the labels"
+                f"rejection was calibrated with {len(scores)} images, expected at least {least} to "
+                f"accept {kept:.0%}; add images that show one of the labels"
             )
         self.threshold = float(scores[place - 1])
 
-    def _generic(self, vectors: Vectors) -> NDArray[np.float32]:
+    def _background_logits(self, vectors: Vectors) -> Vectors:
+        """The logit of all background captions together: [n]."""
         if not len(self.background):
             raise CaptionError(
-                "the classifier was made without generic captions, expected some to hold labels "
-                "against; make it again with them"
+                "the classifier has no background captions, which rejection and independent labels "
+                "need; build it again with background=True"
             )
-        return _log_sum(np.asarray(self.scale * vectors @ self.background.T, np.float32))
+        logits: Vectors = self.logit_scale * vectors @ self.background.T
+        return np.logaddexp.reduce(logits, axis=1)
 
 
-def _log_sum(logits: Vectors) -> NDArray[np.float32]:
-    top = logits.max(axis=1)
-    return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)), np.float32)
+def class_weights(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> Vectors:
+    """The normalised mean of the caption vectors of each label: float32 [labels, dim].
+
+    Weights of many captions are stored in the user's cache.
+
+    Args:
+        encoder: the model.
+        labels: the classes.
+        templates: captions with a ``{}`` in place of the label.
+
+    Raises:
+        CaptionError: a template lacks the ``{}``, or a caption does not fit in 77 tokens.
+    """
+    captions = label_captions(labels, templates)
+    count = sum(map(len, captions))
+    cache = user_cache() if count >= CACHED_FROM else None
+    name = key_of("classes", encoder.model.fingerprint, encoder.model.precision, captions)
+    cached = cache.get(name) if cache else None
+    if cached is not None:
+        return cached.arrays["weights"]
+    weights = np.empty((len(labels), encoder.dim), np.float32)
+    hidden = None if count > _AT_ONCE else True
+    with tqdm(total=count, unit="caption", desc="encoding labels", disable=hidden) as bar:
+        for first, last in _parts([len(texts) for texts in captions]):
+            texts = [text for one in captions[first:last] for text in one]
+            vectors = _encode(encoder, texts, labels[first:last])
+            starts = np.cumsum([0, *(len(one) for one in captions[first : last - 1])])
+            sums = np.add.reduceat(vectors, starts, axis=0)
+            weights[first:last] = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+            bar.update(len(texts))
+    if cache:
+        cache.put(name, {"weights": weights}, {})
+    return weights
 
 
-def _sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(0.5 * (1 + np.tanh(values / 2)), np.float32)
+def background_weights(encoder: Encoder, labels: Sequence[str]) -> Vectors:
+    """The vectors of the background captions that name none of the labels: float32 [m, dim]."""
+    words = {w for label in labels for text in phrases_of(label) for w in text.lower().split()}
+    texts = [text for text in BACKGROUND if text.rstrip(".").split()[-1] not in words]
+    return encoder.encode_text(texts)
+
+
+def _parts(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of labels with at most ``_AT_ONCE`` captions, or a single label."""
+    parts, first, total = [], 0, 0
+    for number, size in enumerate(sizes):
+        if total and total + size > _AT_ONCE:
+            parts.append((first, number))
+            first, total = number, 0
+        total += size
+    return [*parts, (first, len(sizes))]
+
+
+def _encode(encoder: Encoder, texts: Sequence[str], labels: Sequence[str]) -> Vectors:
+    try:
+        return encoder.encode_text(texts, policy="error")
+    except CaptionError:
+        for text in texts:
+            needed = len(encode(text))
+            if needed > ROOM:
+                label = next(one for one in labels if any(p in text for p in phrases_of(one)))
+                raise CaptionError(
+                    f"the caption {shorten(text, 60)!r} of the label {shorten(str(label), 60)!r} "
+                    f"has {needed + 2} tokens, expected at most {CONTEXT}; shorten it, or split it "
+                    "into several phrases with semicolons"
+                ) from None
+        raise

@@ -19,7 +19,7 @@ __all__ = ["Row", "Source", "no_captions", "open_source", "row_image", "row_reco
 
 
 def open_source(
-    spec: str | Path,
+    spec: str | Path | Source,
     *,
     image: str | None = None,
     caption: str | None = None,
@@ -33,7 +33,7 @@ def open_source(
         spec: an image; a folder (with sidecar captions, with metadata.csv or metadata.jsonl, with
             one sub-folder per class, or plain); a CSV, TSV, JSON lines or Parquet table; WebDataset
             tars (``shards-{000..012}.tar`` or ``shards-*.tar``); ``hf:org/name:split``; a dataset
-            saved to disk (``path`` or ``path:split``).
+            saved to disk (``path`` or ``path:split``). A Source is returned as it is.
         image: name of the column that holds images; found by the usual names where None.
         caption: name of the caption column; an empty name says there is none.
         label: name of the label column; an empty name says there is none.
@@ -45,6 +45,8 @@ def open_source(
     Raises:
         DataError: it does not exist, has no such form, lacks the columns, or holds no image.
     """
+    if isinstance(spec, Source):
+        return spec
     text = os.fspath(spec)
     source = _open(text, Wanted(image, caption, label, metadata), streaming)
     if streaming and not source.streaming:

@@ -1,4 +1,9 @@
-"""Error bars: the bootstrap over items (Efron & Tibshirani 1993, chapter 13)."""
+"""Confidence intervals: the percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
+
+A resample is a row of whole weights, one for each item, so that a metric is computed for many
+resamples in one matrix product. ``scipy.stats.bootstrap`` would draw anew for every metric, and
+hands over values instead of weights.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,62 +12,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 Weights = NDArray[np.float64]
-Figures = Callable[[Weights], dict[str, NDArray[np.float64]]]
-"""From weights, float64 [b, items], to named figures, float64 [b] each."""
+Metrics = Callable[[Weights], dict[str, NDArray[np.float64]]]
+"""From weights, float64 [b, items], to metrics by name, float64 [b] each."""
 
 RESAMPLES = 1000
-"""Enough for 95 % intervals: 25 of them lie beyond each end."""
+"""Enough for 95 % intervals: 25 resamples lie beyond each end."""
 LEVEL = 0.95
-_NUMBERS = 1 << 22  # weights held at a time, 32 MiB
+_NUMBERS = 1 << 22  # weights in memory at a time, 32 MiB
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval."""
+    """The value of a metric and its 95 % interval."""
 
     value: float
     low: float
     high: float
 
 
-def estimate(figures: Figures, items: int, *, seed: int = 0) -> dict[str, Estimate]:
-    """Figures with percentile intervals, from one set of resamples for all of them.
+def estimate(metrics: Metrics, items: int, *, seed: int = 0) -> dict[str, Estimate]:
+    """Metrics with percentile intervals, all from the same resamples.
 
     Args:
-        figures: computes them for weighted items; a resample is so many whole weights.
-        items: what is drawn anew, with replacement.
-        seed: of the draws.
+        metrics: computes the metrics for weighted items.
+        items: the number of items to resample with replacement.
+        seed: of the resamples.
     """
-    values = figures(np.ones((1, items)))
-    drawn = [figures(weights) for weights in resamples(items, seed)]
-    found = {}
+    values = metrics(np.ones((1, items)))
+    drawn = [metrics(weights) for weights in resamples(items, seed)]
+    estimates = {}
     for name, value in values.items():
         low, high = interval(np.concatenate([part[name] for part in drawn]))
-        found[name] = Estimate(float(value[0]), low, high)
-    return found
+        estimates[name] = Estimate(float(value[0]), low, high)
+    return estimates
 
 
 def estimate_difference(
-    one: Figures, other: Figures, items: int, *, seed: int = 0
+    first: Metrics, second: Metrics, items: int, *, seed: int = 0
 ) -> dict[str, Estimate]:
-    """How much higher the figures of ``other`` are, both measured on the same resamples.
+    """How much higher the metrics of ``second`` are, with both measured on the same resamples.
 
     Args:
-        one: the figures of a model.
-        other: those of another one, over the same items.
-        items: what is drawn anew, with replacement.
-        seed: of the draws.
+        first: the metrics of one model.
+        second: the metrics of another model on the same items.
+        items: the number of items to resample with replacement.
+        seed: of the resamples.
     """
 
     def difference(weights: Weights) -> dict[str, NDArray[np.float64]]:
-        first, second = one(weights), other(weights)
-        return {name: second[name] - first[name] for name in first}
+        one, other = first(weights), second(weights)
+        return {name: other[name] - one[name] for name in one}
 
     return estimate(difference, items, seed=seed)
 
 
 def resamples(items: int, seed: int, count: int = RESAMPLES) -> Iterator[Weights]:
-    """How often each item is drawn in each resample: float64 [b, items], block after block."""
+    """How often each item is drawn in each resample: blocks of float64 [b, items]."""
     generator = np.random.default_rng(seed)
     size = max(1, min(count, _NUMBERS // max(items, 1)))
     for start in range(0, count, size):
@@ -74,9 +79,9 @@ def resamples(items: int, seed: int, count: int = RESAMPLES) -> Iterator[Weights
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The middle 95 % of values; those that are no number, for nothing was drawn, are left out."""
-    known = values[np.isfinite(values)]
-    if not len(known):
+    """The middle 95 % of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

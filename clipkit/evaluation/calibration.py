@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and the logit scale at which they do."""
+"""Calibration of probabilities: expected calibration error and temperature scaling."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,7 @@ _ENOUGH = 1e-9
 
 @dataclass(frozen=True)
 class Bin:
-    """Items whose confidence lies in ``(low, high]``: how many, their mean confidence, the share
-    that is right."""
+    """Items with a confidence in ``(low, high]``: their number, mean confidence and accuracy."""
 
     low: float
     high: float
@@ -24,64 +23,64 @@ class Bin:
     accuracy: float
 
 
-def bins_of(confidence: Numbers) -> NDArray[np.int64]:
-    """The bin of each confidence, int64 [n] from 0 to 14."""
+def bin_numbers(confidence: Numbers) -> NDArray[np.int64]:
+    """The bin of each confidence: int64 [n] from 0 to 14."""
     return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
-def calibration_sums(confidence: Numbers, right: NDArray[np.bool_], weights: Numbers) -> Numbers:
-    """The expected calibration error times the sum of the weights, float64 [b].
+def expected_calibration_error(
+    confidence: Numbers, correct: NDArray[np.bool_], weights: Numbers
+) -> Numbers:
+    """The mean gap between accuracy and confidence over the bins (Guo et al. 2017): float64 [b].
 
     Args:
-        confidence: float64 [n], probability of what was said.
-        right: bool [n], whether it was right.
+        confidence: float64 [n], the probability of the predicted class.
+        correct: bool [n], whether the prediction is correct.
         weights: float64 [b, n], how often each item counts.
     """
-    bins, gaps = bins_of(confidence), right - confidence
-    # A column per bin: its items' gaps between being right and what was said.
-    table = np.zeros((len(gaps), BINS))
-    table[np.arange(len(gaps)), bins] = gaps
-    sums: Numbers = np.abs(weights @ table).sum(axis=1)
-    return sums
+    # One column per bin, with the gaps of its items.
+    table = np.zeros((len(confidence), BINS))
+    table[np.arange(len(confidence)), bin_numbers(confidence)] = correct - confidence
+    errors: Numbers = np.abs(weights @ table).sum(axis=1) / weights.sum(axis=1)
+    return errors
 
 
-def reliability(confidence: Numbers, right: NDArray[np.bool_]) -> list[Bin]:
-    """The bins that hold items, for a reliability diagram."""
-    bins = bins_of(confidence)
+def reliability(confidence: Numbers, correct: NDArray[np.bool_]) -> list[Bin]:
+    """The non-empty bins of a reliability diagram."""
+    numbers = bin_numbers(confidence)
     return [
         Bin(
             number / BINS,
             (number + 1) / BINS,
             int(inside.sum()),
             float(confidence[inside].mean()),
-            float(right[inside].mean()),
+            float(correct[inside].mean()),
         )
         for number in range(BINS)
-        if (inside := bins == number).any()
+        if (inside := numbers == number).any()
     ]
 
 
-def fit_scale(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> float:
-    """The number by which to multiply logits so that the right classes are likeliest together.
+def fit_logit_scale(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> float:
+    """The factor for the logits with the lowest negative log-likelihood.
 
-    Temperature scaling (Guo et al. 2017, section 4.2): the mean surprise is convex in the factor,
-    and Newton's method finds its lowest point, held within a bracket.
+    This is temperature scaling (Guo et al. 2017, section 4.2). The loss is convex in the factor, so
+    Newton's method within a bracket finds the minimum in about 8 passes over the logits.
 
     Args:
         logits: [n, classes].
-        targets: int64 [n], the right class of each.
+        targets: int64 [n], the correct class of each item.
 
     Returns:
-        the factor, from 1e-3 to 1e3.
+        The factor, from 1e-3 to 1e3.
     """
     values = np.asarray(logits, np.float64)
-    right = values[np.arange(len(targets)), targets].mean()
+    correct = values[np.arange(len(targets)), targets].mean()
     low, high, factor = 1e-3, 1e3, 1.0
     for _ in range(_STEPS):
-        odds = np.exp(factor * (values - values.max(axis=1, keepdims=True)))
-        odds /= odds.sum(axis=1, keepdims=True)
+        odds = softmax(factor * values)
         means = (odds * values).sum(axis=1)
-        slope = means.mean() - right
+        slope = means.mean() - correct
         curve = ((odds * values**2).sum(axis=1) - means**2).mean()
         low, high = (factor, high) if slope < 0 else (low, factor)
         step = factor - slope / curve if curve > 0 else np.inf
@@ -94,23 +93,26 @@ def fit_scale(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> float
 
 def cross_fitted(
     logits: NDArray[np.floating], targets: NDArray[np.int64], *, seed: int = 0
-) -> NDArray[np.float32]:
-    """Probabilities [n, classes] at a scale that was fitted on the half an item is not in.
+) -> NDArray[np.floating]:
+    """Probabilities [n, classes] at a logit scale fitted on the half that an item is not in.
 
     Args:
-        logits: [n, classes]; two items at least.
-        targets: int64 [n], the right class of each.
-        seed: deals the items out.
+        logits: [n, classes], at least two items.
+        targets: int64 [n], the correct class of each item.
+        seed: of the split into halves.
     """
     order = np.random.default_rng(seed).permutation(len(targets))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
-    result = np.empty(np.shape(logits), np.float32)
+    result = np.empty_like(logits)
     for mine, other in (halves, halves[::-1]):
-        result[mine] = softmax(fit_scale(logits[other], targets[other]) * logits[mine])
+        result[mine] = softmax(fit_logit_scale(logits[other], targets[other]) * logits[mine])
     return result
 
 
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Probabilities of logits, row by row: [n, classes] to float32 [n, classes]."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Probabilities along the last axis, in the type of the logits."""
+    # scipy.special.softmax takes 1.2 to 1.6 times as long for float32 [5,000, 1,000], and 0.2 s to
+    # import.
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shifted /= shifted.sum(axis=-1, keepdims=True)
+    return shifted

@@ -1,88 +1,311 @@
-"""Recall@k, median rank and mean average precision of captions finding images and the reverse.
+"""Retrieval metrics: recall@k, median rank and mean average precision, in both directions.
 
-Where right items stand among wrong ones, block by block, without the matrix of all scores.
+Ranks are computed block by block, so that the matrix of all scores is never held in memory.
+
+Tie convention: ties count against the model. The rank of a query's best relevant item is the
+number of non-relevant items whose score in float64 is higher or equal (to 1e-9), so a model that
+gives every item the same vector has the worst rank, not the best. Relevant items of the same query
+never count against each other. Scores that float32 cannot tell apart are computed again in float64,
+so the ranks depend neither on the block size nor on how a BLAS library sums.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import DataError
+from clipkit.evaluation.bootstrap import Estimate, estimate
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Scores = NDArray[np.float64]
+EqualCaptions = Literal["merge", "apart"]
 
+KS = (1, 5, 10, 50)
+DIRECTIONS = ("text_to_image", "image_to_text")
 BLOCK = (510, 8192)
-"""Images and captions of a block: 16 MiB of scores, and images in two parts of 255."""
+"""Images and captions per block: 16 MiB of scores, and images in two parts of 255."""
 _NEAR = 2e-6
-"""Scores of float32 products nearer than this are computed again in float64. Their largest error
-among 9 million products of unit vectors was 7.2e-7 at 256 dimensions, 5.5e-7 at 512 to 1,024."""
+"""float32 scores closer than this are computed again in float64. The largest error among 9 million
+float32 products of unit vectors was 7.2e-7 at 256 dimensions and 5.5e-7 at 512 to 1,024."""
 _TIE = 1e-9
-_PART = 255  # rows whose ones a byte can count
+_PART = 255  # rows whose ones fit into one byte
 _GATHERED = 1024  # pairs computed in float64 at a time
 _SPARSE = 32
-"""If one score in so many may be ahead or fewer, these are looked at one by one. A good model has
-next to none, and a pass over a block of scores takes a tenth of the time of making them."""
+"""If at most one score in this many may be ahead, these scores are looked at one by one. A good
+model has next to none, and one pass over a block takes a tenth of the time of its product."""
 
 
-def wrong_ahead(
+@dataclass(frozen=True)
+class Relevance:
+    """Which captions are relevant to which images.
+
+    Attributes:
+        captions: int64 [m], the rows of the captions that are used: the first of merged ones.
+        image_of: int64 [pairs], the image of each relevant pair.
+        caption_of: int64 [pairs], its caption, as an index into ``captions``.
+        distinct: the number of different captions.
+    """
+
+    captions: Integers
+    image_of: Integers
+    caption_of: Integers
+    distinct: int
+
+
+def relevant_pairs(texts: list[str], owners: Integers, equal_captions: EqualCaptions) -> Relevance:
+    """Match captions with images.
+
+    Args:
+        texts: the captions. Two are equal if they differ only in case and spaces, which CLIP's
+            tokenizer does not see.
+        owners: int64 [captions], the image of each caption.
+        equal_captions: ``"merge"`` makes equal captions one, relevant to all of their images;
+            ``"apart"`` keeps each relevant to its own image alone.
+    """
+    numbers: dict[str, int] = {}
+    first: list[int] = []
+    groups = np.empty(len(texts), np.int64)
+    for place, text in enumerate(texts):
+        words = " ".join(text.lower().split())
+        if words not in numbers:
+            numbers[words] = len(numbers)
+            first.append(place)
+        groups[place] = numbers[words]
+    if equal_captions == "apart":
+        rows = np.arange(len(texts), dtype=np.int64)
+        return Relevance(rows, owners, rows, len(numbers))
+    # An image with the same caption twice has it once.
+    pairs = np.unique(np.stack([owners, groups], axis=1), axis=0)
+    return Relevance(np.array(first, np.int64), pairs[:, 0], pairs[:, 1], len(numbers))
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """The rank of every query in one direction.
+
+    Attributes:
+        queries: int64 [q], the caption or image that each query is.
+        ranks: int64 [q], how many non-relevant items are ranked before the best relevant one;
+            0 is a hit at 1.
+        average_precision: float64 [q]: the mean, over the relevant items, of the share of relevant
+            ones among all items ranked as high.
+        pair_query: int64 [pairs], the query of each relevant pair, as an index into ``queries``.
+        pair_image: int64 [pairs], its image. The bootstrap resamples images, because captions of
+            one image are not independent; a query counts as often as its images do, on average.
+        gallery: the number of items searched.
+    """
+
+    queries: Integers
+    ranks: Integers
+    average_precision: NDArray[np.float64]
+    pair_query: Integers
+    pair_image: Integers
+    gallery: int
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """float64 [pairs], the share of its query that each pair stands for."""
+        shares: NDArray[np.float64] = 1 / np.bincount(self.pair_query)[self.pair_query]
+        return shares
+
+
+def measure_retrieval(
+    images: Floats, captions: Floats, relevance: Relevance
+) -> tuple[dict[str, RetrievalResult], dict[str, Estimate]]:
+    """Rank every query, and estimate the metrics by a bootstrap over images.
+
+    Args:
+        images: float32 [n, dim], unit rows.
+        captions: float32 [m, dim], unit rows, merged or not.
+        relevance: which captions are relevant to which images.
+
+    Raises:
+        DataError: a vector is not finite.
+    """
+    used = captions
+    if len(relevance.captions) != len(captions):
+        used = captions[relevance.captions]
+    results = rank_queries(images, used, relevance.image_of, relevance.caption_of)
+    return results, estimate(partial(retrieval_metrics, results), len(images))
+
+
+def rank_queries(
+    images: Floats,
+    captions: Floats,
+    image_of: Integers,
+    caption_of: Integers,
+    block: tuple[int, int] = BLOCK,
+) -> dict[str, RetrievalResult]:
+    """Search the images with each caption and the captions with each image, in bounded memory.
+
+    Any number of captions may be relevant to an image, and any number of images to a caption.
+    Images and captions without a relevant item are part of the gallery but are not queries.
+
+    Args:
+        images: float32 [n, dim], unit rows; may be memory-mapped.
+        captions: float32 [m, dim], likewise.
+        image_of: int64 [pairs], the image of each relevant pair; each pair is listed once.
+        caption_of: int64 [pairs], its caption.
+        block: images and captions per matrix product; bounds the memory and does not change the
+            result.
+
+    Returns:
+        ``{"text_to_image": …, "image_to_text": …}``.
+
+    Raises:
+        DataError: a vector is not finite.
+    """
+    captions_ahead, images_ahead = count_ahead(images, captions, image_of, caption_of, block)
+    return {
+        "text_to_image": _result(caption_of, images_ahead, image_of, len(images)),
+        "image_to_text": _result(image_of, captions_ahead, image_of, len(captions)),
+    }
+
+
+def _result(
+    pair_query: Integers, ahead: Integers, image_of: Integers, gallery: int
+) -> RetrievalResult:
+    # The higher a relevant item scores, the fewer non-relevant ones are ahead of it.
+    order = np.lexsort((ahead, pair_query))
+    pair_query, ahead = pair_query[order], ahead[order]
+    queries, starts, places, counts = np.unique(
+        pair_query, return_index=True, return_inverse=True, return_counts=True
+    )
+    place = np.arange(len(pair_query)) - starts[places] + 1
+    precision = np.add.reduceat(place / (place + ahead), starts) / counts
+    return RetrievalResult(queries, ahead[starts], precision, places, image_of[order], gallery)
+
+
+def retrieval_metrics(
+    results: dict[str, RetrievalResult], weights: NDArray[np.float64], ks: Sequence[int] = KS
+) -> dict[str, NDArray[np.float64]]:
+    """Recall@k, median rank (1 is best) and mean average precision over weighted images.
+
+    Args:
+        results: as from ``rank_queries``.
+        weights: float64 [b, images], whole numbers: how often each image counts. Its captions
+            count as often.
+        ks: the values of k; those larger than the gallery are left out.
+
+    Returns:
+        float64 [b] by name.
+    """
+    metrics: dict[str, NDArray[np.float64]] = {}
+    for direction, result in results.items():
+        images = weights.shape[1]
+        per_image = np.bincount(result.pair_image, weights=result.shares, minlength=images)
+        queries = weights @ per_image
+        for name, sums in sums_per_image(result, images, ks).items():
+            metrics[f"{direction}_{name}"] = weights @ sums / queries
+        metrics[f"{direction}_median_rank"] = _median_ranks(result, weights)
+    return metrics
+
+
+def sums_per_image(
+    result: RetrievalResult, images: int, ks: Sequence[int] = KS
+) -> dict[str, NDArray[np.float64]]:
+    """What the queries of each image add to recall@k and to average precision: float64 [images]."""
+    values = {f"r{k}": (result.ranks < k).astype(float) for k in ks if k <= result.gallery}
+    values["map"] = result.average_precision
+    return {
+        name: np.bincount(
+            result.pair_image, weights=value[result.pair_query] * result.shares, minlength=images
+        ).astype(np.float64)
+        for name, value in values.items()
+    }
+
+
+def _median_ranks(result: RetrievalResult, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The median rank, counted from 1, for each row of image weights: float64 [b]."""
+    ranks = result.ranks[result.pair_query] + 1
+    order = np.argsort(ranks, kind="stable")
+    ranks, images, shares = ranks[order], result.pair_image[order], result.shares[order]
+    medians = np.empty(len(weights))
+    for row, weight in enumerate(weights):
+        reached = np.cumsum(weight[images] * shares)
+        half, rounding = reached[-1] / 2, 1e-9 * reached[-1]
+        # For an even number of queries: the mean of the two in the middle.
+        middle = np.searchsorted(reached, [half - rounding, half + rounding])
+        medians[row] = ranks[middle].mean()
+    return medians
+
+
+def retrieval_recall(
+    images: Floats, captions: Floats, owners: Integers, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall@k in both directions, for any number of captions per image.
+
+    A caption is a hit if its image is among the k best; an image is a hit if any of its captions
+    is (Karpathy & Fei-Fei 2015).
+
+    Args:
+        images: float32 [n, dim], unit rows.
+        captions: float32 [m, dim], unit rows.
+        owners: int64 [m], the row of each caption's image.
+        ks: the values of k.
+
+    Returns:
+        ``{"text_to_image_r1": …, "image_to_text_r1": …, …}``, shares in [0, 1].
+
+    Raises:
+        DataError: a vector is not finite.
+    """
+    results = rank_queries(images, captions, owners, np.arange(len(captions), dtype=np.int64))
+    return {
+        f"{name}_r{k}": float((results[name].ranks < k).mean()) for name in DIRECTIONS for k in ks
+    }
+
+
+def count_ahead(
     images: Floats,
     captions: Floats,
     image_of: Integers,
     caption_of: Integers,
     block: tuple[int, int] = BLOCK,
 ) -> tuple[Integers, Integers]:
-    """For each right pair, how many wrong captions and how many wrong images score as high.
+    """For each relevant pair, how many non-relevant captions and images score at least as high.
 
-    An item is ahead of a right one when its score in float64 is higher or equal (to 1e-9): ties
-    count against the model, so that vectors which are all equal do not look perfect. One product
-    of each block of images with each block of captions serves both directions. Where float32
-    cannot tell two scores apart, these alone are computed again, so that the result depends
-    neither on the block nor on how a library sums.
-
-    Args:
-        images: float32 [n, dim], rows of unit length.
-        captions: float32 [m, dim], rows of unit length.
-        image_of: int64 [pairs], the image of each right pair; a pair stands once.
-        caption_of: int64 [pairs], its caption.
-        block: images and captions per matrix product; bounds the memory, not the result.
+    One product of each block of images with each block of captions serves both directions. The
+    arguments are those of ``rank_queries``.
 
     Returns:
-        int64 [pairs]: of the captions that are not right for the pair's image, those that score at
-        least as high as the pair; int64 [pairs]: the same of the images that are not right for
+        int64 [pairs]: of the captions that are not relevant to the pair's image, how many score at
+        least as high as the pair; int64 [pairs]: the same for the images that are not relevant to
         its caption.
 
     Raises:
-        DataError: vectors that are not finite.
+        DataError: a vector is not finite.
     """
-    scores = scores_of(images, captions, image_of, caption_of)
+    scores = _exact_scores(images, captions, image_of, caption_of)
     if not np.isfinite(scores).all():
         raise DataError(
-            "the vectors hold numbers that are not finite, expected unit vectors; the model is "
-            "broken, measure an earlier checkpoint"
+            "some vectors are not finite, expected unit vectors; the model is broken: evaluate an "
+            "earlier checkpoint"
         )
     of_images = _Side(images, captions, image_of, caption_of, scores)
     of_captions = _Side(captions, images, caption_of, image_of, scores)
-    # Held on to: fresh memory for each product costs a tenth of it.
-    room = np.empty(min(block[0], len(images)) * min(block[1], len(captions)), np.float32)
+    # Allocated once: fresh memory for each product costs a tenth of its time.
+    buffer = np.empty(min(block[0], len(images)) * min(block[1], len(captions)), np.float32)
     for top in range(0, len(images), block[0]):
         rows = slice(top, min(top + block[0], len(images)))
         for left in range(0, len(captions), block[1]):
             columns = slice(left, min(left + block[1], len(captions)))
             shape = (rows.stop - top, columns.stop - left)
-            table = room[: shape[0] * shape[1]].reshape(shape)
+            table = buffer[: shape[0] * shape[1]].reshape(shape)
             np.matmul(images[rows], captions[columns].T, out=table)
-            # What is right stands aside of what is wrong, in both directions alike.
+            # Relevant pairs never count as ahead, in either direction.
             table[of_images.places(rows, columns)] = -np.inf
             of_images.add(table, rows, columns)
             of_captions.add(table.T, columns, rows)
     return of_images.ahead, of_captions.ahead
 
 
-def scores_of(images: Floats, captions: Floats, i: Integers, j: Integers) -> Scores:
+def _exact_scores(images: Floats, captions: Floats, i: Integers, j: Integers) -> Scores:
     """The inner products of images ``i`` with captions ``j`` in float64, [pairs]."""
     scores = np.empty(len(i))
     for start in range(0, len(i), _GATHERED):
@@ -93,10 +316,10 @@ def scores_of(images: Floats, captions: Floats, i: Integers, j: Integers) -> Sco
 
 
 class _Side:
-    """One direction: the wrong items of the other side that are ahead, counted block by block.
+    """One direction: counts the non-relevant items of the other side that are ahead, by block.
 
     Attributes:
-        ahead: int64 [pairs], how many there are so far.
+        ahead: int64 [pairs], the count so far.
     """
 
     def __init__(
@@ -110,7 +333,7 @@ class _Side:
         self._starts = np.append(starts, len(own_of))
 
     def places(self, mine: slice, theirs: slice) -> tuple[Integers, Integers]:
-        """Where in a block's table the right pairs stand."""
+        """The positions of the relevant pairs in a block's table."""
         first, last = np.searchsorted(self._items, [mine.start, mine.stop])
         pairs = self._order[self._starts[first] : self._starts[last]]
         other = self.other_of[pairs]
@@ -121,10 +344,10 @@ class _Side:
         """Count the items of one block.
 
         Args:
-            table: float32 [own items, items of the other side], in either order of memory, with
-                minus infinity where a pair is right.
+            table: float32 [own items, items of the other side], in either memory order, with
+                minus infinity at the relevant pairs.
             mine: the block's own items.
-            theirs: those of the other side.
+            theirs: the block's items of the other side.
         """
         few: _Few | None = None
         for pairs in self._levels(mine):
@@ -139,17 +362,17 @@ class _Side:
             if few is None:
                 counts, own, other = _count_all(table, most, high)
             else:
-                # What is not ahead of the lowest right item is not ahead of a higher one.
+                # A score that is not ahead of the lowest relevant item is not ahead of higher ones.
                 few = few.at_least(low)
                 counts, own, other = few.count(high)
             if len(own):
-                again = scores_of(self.own, self.others, mine.start + own, theirs.start + other)
+                again = _exact_scores(self.own, self.others, mine.start + own, theirs.start + other)
                 ahead = again >= limits[own] - _TIE
                 counts += np.bincount(own[ahead], minlength=len(table))
             self.ahead[pairs] += counts[rows]
 
     def _levels(self, part: slice) -> Iterator[Integers]:
-        """The lowest pair of each item of a block, then the second of those that have one, …"""
+        """The lowest pair of each item of a block, then the second lowest, and so on."""
         first, last = np.searchsorted(self._items, [part.start, part.stop])
         starts, ends = self._starts[first:last], self._starts[first + 1 : last + 1]
         while len(starts):
@@ -159,10 +382,10 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Few:
-    """Scores of a table of which there are few.
+    """A few scores of a table, as a sparse matrix.
 
     Attributes:
-        rows: how many the table has.
+        rows: the number of rows of the table.
         own: int64 [n], their rows.
         other: int64 [n], their columns.
         values: float32 [n].
@@ -189,7 +412,7 @@ class _Few:
         return _Few(self.rows, self.own[kept], self.other[kept], self.values[kept])
 
     def count(self, high: Floats) -> tuple[Integers, Integers, Integers]:
-        """As ``_count_all``."""
+        """See ``_count_all``."""
         above = self.values > high[self.own]
         counts = np.bincount(self.own[above], minlength=self.rows)
         return counts, self.own[~above], self.other[~above]
@@ -198,7 +421,7 @@ class _Few:
 def _count_all(
     table: Floats, most: NDArray[np.bool_], high: Floats
 ) -> tuple[Integers, Integers, Integers]:
-    """How many scores of each row are above a limit, and which ``most`` has beside these."""
+    """How many scores of each row are above a limit, and the other ones in ``most``."""
     above = table > high[:, None]
     counts = _ones(above)
     doubtful = np.flatnonzero(counts != _ones(most))
@@ -207,7 +430,7 @@ def _count_all(
 
 
 def _ones(mask: NDArray[np.bool_]) -> Integers:
-    """The ones of each row; across memory, bytes add up ten times as fast as numbers."""
+    """The ones in each row. Across the memory order, bytes add up ten times as fast as integers."""
     if mask.flags.c_contiguous:
         return np.array([np.count_nonzero(row) for row in mask], np.int64)
     counts = np.zeros(len(mask), np.int64)
@@ -215,162 +438,3 @@ def _ones(mask: NDArray[np.bool_]) -> Integers:
         part = mask[:, start : start + _PART].view(np.uint8)
         counts += np.add.reduce(part, axis=1, dtype=np.uint8)
     return counts
-
-
-KS = (1, 5, 10, 50)
-DIRECTIONS = ("text_to_image", "image_to_text")
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """How far each query got, in one direction.
-
-    Attributes:
-        queries: int64 [q], the caption or image that asked.
-        ranks: int64 [q], how many wrong items stand before its best right one; 0 is a success at 1.
-        precision: float64 [q], its average precision: the mean, over its right items, of the share
-            of right ones among all that stand no lower.
-        asks: int64 [pairs], the query of each right pair, as its place in ``queries``.
-        images: int64 [pairs], its image. Images are what is drawn anew for error bars, for captions
-            of one image are no independent observations; a query counts as often as its images do,
-            on average.
-        gallery: how many items were searched.
-    """
-
-    queries: Integers
-    ranks: Integers
-    precision: NDArray[np.float64]
-    asks: Integers
-    images: Integers
-    gallery: int
-
-    @property
-    def shares(self) -> NDArray[np.float64]:
-        """float64 [pairs], the part of its query that each pair stands for."""
-        shares: NDArray[np.float64] = 1 / np.bincount(self.asks)[self.asks]
-        return shares
-
-
-def retrieved(
-    images: Floats,
-    captions: Floats,
-    image_of: Integers,
-    caption_of: Integers,
-    block: tuple[int, int] = BLOCK,
-) -> dict[str, Retrieved]:
-    """Let each caption search the images and each image the captions, in bounded memory.
-
-    Any number of captions may be right for an image, and any number of images for a caption.
-    Images and captions without a right item are searched but do not ask.
-
-    Args:
-        images: float32 [n, dim], rows of unit length; may be memory-mapped.
-        captions: float32 [m, dim], likewise.
-        image_of: int64 [pairs], the image of each right pair; a pair stands once.
-        caption_of: int64 [pairs], its caption.
-        block: images and captions per matrix product; bounds the memory, not the result.
-
-    Returns:
-        ``{"text_to_image": …, "image_to_text": …}``.
-
-    Raises:
-        DataError: vectors that are not finite.
-    """
-    captions_ahead, images_ahead = wrong_ahead(images, captions, image_of, caption_of, block)
-    return {
-        "text_to_image": _queries(caption_of, images_ahead, image_of, len(images)),
-        "image_to_text": _queries(image_of, captions_ahead, image_of, len(captions)),
-    }
-
-
-def _queries(asks: Integers, ahead: Integers, image_of: Integers, gallery: int) -> Retrieved:
-    # The better a right item scores, the fewer wrong ones are ahead of it.
-    order = np.lexsort((ahead, asks))
-    asks, ahead = asks[order], ahead[order]
-    queries, starts, places, counts = np.unique(
-        asks, return_index=True, return_inverse=True, return_counts=True
-    )
-    place = np.arange(len(asks)) - starts[places] + 1
-    precision = np.add.reduceat(place / (place + ahead), starts) / counts
-    return Retrieved(queries, ahead[starts], precision, places, image_of[order], gallery)
-
-
-def retrieval_figures(
-    outcomes: dict[str, Retrieved], weights: NDArray[np.float64], ks: Sequence[int] = KS
-) -> dict[str, NDArray[np.float64]]:
-    """Recall@k, median rank (1 is best) and mean average precision of weighted images.
-
-    Args:
-        outcomes: of ``retrieved``.
-        weights: float64 [b, images], how often each image counts, whole numbers; its captions count
-            as often.
-        ks: how many of the best count; those larger than the gallery are left out.
-
-    Returns:
-        by name, float64 [b].
-    """
-    figures: dict[str, NDArray[np.float64]] = {}
-    for name, found in outcomes.items():
-        parts = image_sums(found, weights.shape[1], ks)
-        asked = np.bincount(found.images, weights=found.shares, minlength=weights.shape[1])
-        queries = weights @ asked
-        for figure, sums in parts.items():
-            figures[f"{name}_{figure}"] = weights @ sums / queries
-        figures[f"{name}_median_rank"] = _medians(found, weights)
-    return figures
-
-
-def image_sums(
-    found: Retrieved, images: int, ks: Sequence[int] = KS
-) -> dict[str, NDArray[np.float64]]:
-    """What the queries of each image add to recall@k and to average precision, float64 [images]."""
-    values = {f"r{k}": (found.ranks < k).astype(float) for k in ks if k <= found.gallery}
-    values["map"] = found.precision
-    return {
-        name: np.bincount(
-            found.images, weights=value[found.asks] * found.shares, minlength=images
-        ).astype(np.float64)
-        for name, value in values.items()
-    }
-
-
-def _medians(found: Retrieved, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The median rank, counted from 1, where each image counts as often as its weight says."""
-    ranks = found.ranks[found.asks] + 1
-    order = np.argsort(ranks, kind="stable")
-    ranks, images, shares = ranks[order], found.images[order], found.shares[order]
-    medians = np.empty(len(weights))
-    for row, weight in enumerate(weights):
-        # The pairs of a query add up to it, and stand together or beside others of its rank.
-        reached = np.cumsum(weight[images] * shares)
-        half, rounding = reached[-1] / 2, 1e-9 * reached[-1]
-        # Of an even number the mean of the two in the middle.
-        middle = np.searchsorted(reached, [half - rounding, half + rounding])
-        medians[row] = ranks[middle].mean()
-    return medians
-
-
-def retrieval_recall(
-    images: Floats, captions: Floats, owners: Integers, ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """Recall@k in both directions, with any number of captions per image.
-
-    A caption is right when its own image is among the k best; an image is right when any of its
-    captions is among the k best (Karpathy & Fei-Fei 2015).
-
-    Args:
-        images: float32 [n, dim], rows of unit length.
-        captions: float32 [m, dim], rows of unit length.
-        owners: int64 [m], the row of each caption's image.
-        ks: how many of the best count.
-
-    Returns:
-        ``{"text_to_image_r1": …, "image_to_text_r1": …, …}``, shares in [0, 1].
-
-    Raises:
-        DataError: vectors that are not finite.
-    """
-    found = retrieved(images, captions, owners, np.arange(len(captions), dtype=np.int64))
-    return {
-        f"{name}_r{k}": float((found[name].ranks < k).mean()) for name in DIRECTIONS for k in ks
-    }

@@ -1,14 +1,16 @@
-"""A list of data sets to measure models on, as TOML."""
+"""The TOML file of an evaluation suite: a list of data sets."""
 
 import tomllib
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from clipkit.errors import ConfigError
+from clipkit.evaluation.report import Task
+from clipkit.evaluation.retrieval import EqualCaptions
 
-TASKS = ("zeroshot", "retrieval")
+TASKS, EQUAL_CAPTIONS = get_args(Task), get_args(EqualCaptions)
 
 
 @dataclass(frozen=True)
@@ -16,17 +18,18 @@ class SuiteSet:
     """One data set of a suite.
 
     Attributes:
-        name: what it is called in the table.
-        data: whatever ``open_source`` opens, or a directory in CLIP_benchmark's layout; paths are
-            relative to the suite's file.
-        task: ``zeroshot`` or ``retrieval``; empty where the data say so themselves.
-        labels: as for classify; empty: the labels of the data.
-        templates: a file, or ``openai`` or ``simple``; empty: the data's, else the usual ones.
+        name: its name in the table of results.
+        data: anything that ``open_source`` opens, or a directory in CLIP_benchmark's layout.
+            Paths are relative to the directory of the suite.
+        task: ``zero-shot`` or ``retrieval``; may be empty for CLIP_benchmark's layout.
+        labels: labels separated by commas, a file, or ``imagenet``; empty for the labels of the
+            data.
+        templates: a file, ``openai`` or ``simple``; empty for those of the data, or the default.
         split: of CLIP_benchmark's layout.
-        image_column: if it has no usual name.
+        image_column: the column of the images, if it has an unusual name.
         caption_column: likewise.
         label_column: likewise.
-        equal_captions: ``merge`` or ``apart``, of a retrieval.
+        equal_captions: ``merge`` or ``apart``, for a retrieval.
     """
 
     name: str
@@ -38,52 +41,57 @@ class SuiteSet:
     image_column: str = ""
     caption_column: str = ""
     label_column: str = ""
-    equal_captions: str = "merge"
+    equal_captions: EqualCaptions = "merge"
 
 
 def read_suite(file: Path) -> list[SuiteSet]:
     """Read the ``[[set]]`` tables of a suite.
 
     Raises:
-        ConfigError: no TOML, no set, an unknown key, a wrong type or value, or a name twice.
+        ConfigError: the file is not TOML or has no set; a set has an unknown key, a wrong type or
+            value, or the name of another set.
     """
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(
-            f"{file} cannot be read as a suite ({error}), expected TOML with [[set]] tables"
+            f"cannot read the suite {file} ({error}), expected TOML with [[set]] tables"
         ) from None
     entries = content.pop("set", [])
-    if content or not isinstance(entries, list) or not entries:
-        found = f"{', '.join(content)} beside its" if content else "no"
+    if content:
         raise ConfigError(
-            f"{file} holds {found} [[set]] tables, expected these alone, each with a name, data "
-            "and a task; write one for each data set"
+            f"{file} has the unknown key {next(iter(content))!r}, expected [[set]] tables only"
         )
-    sets = [_read(entry, file) for entry in entries]
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(
+            f"{file} has no [[set]] table, expected one for each data set with its name, data and "
+            "task"
+        )
+    sets = [_read_set(entry, file) for entry in entries]
     names = [one.name for one in sets]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{file} names the set {name!r} twice, expected each name once")
+            raise ConfigError(f"{file} has two sets named {name!r}; rename one")
     return sets
 
 
-def _read(entry: Any, file: Path) -> SuiteSet:
+def _read_set(entry: Any, file: Path) -> SuiteSet:
     known = [field.name for field in fields(SuiteSet)]
     for key, value in entry.items() if isinstance(entry, dict) else ():
         if key not in known:
             close = get_close_matches(key, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"{file}: a set has no setting {key!r}; {hint}")
+            hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
+            raise ConfigError(f"{file}: a set has the unknown key {key!r}; {hint}")
         if not isinstance(value, str):
-            raise ConfigError(f"{file}: {key} = {value!r} is no text, expected one in quotes")
+            raise ConfigError(f"{file}: {key} = {value!r}, expected a text in quotes")
     if not isinstance(entry, dict) or not entry.get("name") or not entry.get("data"):
-        raise ConfigError(f"{file}: a set lacks its name or data, expected both; add them")
+        raise ConfigError(f"{file}: a set lacks its name or data; add both")
     one = SuiteSet(**entry)
     if one.task and one.task not in TASKS:
-        raise ConfigError(f"{file}: the task {one.task!r} is none of {', '.join(TASKS)}")
-    if one.equal_captions not in ("merge", "apart"):
+        raise ConfigError(f"{file}: task = {one.task!r}, expected {' or '.join(TASKS)}")
+    if one.equal_captions not in EQUAL_CAPTIONS:
         raise ConfigError(
-            f"{file}: equal_captions = {one.equal_captions!r}, expected merge or apart"
+            f"{file}: equal_captions = {one.equal_captions!r}, expected "
+            f"{' or '.join(EQUAL_CAPTIONS)}"
         )
     return one

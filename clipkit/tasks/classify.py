@@ -2,21 +2,87 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from clipkit.classifiers.predictions import Answer, answer_each
-from clipkit.classifiers.zero_shot import KEPT, Classifier, Prediction, ZeroShotClassifier, rank
-from clipkit.data.labels import parents
-from clipkit.data.open_source import Row, Source
+from clipkit.classifiers.heads import Labels, Templates, load_classifier
+from clipkit.classifiers.predictions import Prediction, Predictions
+from clipkit.classifiers.zero_shot import KEPT, Classifier, ZeroShotClassifier
+from clipkit.data.images import Skipped
+from clipkit.data.open_source import Row, Source, open_source
 from clipkit.data.workers import worker_count
-from clipkit.errors import CaptionError
+from clipkit.errors import CaptionError, DataError
 from clipkit.models.embed_source import cached_pairs, encoded_batches
-from clipkit.models.encoder import Encoder, Vectors
+from clipkit.models.encoder import Encoder
 
 
 def classify(
+    data: str | Path | Source | Sequence[str | Path | Source],
+    labels: Labels,
+    encoder: Encoder | None = None,
+    *,
+    templates: Templates = None,
+    k: int = 3,
+    each: bool = False,
+    reject: bool = False,
+    calibrate: str | Path | Source | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Predictions:
+    """Classify images by labels, or by a saved classifier.
+
+    Args:
+        data: the images: an image, a folder, a table or any other source, or several of these.
+        labels: a list of labels, a file with one label per line, ``"imagenet"``, the directory of a
+            saved classifier, or a classifier.
+        encoder: the model; None loads the model of a saved classifier, else the default model.
+        templates: captions with a ``{}`` in place of the label, a file with one per line,
+            ``"openai"`` or ``"simple"``; None for the default templates.
+        k: labels per image, at most as many as there are.
+        each: judge each label by itself; an image may show several labels, or none.
+        reject: reject images that show none of the labels.
+        calibrate: images that do show one of the labels; 95 % of images like these are accepted.
+            Implies ``reject``.
+        batch_size: images encoded at once.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A prediction for each image; images that cannot be read are in ``skipped``.
+
+    Raises:
+        TypeError: ``labels`` is a single label instead of a list.
+        CaptionError: labels or templates that cannot be used; ``each`` or ``reject`` with a
+            classifier without background captions; too few images to calibrate.
+        DataError: the data cannot be opened, or none of the images can be read.
+        ModelMismatchError: the classifier was built for another model.
+    """
+    several = [data] if isinstance(data, (str, Path, Source)) else data
+    sources = [_images(one) for one in several]
+    examples = None if calibrate is None else _images(calibrate)
+    reject = reject or examples is not None
+    encoder, classifier = load_classifier(labels, encoder, templates, background=each or reject)
+    if examples:
+        calibrate_rejection(examples, encoder, classifier, progress=progress)
+    skipped: list[Skipped] = []
+    predictions = predict_images(
+        sources,
+        encoder,
+        classifier,
+        k=k,
+        each=each,
+        reject=reject,
+        on_skip=lambda key, reason: skipped.append(Skipped(key, reason)),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    found = Predictions(tuple(predictions), encoder.model, tuple(skipped))
+    if not found:
+        raise no_image(skipped)
+    return found
+
+
+def predict_images(
     sources: Sequence[Source],
     encoder: Encoder,
     classifier: Classifier,
@@ -27,29 +93,30 @@ def classify(
     on_skip: Callable[[str, str], None],
     batch_size: int = 64,
     progress: bool = True,
-) -> Iterator[Answer]:
-    """What each image shows, image after image as they are ready.
+) -> Iterator[Prediction]:
+    """Classify images one batch after the other, as ``classify`` does, without collecting them.
 
     Args:
-        sources: where the images come from. Of several, keys start with the source's name, for
-            two folders may hold images of the same key.
-        encoder: the model; the one that the classifier was made with.
-        classifier: its labels and what it knows of them.
-        k: labels per image; at most as many as there are.
-        each: judge each label by itself, for an image may show several or none.
-        reject: say where an image shows none of the labels.
-        on_skip: called with key and reason of each image that cannot be read.
+        sources: the images. With several sources, a key starts with the name of its source, because
+            two folders may have images of the same key.
+        encoder: the model that the classifier was built for.
+        classifier: the labels.
+        k: labels per image.
+        each: judge each label by itself.
+        reject: reject images that show none of the labels.
+        on_skip: called with the key and the reason for each image that cannot be read.
         batch_size: images encoded at once.
-        progress: show a bar on stderr.
+        progress: show a progress bar on stderr.
 
     Raises:
-        ModelMismatchError: the classifier was made by another model.
-        CaptionError: ``each`` or ``reject`` with a classifier that has no generic captions.
+        ModelMismatchError: the classifier was built for another model.
+        CaptionError: ``each`` or ``reject`` with a classifier without background captions.
     """
     classifier.require(encoder.model)
-    generic = _with_generic(classifier) if each or reject else None
+    zero_shot = _with_background(classifier) if each or reject else None
     total = None if any(s.streaming for s in sources) else sum(len(s.rows) for s in sources)
-    with tqdm(total=total, unit="img", desc="classifying", disable=None if progress else True) as b:
+    disable = None if progress else True
+    with tqdm(total=total, unit="img", desc="classifying", disable=disable) as bar:
         for vectors, rows in encoded_batches(
             encoder,
             _rows(sources, on_skip),
@@ -57,15 +124,22 @@ def classify(
             workers=worker_count("auto"),
             on_skip=on_skip,
         ):
-            b.update(len(rows))
-            if each and generic:
-                yield from answer_each(generic, vectors, rows, k)
-                continue
-            answers = _answers(classifier, vectors, rows, k)
-            yield from _rejecting(generic, vectors, answers) if generic else answers
+            bar.update(len(rows))
+            keys = [row["key"] for row in rows]
+            if each and zero_shot:
+                found = zero_shot.predict_each(vectors, keys, k)
+            else:
+                found = classifier.predict(vectors, keys, k)
+            shows = zero_shot.any_of(vectors).tolist() if zero_shot and not each else []
+            for place, (row, one) in enumerate(zip(rows, found, strict=True)):
+                one = replace(one, image=row["image"])
+                if zero_shot and shows:
+                    rejected = shows[place] < zero_shot.threshold
+                    one = replace(one, shows_any=shows[place], rejected=rejected)
+                yield one
 
 
-def calibrate(
+def calibrate_rejection(
     source: Source,
     encoder: Encoder,
     classifier: Classifier,
@@ -73,61 +147,46 @@ def calibrate(
     kept: float = KEPT,
     progress: bool = True,
 ) -> float:
-    """Set by example images what it takes to show one of the labels; returns the threshold.
+    """Set the threshold for rejection by example images, and return it.
 
     Args:
-        source: images that do show one of the labels, whichever.
+        source: images that show one of the labels, whichever.
         encoder: the model.
-        classifier: made of captions, with generic ones; its threshold is set.
-        kept: share of such images that is to be kept.
-        progress: show a bar on stderr.
+        classifier: a zero-shot classifier with background captions; its threshold is set.
+        kept: the share of such images to accept.
+        progress: show a progress bar on stderr.
 
     Raises:
-        CaptionError: too few images, or no generic captions.
-        DataError: not one image can be read.
+        CaptionError: too few images, or no background captions.
+        DataError: none of the images can be read.
     """
-    generic = _with_generic(classifier)
+    zero_shot = _with_background(classifier)
     pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
-    generic.calibrate(pairs.images, kept)
-    return generic.threshold
+    zero_shot.calibrate(pairs.images, kept)
+    return zero_shot.threshold
 
 
-def _with_generic(classifier: Classifier) -> ZeroShotClassifier:
+def no_image(skipped: Sequence[object]) -> DataError:
+    """The error if none of the images could be read."""
+    return DataError(f"none of the {len(skipped)} images could be read; see clipkit data check")
+
+
+def _images(data: str | Path | Source) -> Source:
+    # Neither captions nor labels are needed, so their columns may have any name.
+    return open_source(data, caption="", label="")
+
+
+def _with_background(classifier: Classifier) -> ZeroShotClassifier:
     if isinstance(classifier, ZeroShotClassifier) and len(classifier.background):
         return classifier
     raise CaptionError(
-        f"this {classifier.kind} classifier has no generic captions to hold its labels against, "
-        "expected one made of labels with --reject or --each; name labels instead"
+        f"this {classifier.kind} classifier has no background captions, which rejection and "
+        "independent labels need; give labels instead of a saved classifier"
     )
 
 
-def _answers(
-    classifier: Classifier, vectors: Vectors, rows: Sequence[Row], k: int
-) -> Iterator[Answer]:
-    probabilities = classifier.probabilities(vectors)
-    keys = [row["key"] for row in rows]
-    groups = {
-        name: probabilities[:, members].sum(axis=1)
-        for name, members in parents(classifier.labels).items()
-    }
-    found = rank(probabilities, classifier.labels, keys, k)
-    for place, (row, predictions) in enumerate(zip(rows, found, strict=True)):
-        above = [Prediction(row["key"], name, float(p[place])) for name, p in groups.items()]
-        above.sort(key=lambda one: -one.score)
-        yield Answer(row["key"], predictions, above, row["image"])
-
-
-def _rejecting(
-    classifier: ZeroShotClassifier, vectors: Vectors, answers: Iterator[Answer]
-) -> Iterator[Answer]:
-    shows = np.asarray(classifier.any_of(vectors))
-    for answer, share in zip(answers, shows, strict=True):
-        rejected = bool(share < classifier.threshold)
-        yield replace(answer, shows_any=float(share), rejected=rejected)
-
-
 def _rows(sources: Sequence[Source], on_skip: Callable[[str, str], None]) -> Iterator[Row]:
-    """All rows, one source after the other, and what the sources themselves left out."""
+    """The rows of all sources; reports the images that the sources themselves skipped."""
     for source in sources:
         prefix = f"{source.spec}/" if len(sources) > 1 else ""
         seen = set()
@@ -136,5 +195,5 @@ def _rows(sources: Sequence[Source], on_skip: Callable[[str, str], None]) -> Ite
             key = source.spec if source.kind == "image" else prefix + row["key"]
             yield {**row, "key": key}
         for skipped in source.skipped:
-            if skipped.key not in seen:  # else only a caption of it was left out
+            if skipped.key not in seen:  # otherwise only a caption of it was skipped
                 on_skip(prefix + skipped.key, skipped.reason)

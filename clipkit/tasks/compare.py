@@ -1,15 +1,21 @@
-"""Which of two models is better on the same data: ``clipkit compare A B --data D``."""
+"""Compare two models on the same data: ``clipkit compare A B --data D``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from clipkit.data.open_source import Source
-from clipkit.data.prompts import DEFAULT_TEMPLATES
+from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
+from clipkit.classifiers.zero_shot import Classifier
+from clipkit.data.open_source import Source, open_source
+from clipkit.display.dataframe import data_frame
+from clipkit.display.html import card, table
 from clipkit.errors import DataError
-from clipkit.evaluation.report import Classification, EqualCaptions, Report, Retrieval
+from clipkit.evaluation.report import ClassificationOutcome, Report, RetrievalOutcome
+from clipkit.evaluation.retrieval import EqualCaptions
 from clipkit.evaluation.significance import Difference, compare_classification, compare_retrieval
 from clipkit.models.encoder import Encoder
+from clipkit.models.loading import load_model
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 
 
@@ -18,143 +24,157 @@ class Comparison:
     """Two models on the same items.
 
     Attributes:
-        reports: what each was found to do.
-        names: by which the models were asked for.
-        headline: the difference that decides: mean recall, or top-1 accuracy.
-        rows: the differences of all other figures; their p-values hold for all together.
-        verdict: which is better, by how much, and whether that could be chance.
+        reports: the report of each model.
+        names: the names of the models.
+        headline: the difference in mean recall, or in top-1 accuracy.
+        differences: the differences in all other metrics; their p-values are corrected for the
+            number of metrics.
     """
 
     reports: tuple[Report, Report]
     names: tuple[str, str]
     headline: Difference
-    rows: list[Difference]
-    verdict: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
-        return {
-            "verdict": self.verdict,
-            "better": self.better,
-            "headline": self._row(self.headline),
-            "figures": [self._row(row) for row in self.rows],
-            "reports": [report.to_dict() for report in self.reports],
-        }
+    differences: list[Difference]
 
     @property
     def better(self) -> str | None:
-        """The name of the better model; None if chance would do."""
+        """The name of the significantly better model; None if the difference may be chance."""
         return self.better_at(self.headline)
 
-    def better_at(self, row: Difference) -> str | None:
-        """The name of the model with the better figure; None if chance would do."""
-        return None if row.better is None else self.names[row.better]
+    def better_at(self, difference: Difference) -> str | None:
+        """The name of the significantly better model at one metric, or None."""
+        return None if difference.better is None else self.names[difference.better]
 
-    def _row(self, row: Difference) -> dict[str, Any]:
-        return asdict(row) | {"better": self.better_at(row)}
-
-
-def compare_retrievals(
-    source: Source,
-    encoders: tuple[Encoder, Encoder],
-    names: tuple[str, str],
-    *,
-    equal_captions: EqualCaptions = "merge",
-    progress: bool = True,
-) -> Comparison:
-    """Compare how two models let captions find images and the reverse.
-
-    Args:
-        source: images with captions.
-        encoders: the two models.
-        names: what to call them.
-        equal_captions: see ``evaluate_retrieval``.
-        progress: show a bar on stderr.
-
-    Raises:
-        DataError: no image or no caption.
-    """
-    one, other = (
-        evaluate_retrieval(source, encoder, equal_captions=equal_captions, progress=progress)
-        for encoder in encoders
-    )
-    first, second = one.outcome, other.outcome
-    assert isinstance(first, Retrieval)
-    assert isinstance(second, Retrieval)
-    _require_same(source, first.keys, second.keys)
-    headline, rows = compare_retrieval(first.found, second.found, len(first.keys))
-    return _comparison((one, other), names, headline, rows, len(first.keys))
-
-
-def compare_zero_shot(
-    source: Source,
-    encoders: tuple[Encoder, Encoder],
-    names: tuple[str, str],
-    labels: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
-    *,
-    progress: bool = True,
-) -> Comparison:
-    """Compare how two models classify by captions.
-
-    Args:
-        source: images with labels.
-        encoders: the two models.
-        names: what to call them.
-        labels: the classes to choose from.
-        templates: captions with a ``{}`` where the label goes.
-        progress: show a bar on stderr.
-
-    Raises:
-        DataError: no image, no labels, or a label of the data that is not among ``labels``.
-        CaptionError: labels or templates that cannot be used.
-    """
-    one, other = (
-        evaluate_zero_shot(source, encoder, labels, templates, progress=progress)
-        for encoder in encoders
-    )
-    first, second = one.outcome, other.outcome
-    assert isinstance(first, Classification)
-    assert isinstance(second, Classification)
-    _require_same(source, first.keys, second.keys)
-    headline, rows = compare_classification(first.found, second.found)
-    return _comparison((one, other), names, headline, rows, len(first.keys))
-
-
-def _require_same(source: Source, one: list[str], other: list[str]) -> None:
-    if one != other:
-        raise DataError(
-            f"{source.spec} gave {len(one)} images to one model and {len(other)} to the other; "
-            "it changed meanwhile: compare again"
+    @property
+    def verdict(self) -> str:
+        """Which model is better, by how much, and whether that may be chance: one sentence."""
+        headline, change = self.headline, self.headline.difference
+        values = (
+            f"{headline.name} is {headline.first:.3f} with {self.names[0]} and "
+            f"{headline.second:.3f} with {self.names[1]}, a difference of {change.value:+.3f} "
+            f"({change.low:+.3f} to {change.high:+.3f}) on {self.reports[0].counts['images']} "
+            f"images, p = {'unknown' if headline.p is None else f'{headline.p:.2g}'}"
+        )
+        if self.better is not None:
+            return f"{self.better} is better: {values}"
+        smallest = (change.high - change.low) / 2
+        return (
+            f"no significant difference: {values}; this many images can show differences of about "
+            f"{smallest:.3f} or more"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data for JSON."""
 
-def _comparison(
-    reports: tuple[Report, Report],
-    names: tuple[str, str],
-    headline: Difference,
-    rows: list[Difference],
-    items: int,
+        def plain(one: Difference) -> dict[str, Any]:
+            return asdict(one) | {"better": self.better_at(one)}
+
+        return {
+            "verdict": self.verdict,
+            "better": self.better,
+            "headline": plain(self.headline),
+            "metrics": [plain(one) for one in self.differences],
+            "reports": [report.to_dict() for report in self.reports],
+        }
+
+    def to_pandas(self) -> Any:
+        """A data frame with a row for each metric, the headline first.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        rows = [self.headline, *self.differences]
+        return data_frame(
+            {
+                "metric": [one.name for one in rows],
+                self.names[0]: [one.first for one in rows],
+                self.names[1]: [one.second for one in rows],
+                "difference": [one.difference.value for one in rows],
+                "low": [one.difference.low for one in rows],
+                "high": [one.difference.high for one in rows],
+                "p": [one.p for one in rows],
+                "better": [self.better_at(one) for one in rows],
+            }
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                one.name,
+                f"{one.first:.3f}",
+                f"{one.second:.3f}",
+                f"{one.difference.value:+.3f}",
+                f"{one.difference.low:+.3f} to {one.difference.high:+.3f}",
+                "" if one.p is None else f"{one.p:.2g}",
+                self.better_at(one) or "",
+            )
+            for one in (self.headline, *self.differences)
+        ]
+        header = ("", *self.names, "difference", "95 % interval", "p", "better")
+        return card(self.verdict, []) + table(header, rows)
+
+
+def compare(
+    first: Encoder | str | Path,
+    second: Encoder | str | Path,
+    data: str | Path | Source,
+    *,
+    labels: Sequence[str] | str | Path | None = None,
+    templates: Templates = None,
+    equal_captions: EqualCaptions = "merge",
+    names: tuple[str, str] | None = None,
+    progress: bool = True,
 ) -> Comparison:
-    return Comparison(reports, names, headline, rows, _verdict(names, headline, items))
+    """Compare two models by retrieval, or by zero-shot classification if labels are given.
 
+    Args:
+        first: an encoder or a MODEL as for ``load_model``.
+        second: the other one.
+        data: images with captions, or with labels.
+        labels: the classes: a list, a file with one label per line, or ``"imagenet"``.
+        templates: captions with a ``{}`` in place of the label, as for ``evaluate_zero_shot``.
+        equal_captions: as for ``evaluate_retrieval``.
+        names: what to call the models.
+        progress: show a progress bar on stderr.
 
-def _verdict(names: tuple[str, str], headline: Difference, items: int) -> str:
-    change = headline.difference
-    what = (
-        f"{headline.name} is {headline.one:.3f} with {names[0]} and {headline.other:.3f} with "
-        f"{names[1]}, a difference of {change.value:+.3f} ({change.low:+.3f} to "
-        f"{change.high:+.3f}) on {items} images"
-    )
-    if headline.better is not None:
-        winner, p = names[headline.better], _p(headline.p)
-        return f"{winner} is better: {what}; chance alone would do this with p = {p}"
-    seen = (change.high - change.low) / 2
-    return (
-        f"neither is better for sure: {what}, which chance alone does with p = {_p(headline.p)}; "
-        f"so many images show differences of about {seen:.3f} and more"
-    )
-
-
-def _p(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2g}"
+    Raises:
+        TypeError: ``labels`` is a single label instead of a list.
+        DataError: no image; no caption or no label; or a label of the data is not among ``labels``.
+        CaptionError: labels or templates that cannot be used.
+    """
+    source = open_source(data) if labels is None else open_source(data, caption="")
+    classes = None if labels is None else read_labels_or_classifier(labels)
+    if isinstance(classes, Classifier):
+        raise TypeError(
+            "labels is a classifier, which belongs to one model; expected labels, from which each "
+            "model builds its own classifier"
+        )
+    captions = list_templates(templates)
+    encoders = [load_model(m) if isinstance(m, (str, Path)) else m for m in (first, second)]
+    if classes is None:
+        reports = [
+            evaluate_retrieval(source, encoder, equal_captions=equal_captions, progress=progress)
+            for encoder in encoders
+        ]
+    else:
+        reports = [
+            evaluate_zero_shot(source, encoder, classes, captions, progress=progress)
+            for encoder in encoders
+        ]
+    one, other = (report.outcome for report in reports)
+    if one.keys != other.keys:
+        raise DataError(
+            f"{source.spec} changed during the comparison: {len(one.keys)} images for one model, "
+            f"{len(other.keys)} for the other; compare again"
+        )
+    if isinstance(one, RetrievalOutcome) and isinstance(other, RetrievalOutcome):
+        headline, rows = compare_retrieval(one.results, other.results, len(one.keys))
+    else:
+        assert isinstance(one, ClassificationOutcome)
+        assert isinstance(other, ClassificationOutcome)
+        headline, rows = compare_classification(one.result, other.result)
+    if names is None:
+        given = zip((first, second), encoders, strict=True)
+        one_name, other_name = (str(e.model) if m is e else str(m) for m, e in given)
+        names = (one_name, other_name)
+    return Comparison((reports[0], reports[1]), names, headline, rows)

@@ -1,65 +1,69 @@
-"""Measure a model: ``clipkit eval retrieval`` and ``clipkit eval zeroshot``."""
+"""Evaluate a model: ``clipkit eval retrieval`` and ``clipkit eval zero-shot``."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from clipkit.artifacts import ModelRef
-from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
+from clipkit.classifiers.heads import Labels, Templates, list_templates, load_classifier
+from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.formats.folders import texts_without_image
 from clipkit.data.images import Skipped
-from clipkit.data.labels import empty_classes, targets_of
-from clipkit.data.open_source import Source
-from clipkit.data.prompts import DEFAULT_TEMPLATES
+from clipkit.data.labels import empty_classes, own_labels, targets_of
+from clipkit.data.open_source import Source, open_source
+
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate
-from clipkit.evaluation.report import (
-    Classification,
-    EqualCaptions,
-    Report,
-    Retrieval,
-    measure_classification,
-    measure_retrieval,
-    pair_up,
-)
+from clipkit.evaluation.classification import measure_classification
+from clipkit.evaluation.report import ClassificationOutcome, Report, RetrievalOutcome, Task
+from clipkit.evaluation.retrieval import EqualCaptions, measure_retrieval, relevant_pairs
 from clipkit.models.embed_source import EncodedPairs, cached_pairs
 from clipkit.models.encoder import Encoder
+from clipkit.models.loading import load_model
 from clipkit.reports import plots
 
 _SHOWN = 5  # texts
 
 
 def evaluate_retrieval(
-    source: Source,
-    encoder: Encoder,
+    data: str | Path | Source,
+    encoder: Encoder | None = None,
     *,
     equal_captions: EqualCaptions = "merge",
     progress: bool = True,
 ) -> Report:
-    """Recall@1, 5, 10 and 50, median rank and mAP of captions finding images and the reverse.
+    """Recall@1, 5, 10 and 50, median rank and mAP, from captions to images and back.
 
     Args:
-        source: images with captions, any number each.
-        encoder: the model to measure.
-        equal_captions: captions that the model reads alike, case and spaces aside, are one caption
-            to which all of their images are right (``"merge"``), or each is right for its own
-            image alone (``"apart"``, the protocol of Karpathy & Fei-Fei 2015, under which a model
-            is wrong when it finds the same sentence beside another image).
-        progress: show a bar on stderr.
+        data: images with any number of captions each.
+        encoder: the model; None for the default model.
+        equal_captions: ``"merge"`` makes captions that differ only in case and spaces one caption,
+            relevant to all of its images. ``"apart"`` keeps each relevant to its own image alone,
+            the protocol of Karpathy & Fei-Fei 2015, which counts another image with the same
+            sentence as wrong.
+        progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no image or no caption.
+        DataError: the data cannot be opened, or has no image or no caption.
     """
+    source = open_source(data)
+    encoder = encoder or load_model()
     pairs = cached_pairs(encoder, source, progress=progress)
-    related = pair_up(pairs.texts, pairs.owners, equal_captions)
-    found, figures = measure_retrieval(pairs.images, pairs.captions, related)
-    texts = [pairs.texts[i] for i in related.captions]
+    relevance = relevant_pairs(pairs.texts, pairs.owners, equal_captions)
+    results, estimates = measure_retrieval(pairs.images, pairs.captions, relevance)
+    captions = [pairs.texts[i] for i in relevance.captions]
     copies = len(pairs.images) - len({row.tobytes() for row in pairs.images})
-    counts = {"equal_captions": len(pairs.texts) - related.distinct, "equal_images": copies}
-    outcome = Retrieval(found, pairs.keys, texts)
-    settings = {"equal_captions": equal_captions}
-    notes = _retrieval_notes(source, counts, equal_captions)
+    counts = {"equal_captions": len(pairs.texts) - relevance.distinct, "equal_images": copies}
     return _report(
-        "retrieval", source, encoder.model, pairs, counts, figures, outcome, settings, notes
+        "retrieval",
+        source,
+        encoder.model,
+        pairs,
+        counts,
+        estimates,
+        RetrievalOutcome(results, pairs.keys, captions),
+        {"equal_captions": equal_captions},
+        _retrieval_notes(source, counts, equal_captions),
     )
 
 
@@ -71,129 +75,123 @@ def _retrieval_notes(
     if stray:
         more = ", …" if len(stray) > _SHOWN else ""
         notes.append(
-            f"texts without an image beside them, which are not asked: {len(stray)} "
+            f"caption files without an image, which are not queries: {len(stray)} "
             f"({', '.join(stray[:_SHOWN])}{more})"
         )
     if counts["equal_captions"]:
         how = (
-            "such captions are one, to which all of their images are right"
+            "equal captions are merged into one, and all of its images are relevant"
             if equal_captions == "merge"
-            else "each is right for its own image alone, and the others count as wrong"
+            else "only the caption's own image is relevant, the other images count as wrong"
         )
         notes.append(f"captions equal to an earlier one: {counts['equal_captions']}; {how}")
     if counts["equal_images"]:
         notes.append(
-            f"images with the vector of an earlier one: {counts['equal_images']}; they tie, and "
-            "ties count against the model (clipkit data check lists duplicates)"
+            f"images with the same vector as an earlier one: {counts['equal_images']}; they tie, "
+            "and ties count against the model (clipkit data check lists duplicates)"
         )
     return notes
 
 
 def evaluate_zero_shot(
-    source: Source,
-    encoder: Encoder,
-    labels: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    data: str | Path | Source,
+    encoder: Encoder | None = None,
+    labels: Labels | None = None,
+    templates: Templates = None,
     *,
     progress: bool = True,
 ) -> Report:
-    """How well captions classify images that have labels; see ``evaluate_classifier``.
+    """Accuracy, precision, F1, ROC-AUC and calibration of a zero-shot or saved classifier.
 
     Args:
-        source: images with labels (class folders, or a label column).
-        encoder: the model to measure.
-        labels: the classes to choose from.
-        templates: captions with a ``{}`` where the label goes.
-        progress: show a bar on stderr.
+        data: images with labels (class folders, or a label column).
+        encoder: the model; None loads the model of a saved classifier, else the default model.
+        labels: the classes: a list, a file with one label per line, ``"imagenet"``, the directory
+            of a saved classifier, or a classifier. None for the labels of the data. A label of the
+            data matches if it has the same words; case, hyphens and underscores do not matter.
+        templates: captions with a ``{}`` in place of the label, a file with one per line,
+            ``"openai"`` or ``"simple"``; None for the default templates.
+        progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no image, no labels, or a label of the data that is not among ``labels``.
+        TypeError: ``labels`` is a single label instead of a list.
+        DataError: the data cannot be opened, has no image or no labels, or has a label that is not
+            among ``labels``.
         CaptionError: labels or templates that cannot be used.
+        ModelMismatchError: the classifier was built for another model.
     """
-    classifier = ZeroShotClassifier.from_labels(encoder, labels, templates)
-    return evaluate_classifier(source, encoder, classifier, progress=progress)
-
-
-def evaluate_classifier(
-    source: Source, encoder: Encoder, classifier: Classifier, *, progress: bool = True
-) -> Report:
-    """Accuracy, precision, F1, ROC-AUC and calibration of a classifier.
-
-    Args:
-        source: images with labels (class folders, or a label column). A label of the data is found
-            among the classifier's by its words; capitals, hyphens and underscores do not matter.
-        encoder: the model.
-        classifier: made with that model.
-        progress: show a bar on stderr.
-
-    Raises:
-        DataError: no image, no labels, or a label of the data that is not among the classifier's.
-        ModelMismatchError: the classifier was made by another model.
-    """
-    classifier.require(encoder.model)
-    pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+    source = open_source(data, caption="")
+    if labels is None:
+        captions = list_templates(templates)
+        encoder = encoder or load_model()
+        pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+        own = list[str](own_labels(pairs.labels, source.spec))
+        classifier = ZeroShotClassifier.from_labels(encoder, own, captions)
+    else:
+        encoder, classifier = load_classifier(labels, encoder, templates)
+        pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
     rows, targets = targets_of(pairs.labels, classifier.labels, source.spec)
-    found, figures, fitted = measure_classification(classifier.logits(pairs.images[rows]), targets)
-    outcome = Classification(
-        found, [pairs.keys[i] for i in rows], classifier.labels, classifier.scale, fitted
+    result, estimates, fitted = measure_classification(
+        classifier.logits(pairs.images[rows]), targets
     )
+    keys = [pairs.keys[i] for i in rows]
     empty = empty_classes(targets, classifier.labels)
-    without = [
+    unlabelled = [
         Skipped(key, "has no label")
         for key, label in zip(pairs.keys, pairs.labels, strict=True)
         if label is None
     ]
     return _report(
-        "zeroshot",
+        "zero-shot",
         source,
         encoder.model,
         pairs,
-        {"classes": found.classes},
-        figures,
-        outcome,
+        {"classes": result.classes},
+        estimates,
+        ClassificationOutcome(result, keys, classifier.labels, classifier.logit_scale, fitted),
         {"classifier": classifier.fingerprint},
         [empty] if empty else [],
-        without,
+        unlabelled,
     )
 
 
 def plot_confusion(report: Report) -> plots.Drawing:
-    """Draw which class a measured classifier took for which.
+    """Draw the confusion matrix of a classification.
 
     Args:
-        report: of ``evaluate_zero_shot`` or ``evaluate_classifier``.
+        report: of ``evaluate_zero_shot``.
 
     Raises:
-        DataError: it is the report of a retrieval.
+        DataError: the report is about a retrieval.
     """
     outcome = report.outcome
-    if not isinstance(outcome, Classification):
+    if not isinstance(outcome, ClassificationOutcome):
         raise DataError(
-            f"a report on {report.task} has no confusion matrix; expected one of evaluate_zero_shot"
+            f"a {report.task} report has no confusion matrix; expected a report of "
+            "evaluate_zero_shot"
         )
-    return plots.plot_confusion(outcome.found.confusion, outcome.labels)
+    return plots.plot_confusion(outcome.result.confusion, outcome.labels)
 
 
 def _report(
-    task: str,
+    task: Task,
     source: Source,
     model: ModelRef,
     pairs: EncodedPairs,
     counts: dict[str, int],
-    figures: dict[str, Estimate],
-    outcome: Retrieval | Classification,
+    estimates: dict[str, Estimate],
+    outcome: RetrievalOutcome | ClassificationOutcome,
     settings: dict[str, Any],
     notes: list[str],
-    without: Sequence[Skipped] = (),
+    unlabelled: Sequence[Skipped] = (),
 ) -> Report:
-    skipped = [*pairs.skipped, *without]
+    skipped = [*pairs.skipped, *unlabelled]
     counts = {
-        "images": len(pairs.keys) - len(without),
+        "images": len(pairs.keys) - len(unlabelled),
         **({"captions": len(pairs.texts), "cut": pairs.report.cut} if pairs.texts else {}),
         **counts,
         "skipped": len(skipped),
     }
-    cut = pairs.report.render() if pairs.report.cut else ""
     return Report(
         task=task,
         model=model,
@@ -201,9 +199,9 @@ def _report(
         fingerprint=source.fingerprint,
         settings=settings,
         counts=counts,
-        figures=figures,
+        estimates=estimates,
         outcome=outcome,
         notes=notes,
         skipped=skipped,
-        cut=cut,
+        truncated=pairs.report.render() if pairs.report.cut else "",
     )

@@ -1,7 +1,8 @@
-"""What a few labelled images teach: ``clipkit probe DATA --model M --shots 1,2,4,8,16``."""
+"""Few-shot classification: ``clipkit probe DATA --model M --shots 1,2,4,8,16``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,33 +10,36 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clipkit.artifacts import ModelRef
-from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread
+from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread, require_methods
+from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
 from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
 from clipkit.data.labels import own_labels, targets_of
-from clipkit.data.open_source import Source
-from clipkit.data.prompts import DEFAULT_TEMPLATES
+from clipkit.data.open_source import Source, open_source
+from clipkit.display.dataframe import data_frame
+from clipkit.display.html import bullets, card, table
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate, interval, resamples
 from clipkit.models.embed_source import cached_pairs
 from clipkit.models.encoder import Encoder
+from clipkit.models.loading import load_model
 
 ZERO_SHOT = "zero-shot"
 MOST_HELD_OUT = 4
-"""Examples of a class that choose settings: as many as there are shots, at most four."""
+"""Held-out examples of a class, which choose hyperparameters: one per shot, at most four."""
 TEST_SHARE = 0.5
-"""Share of each class that is tested on where no test data are named."""
+"""The share of each class that is tested on if no test data are given."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method with so many shots.
+class ProbeResult:
+    """One method with one number of shots.
 
     Attributes:
         method: its name.
-        shots: labelled images of each class that it learned from; 0 for captions alone.
-        accuracy: mean over the seeds, with a 95 % interval over seeds and test images together.
-        mean_per_class: the mean of the classes' own accuracies, likewise.
-        by_seed: the accuracy of each seed.
+        shots: labelled images per class; 0 for zero-shot.
+        accuracy: the mean over the seeds, with a 95 % interval over seeds and test images.
+        mean_per_class: the mean of the accuracies of the classes, likewise.
+        by_seed: the accuracy with each seed.
     """
 
     method: str
@@ -46,113 +50,158 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was learned from how much.
+class ProbeReport:
+    """The accuracy of few-shot classifiers.
 
     Attributes:
         model: the model.
-        data: what was learned from and, if nothing else was named, tested on.
+        data: the name of the training data, which are also the test data if no others are given.
         classes: the labels.
-        tested: how many images were tested on.
-        rows: captions alone first, then method after method.
-        best: the classifier that did best on held-out examples with most shots and the first seed.
-        notes: what to keep in mind.
+        tested: the number of test images.
+        results: zero-shot first, then method after method.
+        best: the classifier with the best accuracy on the held-out examples, among those with the
+            most shots and the first seed.
+        notes: caveats, as sentences.
     """
 
     model: ModelRef
     data: str
     classes: list[str]
     tested: int
-    rows: list[Row]
-    best: Classifier
+    results: list[ProbeResult]
+    best: Classifier = field(repr=False)
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """The report as plain data for JSON."""
         return {
             "model": str(self.model),
             "fingerprint": self.model.fingerprint,
             "data": self.data,
             "classes": len(self.classes),
             "tested": self.tested,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(one) for one in self.results],
             "best": self.best.kind,
             "notes": self.notes,
         }
 
+    def to_pandas(self) -> Any:
+        """A data frame with a row for each method and number of shots.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        return data_frame(
+            {
+                "method": [one.method for one in self.results],
+                "shots": [one.shots for one in self.results],
+                "accuracy": [one.accuracy.value for one in self.results],
+                "low": [one.accuracy.low for one in self.results],
+                "high": [one.accuracy.high for one in self.results],
+                "mean_per_class": [one.mean_per_class.value for one in self.results],
+            }
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                one.method,
+                str(one.shots),
+                f"{one.accuracy.value:.3f}",
+                f"{one.accuracy.low:.3f} to {one.accuracy.high:.3f}",
+                f"{one.mean_per_class.value:.3f}",
+            )
+            for one in self.results
+        ]
+        title = f"few-shot classification of {self.data}: {self.tested:,} images, {self.model}"
+        header = ("method", "shots", "accuracy", "95 % interval", "mean per class")
+        return card(title, []) + table(header, rows) + bullets(self.notes)
+
 
 def probe(
-    source: Source,
-    encoder: Encoder,
+    data: str | Path | Source,
+    encoder: Encoder | None = None,
     *,
-    test: Source | None = None,
-    labels: Sequence[str] | None = None,
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    test: str | Path | Source | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+    templates: Templates = None,
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     methods: Sequence[str] = tuple(METHODS),
     seeds: int = 5,
     progress: bool = True,
-) -> Probe:
-    """Learn from so many images of each class, test on others, and again with other draws.
+) -> ProbeReport:
+    """Fit classifiers on a few labelled images per class, and measure their accuracy.
 
-    Beside the shots, as many images of each class (at most four) choose a method's settings.
+    The images are encoded once. Each seed draws the shots of each class, and as many held-out
+    examples (at most four) that choose the hyperparameters.
 
     Args:
-        source: images with labels to learn from.
-        encoder: the model; its vectors are made once, and kept in the person's cache.
-        test: images with labels to test on; None: half of each class, which is not learned from.
-        labels: the classes, with the words for them; None: the labels of the data.
-        templates: captions with a ``{}`` where the label goes.
-        shots: images of each class to learn from.
+        data: images with labels.
+        encoder: the model; None for the default model.
+        test: data to test on; None for half of each class.
+        labels: the classes: a list, or a file with one label per line; None for those of the data.
+        templates: captions with a ``{}`` in place of the label, as for ``evaluate_zero_shot``.
+        shots: numbers of labelled images per class.
         methods: of ``METHODS``.
-        seeds: how many draws.
-        progress: show a bar on stderr.
+        seeds: the number of draws.
+        progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no labels, a label of the test data that is not learned, or too few images of a
-            class even for the fewest shots.
+        TypeError: ``labels`` or ``methods`` is a single string instead of a list.
+        ConfigError: a method is unknown.
+        DataError: no labels, a label of the test data that is not among the classes, or a class
+            with too few images even for the fewest shots.
         CaptionError: labels or templates that cannot be used.
     """
-    names, pool = _labelled(source, encoder, labels, progress)
-    if test is None:
+    methods, captions = require_methods(methods), list_templates(templates)
+    given = None if labels is None else read_labels_or_classifier(labels)
+    if isinstance(given, Classifier):
+        raise TypeError("labels is a classifier, expected labels to fit classifiers for")
+    source = open_source(data, caption="")
+    test_source = None if test is None else open_source(test, caption="")
+    encoder = encoder or load_model()
+    names, pool = _labelled(source, encoder, given, progress)
+    if test_source is None:
         pool, tested = _split(pool)
     else:
-        _, tested = _labelled(test, encoder, names, progress)
-    text = ZeroShotClassifier.from_labels(encoder, names, templates)
-    possible, notes = _possible(pool, names, sorted(set(shots)), source)
-    rows = [_row(ZERO_SHOT, 0, [_hits(text, tested)], tested)]
+        _, tested = _labelled(test_source, encoder, names, progress)
+    text = ZeroShotClassifier.from_labels(encoder, names, captions)
+    possible, notes = _possible_shots(pool, names, sorted(set(shots)), source)
+    results = [_result(ZERO_SHOT, 0, [_hits(text, tested)], tested)]
     best: tuple[float, Classifier] = (-1.0, text)
     work = [(method, count) for method in methods for count in possible]
-    show = None if progress else True
-    with one_thread(), tqdm(total=len(work) * seeds, desc="probing", disable=show) as bar:
+    hidden = None if progress else True
+    with one_thread(), tqdm(total=len(work) * seeds, desc="probing", disable=hidden) as bar:
         for method, count in work:
             hits = []
             for seed in range(seeds):
-                learned, held_out = draw(pool, count, seed)
-                head = METHODS[method](learned, held_out, text)
+                train, held_out = draw(pool, count, seed)
+                head = METHODS[method](train, held_out, text)
                 hits.append(_hits(head, tested))
                 if count == possible[-1] and seed == 0:
                     best = max(best, (accuracy(head, held_out), head), key=lambda one: one[0])
                 bar.update()
-            rows.append(_row(method, count, hits, tested))
-    return Probe(encoder.model, source.spec, list(names), len(tested.targets), rows, best[1], notes)
+            results.append(_result(method, count, hits, tested))
+    return ProbeReport(
+        encoder.model, source.spec, list(names), len(tested.targets), results, best[1], notes
+    )
 
 
 def draw(pool: Labelled, shots: int, seed: int) -> tuple[Labelled, Labelled]:
-    """So many examples of each class, and others of each that choose settings.
+    """Training examples of each class, and held-out examples that choose hyperparameters.
 
     Args:
-        pool: what to draw from, at least ``shots + 1`` of each class.
-        shots: of each class.
+        pool: at least ``shots + 1`` examples of each class.
+        shots: training examples per class.
         seed: of the draw.
     """
     order = np.random.default_rng(seed).permutation(len(pool.targets))
-    learned, held_out = [], []
+    train, held_out = [], []
     for number in np.unique(pool.targets):
         mine = order[pool.targets[order] == number]
-        learned.append(mine[:shots])
+        train.append(mine[:shots])
         held_out.append(mine[shots : shots + min(shots, MOST_HELD_OUT)])
-    first, second = np.concatenate(learned), np.concatenate(held_out)
+    first, second = np.concatenate(train), np.concatenate(held_out)
     return (
         Labelled(pool.vectors[first], pool.targets[first]),
         Labelled(pool.vectors[second], pool.targets[second]),
@@ -162,7 +211,7 @@ def draw(pool: Labelled, shots: int, seed: int) -> tuple[Labelled, Labelled]:
 def _labelled(
     source: Source, encoder: Encoder, labels: Sequence[str] | None, progress: bool
 ) -> tuple[list[str], Labelled]:
-    """The vectors that have a label, and the labels they are numbered by."""
+    """The class names, and the vectors of the images that have a label."""
     pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
     names = list[str](own_labels(pairs.labels, source.spec) if labels is None else labels)
     rows, targets = targets_of(pairs.labels, names, source.spec)
@@ -170,51 +219,53 @@ def _labelled(
 
 
 def _split(pool: Labelled) -> tuple[Labelled, Labelled]:
-    """A part to learn from and a part to test on, the same whatever the seeds."""
+    """The training pool and the test part, the same for all seeds."""
     order = np.random.default_rng(0).permutation(len(pool.targets))
     tested = []
     for number in np.unique(pool.targets):
         mine = order[pool.targets[order] == number]
         tested.append(mine[: max(1, round(TEST_SHARE * len(mine)))])
-    chosen = np.zeros(len(pool.targets), bool)
-    chosen[np.concatenate(tested)] = True
+    mask = np.zeros(len(pool.targets), bool)
+    mask[np.concatenate(tested)] = True
     return (
-        Labelled(pool.vectors[~chosen], pool.targets[~chosen]),
-        Labelled(pool.vectors[chosen], pool.targets[chosen]),
+        Labelled(pool.vectors[~mask], pool.targets[~mask]),
+        Labelled(pool.vectors[mask], pool.targets[mask]),
     )
 
 
-def _possible(
+def _possible_shots(
     pool: Labelled, names: Sequence[str], shots: Sequence[int], source: Source
 ) -> tuple[list[int], list[str]]:
-    """The numbers of shots for which every class has enough images, and what is to be said."""
+    """The numbers of shots for which every class has enough images, and a note on the others."""
     counts = np.bincount(pool.targets, minlength=len(names))
     fewest = int(counts.argmin())
     possible = [count for count in shots if 0 < count < counts[fewest]]
     if not possible:
         raise DataError(
-            f"{source.spec} has {counts[fewest]} images of {names[fewest]!r} to learn from, "
-            f"expected {max(1, min(shots)) + 1} or more (a shot, and one more to choose settings "
-            "by); add images, leave the class out, or name other --test data"
+            f"{source.spec} has {counts[fewest]} training images of {names[fewest]!r}, expected "
+            f"{max(1, min(shots)) + 1} or more (the shots, and a held-out image to choose "
+            "hyperparameters); add images, leave the class out, or give separate test data"
         )
     left_out = [count for count in shots if count not in possible]
     if not left_out:
         return possible, []
     note = (
-        f"{', '.join(map(str, left_out))} shots are left out: of {names[fewest]!r} there are "
-        f"{counts[fewest]} images to learn from, one of them to choose settings by"
+        f"{', '.join(map(str, left_out))} shots are left out: {names[fewest]!r} has "
+        f"{counts[fewest]} training images, one of which is held out"
     )
     return possible, [note]
 
 
 def _hits(head: Classifier, tested: Labelled) -> NDArray[np.float64]:
-    """1 for each test image whose likeliest label is right, else 0."""
+    """1 for each test image with a correct prediction, else 0."""
     found = head.logits(tested.vectors).argmax(axis=1)
     return np.asarray(found == tested.targets, np.float64)
 
 
-def _row(method: str, shots: int, hits: Sequence[NDArray[np.float64]], tested: Labelled) -> Row:
-    """Means over seeds and test images; both are drawn anew for the intervals."""
+def _result(
+    method: str, shots: int, hits: Sequence[NDArray[np.float64]], tested: Labelled
+) -> ProbeResult:
+    """Means over seeds and test images; the bootstrap resamples both."""
     table = np.stack(hits)
     support = np.bincount(tested.targets)[tested.targets]
     per_class = table / support * len(support) / len(np.unique(tested.targets))
@@ -229,4 +280,4 @@ def _row(method: str, shots: int, hits: Sequence[NDArray[np.float64]], tested: L
         Estimate(float(values.mean()), *interval(np.concatenate(parts)))
         for values, parts in zip((table, per_class), drawn, strict=True)
     ]
-    return Row(method, shots, estimates[0], estimates[1], table.mean(axis=1).tolist())
+    return ProbeResult(method, shots, estimates[0], estimates[1], table.mean(axis=1).tolist())

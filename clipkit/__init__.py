@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answers": "clipkit.classifiers.predictions",
     "ClipkitError": "clipkit.errors",
+    "Comparison": "clipkit.tasks.compare",
     "EmbeddingStore": "clipkit.store.embedding_store",
     "Encoder": "clipkit.models.encoder",
     "Hit": "clipkit.index.hits",
@@ -18,7 +18,11 @@ _HOMES = {
     "IndexWriter": "clipkit.index.writer",
     "Manifest": "clipkit.artifacts",
     "ModelRef": "clipkit.artifacts",
-    "Prediction": "clipkit.classifiers.zero_shot",
+    "Prediction": "clipkit.classifiers.predictions",
+    "Predictions": "clipkit.classifiers.predictions",
+    "ProbeReport": "clipkit.tasks.probe",
+    "Report": "clipkit.evaluation.report",
+    "SuiteReport": "clipkit.tasks.suite",
     "TrainConfig": "clipkit.config",
     "VectorIndex": "clipkit.index.vector_index",
     "ZeroShotClassifier": "clipkit.classifiers.zero_shot",
@@ -29,10 +33,12 @@ _HOMES = {
     "check_index": "clipkit.tasks.check_index",
     "classify": "clipkit.tasks.classify",
     "compact_index": "clipkit.tasks.index",
+    "compare": "clipkit.tasks.compare",
     "config_fields": "clipkit.tasks.config",
     "draw_map": "clipkit.tasks.map",
     "embed": "clipkit.tasks.embed",
     "evaluate_retrieval": "clipkit.tasks.evaluate",
+    "evaluate_suite": "clipkit.tasks.suite",
     "evaluate_zero_shot": "clipkit.tasks.evaluate",
     "find_images": "clipkit.data.images",
     "info_nce": "clipkit.training.loss",
@@ -45,6 +51,7 @@ _HOMES = {
     "plot_confusion": "clipkit.tasks.evaluate",
     "plot_runs": "clipkit.tasks.plot",
     "plot_similarity": "clipkit.tasks.plot",
+    "probe": "clipkit.tasks.probe",
     "read_image": "clipkit.data.images",
     "remove_items": "clipkit.tasks.index",
     "search": "clipkit.tasks.search",
@@ -58,14 +65,15 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from clipkit.artifacts import Manifest as Manifest
     from clipkit.artifacts import ModelRef as ModelRef
-    from clipkit.classifiers.predictions import Answers as Answers
-    from clipkit.classifiers.zero_shot import Prediction as Prediction
+    from clipkit.classifiers.predictions import Prediction as Prediction
+    from clipkit.classifiers.predictions import Predictions as Predictions
     from clipkit.classifiers.zero_shot import ZeroShotClassifier as ZeroShotClassifier
     from clipkit.config import TrainConfig as TrainConfig
     from clipkit.data.images import find_images as find_images
     from clipkit.data.images import read_image as read_image
     from clipkit.data.open_source import open_source as open_source
     from clipkit.errors import ClipkitError as ClipkitError
+    from clipkit.evaluation.report import Report as Report
     from clipkit.index.hits import Hit as Hit
     from clipkit.index.hits import Hits as Hits
     from clipkit.index.merge import merge_indexes as merge_indexes
@@ -80,6 +88,8 @@ if TYPE_CHECKING:
     from clipkit.tasks.check_data import check_data as check_data
     from clipkit.tasks.check_index import check_index as check_index
     from clipkit.tasks.classify import classify as classify
+    from clipkit.tasks.compare import Comparison as Comparison
+    from clipkit.tasks.compare import compare as compare
     from clipkit.tasks.config import config_fields as config_fields
     from clipkit.tasks.config import init_config as init_config
     from clipkit.tasks.embed import embed as embed
@@ -93,7 +103,11 @@ if TYPE_CHECKING:
     from clipkit.tasks.map import draw_map as draw_map
     from clipkit.tasks.plot import plot_runs as plot_runs
     from clipkit.tasks.plot import plot_similarity as plot_similarity
+    from clipkit.tasks.probe import ProbeReport as ProbeReport
+    from clipkit.tasks.probe import probe as probe
     from clipkit.tasks.search import search as search
+    from clipkit.tasks.suite import SuiteReport as SuiteReport
+    from clipkit.tasks.suite import evaluate_suite as evaluate_suite
     from clipkit.tasks.sync import add_images as add_images
     from clipkit.tasks.sync import sync_index as sync_index
     from clipkit.tasks.train import train as train

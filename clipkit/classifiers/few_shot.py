@@ -17,6 +17,7 @@ from clipkit.evaluation.calibration import softmax
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Inverse regularisation strengths of logistic regression (scikit-learn's ``C``)."""
+_UNSEEN = -1e4  # the bias of a class without an example
 _TOLERANCE, _STEPS = 1e-7, 3000
 """Of logistic regression. Probabilities are then within 0.003 of those at a gradient of 3e-8, for 4
 and 16 shots of 21 and 100 classes; at the default of 1e-4, L-BFGS stops before its first step."""
@@ -72,15 +73,15 @@ def fit_linear(shots: Labelled, held_out: Labelled, text: ZeroShotClassifier) ->
     heads = []
     for strength in STRENGTHS:
         regression.set_params(C=strength).fit(rows, shots.targets)
-        weights, bias = regression.coef_, regression.intercept_
-        if len(text.labels) == 2:  # scikit-learn keeps the difference of two classes
-            weights, bias = np.concatenate([-weights, weights]) / 2, np.array([-1, 1]) * bias / 2
-        bias = bias - weights @ mean
-        heads.append(
-            LinearHead(
-                text.labels, weights.astype(np.float32), bias.astype(np.float32), text.model
-            )
-        )
+        coefficients, intercepts = regression.coef_, regression.intercept_
+        if len(regression.classes_) == 2:  # scikit-learn keeps the difference of two classes
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercepts = np.array([-0.5, 0.5]) * intercepts
+        weights = np.zeros((len(text.labels), rows.shape[1]), np.float32)
+        bias = np.full(len(text.labels), _UNSEEN, np.float32)
+        weights[regression.classes_] = coefficients
+        bias[regression.classes_] = intercepts - coefficients @ mean
+        heads.append(LinearHead(text.labels, weights, bias, text.model))
     return _best(heads, held_out)
 
 

@@ -219,7 +219,9 @@ def save_classifier(
         detail=detail,
     )
     with ArtifactWriter(path, "classifier", replace=True) as writer:
-        save_file(classifier.arrays(), writer.temp / ARRAYS)
+        # safetensors writes the memory as it is, whatever its order.
+        arrays = {name: np.ascontiguousarray(one) for name, one in classifier.arrays().items()}
+        save_file(arrays, writer.temp / ARRAYS)
         writer.finish(manifest)
 
 

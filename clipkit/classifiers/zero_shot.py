@@ -272,8 +272,8 @@ class ZeroShotClassifier(Classifier):
                 "the classifier has no background captions, which rejection and independent labels "
                 "need; build it again with background=True"
             )
-        logits: Vectors = self.logit_scale * vectors @ self.background.T
-        return np.logaddexp.reduce(logits, axis=1)
+        logits = np.asarray(self.logit_scale * vectors @ self.background.T, np.float32)
+        return np.asarray(np.logaddexp.reduce(logits, axis=1), np.float32)
 
 
 def class_weights(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> Vectors:

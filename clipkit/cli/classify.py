@@ -26,10 +26,10 @@ from clipkit.cli.output import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from clipkit.classifiers.predictions import Answer
+    from clipkit.classifiers.predictions import Prediction
     from clipkit.classifiers.zero_shot import Classifier
     from clipkit.models.encoder import Encoder
-    from clipkit.reports.classification import AnswerFiles
+    from clipkit.reports.classification import PredictionFiles
 
 
 Labels = Annotated[
@@ -128,10 +128,8 @@ def classify(
 
     from clipkit.classifiers.heads import save_classifier
     from clipkit.data.open_source import open_source
-    from clipkit.errors import DataError
-    from clipkit.reports.classification import AnswerFiles
-    from clipkit.tasks.classify import calibrate as set_threshold
-    from clipkit.tasks.classify import classify as run
+    from clipkit.reports.classification import PredictionFiles
+    from clipkit.tasks.classify import calibrate_rejection, no_image, predict_images
 
     # The images alone are wanted: neither captions nor labels need columns.
     sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
@@ -139,7 +137,7 @@ def classify(
     reject = reject or examples is not None
     encoder, classifier = choice.load(model, precision, background=each or reject)
     if examples:
-        set_threshold(examples, encoder, classifier, progress=not as_json)
+        calibrate_rejection(examples, encoder, classifier, progress=not as_json)
     if save:
         save_classifier(classifier, save, {"labels": labels, "templates": templates})
     skipped: list[str] = []
@@ -149,8 +147,8 @@ def classify(
         note(f"skipped {key}: {reason}")
 
     lead = f"{', '.join(images)}, by {encoder.model}."
-    with AnswerFiles(out or [], sort, link=link, lead=lead) as files:
-        answers = run(
+    with PredictionFiles(out or [], sort, link=link, lead=lead) as files:
+        predictions = predict_images(
             sources,
             encoder,
             classifier,
@@ -160,29 +158,29 @@ def classify(
             on_skip=on_skip,
             progress=not as_json,
         )
-        if not _print(answers, files, as_json):
-            raise DataError(f"not one of {len(skipped)} images could be read")
-    note(f"answered by {encoder.model}")
+        if not _print(predictions, files, as_json):
+            raise no_image(skipped)
+    note(f"classified by {encoder.model}")
     note_skipped(len(skipped), "see above")
 
 
-def _print(answers: "Iterator[Answer]", files: "AnswerFiles", as_json: bool) -> int:
-    """Print and write answers as they come; returns how many there were."""
+def _print(predictions: "Iterator[Prediction]", files: "PredictionFiles", as_json: bool) -> int:
+    """Print and write predictions one by one; returns their number."""
     rows, count = [], 0
-    for answer in answers:
+    for prediction in predictions:
         count += 1
-        files.add(answer)
+        files.add(prediction)
         if as_json:
-            print_json(answer.to_dict())
+            print_json(prediction.to_dict())
         else:
-            rows.append(_row(answer))
+            rows.append(_row(prediction))
     if rows:
         print_table(("key", "label", "probability", "then"), rows)
     return count
 
 
-def _row(answer: "Answer") -> tuple[str, str, str, str]:
-    others = answer.predictions if answer.rejected else answer.predictions[1:]
+def _row(prediction: "Prediction") -> tuple[str, str, str, str]:
+    others = prediction.top if prediction.rejected else prediction.top[1:]
     then = [f"{one.label} {one.score:.1%}" for one in others]
-    then += [f"[{group.label} {group.score:.1%}]" for group in answer.groups[:2]]
-    return answer.key, answer.label, f"{answer.score:.1%}", "  ".join(then)
+    then += [f"[{group.label} {group.score:.1%}]" for group in prediction.groups[:2]]
+    return prediction.key, prediction.label, f"{prediction.score:.1%}", "  ".join(then)

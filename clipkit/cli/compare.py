@@ -46,27 +46,30 @@ def compare(
     the other figures are corrected for how many there are.
     """
     from clipkit.data.open_source import open_source
-    from clipkit.data.prompts import read_labels, read_templates
+    from clipkit.data.prompts import read_labels
 
-    names = (one, other)
-    classes = None if labels is None else (read_labels(labels), read_templates(templates))
+    classes = None if labels is None else read_labels(labels)
     captions = caption_column if classes is None else ""
     source = open_source(data, image=image_column, caption=captions, label=label_column)
 
-    from clipkit.tasks.compare import compare_retrievals, compare_zero_shot
+    from clipkit.tasks.compare import compare as run
 
-    encoders = (load_encoder(one, precision), load_encoder(other, precision))
-    if classes is None:
-        found = compare_retrievals(source, encoders, names, progress=not as_json)
-    else:
-        found = compare_zero_shot(source, encoders, names, *classes, progress=not as_json)
+    found = run(
+        load_encoder(one, precision),
+        load_encoder(other, precision),
+        source,
+        labels=classes,
+        templates=templates,
+        names=(one, other),
+        progress=not as_json,
+    )
     for text in found.reports[0].notes:
         note(text)
     if as_json:
         print_json(found.to_dict())
         return
-    header = ("figure", one, other, "difference", "95 % interval", "p", "better")
-    rows = (found.headline, *found.rows)
+    header = ("metric", one, other, "difference", "95 % interval", "p", "better")
+    rows = (found.headline, *found.differences)
     print_table(header, [(*_row(row), found.better_at(row) or "") for row in rows])
     print(found.verdict)
 
@@ -76,8 +79,8 @@ def _row(row: "Difference") -> tuple[str, ...]:
     p = "" if row.p is None else f"{row.p:.2g}"
     return (
         row.name,
-        f"{row.one:.3f}",
-        f"{row.other:.3f}",
+        f"{row.first:.3f}",
+        f"{row.second:.3f}",
         f"{change.value:+.3f}",
         f"{change.low:+.3f} to {change.high:+.3f}",
         p,

@@ -97,10 +97,10 @@ def zeroshot(
     choice = read_choice(labels, templates)
     source = open_source(data, image=image_column, caption="", label=label_column)
 
-    from clipkit.tasks.evaluate import evaluate_classifier
+    from clipkit.tasks.evaluate import evaluate_zero_shot
 
     encoder, classifier = choice.load(model, precision)
-    report = evaluate_classifier(source, encoder, classifier, progress=not as_json)
+    report = evaluate_zero_shot(source, encoder, classifier, progress=not as_json)
     _print(report, source, page, as_json)
 
 
@@ -117,36 +117,36 @@ def suite(
     """Measure a model on many data sets.
 
     A set has a name, data (also a directory in CLIP_benchmark's WebDataset layout) and a task
-    (zeroshot or retrieval), and may have labels and templates. Results that are there already are
+    (zero-shot or retrieval), and may have labels and templates. Results that are there already are
     not measured again; results.csv and results.parquet hold them all.
     """
     from clipkit.evaluation.suite import read_suite
 
     sets = read_suite(suite)
 
-    from clipkit.tasks.suite import run_suite
+    from clipkit.tasks.suite import evaluate_suite
 
     encoder = load_encoder(model, precision)
-    found = run_suite(sets, suite.parent, encoder, out, tell=note, progress=not as_json)
+    found = evaluate_suite(sets, encoder, out, root=suite.parent, report=note, progress=not as_json)
     if as_json:
         for record in found:
-            print_json(record)
+            print_json(record.to_dict())
         return
     rows = []
     for record in found:
-        name, one = next(iter(record["figures"].items()))
-        shown = (f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}")
-        rows.append((record["set"], record["task"], str(record["counts"]["images"]), name, *shown))
-    print_table(("set", "task", "images", "figure", "value", "95 % interval"), rows)
-    note(f"all figures are in {out / 'results.csv'}")
+        name, one = next(iter(record.estimates.items()))
+        shown = (f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}")
+        rows.append((record.set, record.task, str(record.counts["images"]), name, *shown))
+    print_table(("set", "task", "images", "metric", "value", "95 % interval"), rows)
+    note(f"all metrics are in {out / 'results.csv'}")
 
 
 def _print(report: "Report", source: "Source", page: Path | None, as_json: bool) -> None:
     first = "; ".join(f"{item.key}: {item.reason}" for item in report.skipped[:SHOWN])
     more = len(report.skipped) - SHOWN
     note_skipped(len(report.skipped), first + (f"; and {more} more" if more > 0 else ""))
-    if report.cut:
-        note(report.cut)
+    if report.truncated:
+        note(report.truncated)
     for text in report.notes:
         note(text)
     if page is not None:
@@ -162,7 +162,7 @@ def _print(report: "Report", source: "Source", page: Path | None, as_json: bool)
             ("model", report.model),
             ("data", report.data),
             *report.counts.items(),
-            *((name, with_interval(value)) for name, value in report.figures.items()),
+            *((name, with_interval(value)) for name, value in report.estimates.items()),
         ]
     )
 

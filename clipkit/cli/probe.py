@@ -20,7 +20,7 @@ from clipkit.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from clipkit.tasks.probe import Probe
+    from clipkit.tasks.probe import ProbeReport
 
 
 def probe(
@@ -84,11 +84,11 @@ def probe(
         note(text)
     if save:
         save_classifier(found.best, save, {"data": data, "shots": shots, "methods": methods})
-        note(f"kept the {found.best.kind} classifier in {save}")
+        note(f"saved the {found.best.kind} classifier as {save}")
     _print(found, as_json)
 
 
-def _print(found: "Probe", as_json: bool) -> None:
+def _print(found: "ProbeReport", as_json: bool) -> None:
     if as_json:
         print_json(found.to_dict())
         return
@@ -106,7 +106,7 @@ def _print(found: "Probe", as_json: bool) -> None:
                 f"{row.accuracy.low:.3f} to {row.accuracy.high:.3f}",
                 f"{row.mean_per_class.value:.3f}",
             )
-            for row in found.rows
+            for row in found.results
         ],
     )
 

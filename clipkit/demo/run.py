@@ -22,7 +22,7 @@ from clipkit.config import (
 from clipkit.data.open_source import Source, open_source
 from clipkit.demo.emoji import LABELS, UNSEEN, EmojiFacts, write_sets
 from clipkit.demo.page import Classified, Found, Measured, Picture, demo_page, render_page
-from clipkit.errors import ArtifactError, ImageError
+from clipkit.errors import ArtifactError
 from clipkit.index.vector_index import VectorIndex
 from clipkit.models.encoder import Encoder
 from clipkit.models.loading import load_model
@@ -216,17 +216,11 @@ def _classify(encoder: Encoder, unseen: Source) -> list[Classified]:
     chosen = _rows(unseen, [of_label[label][len(of_label[label]) // 2] for label in present])
     pictures = _pictures(chosen)
     classifier = ZeroShotClassifier.from_labels(encoder, LABELS, TEMPLATES)
-    answers = classify([chosen], encoder, classifier, k=3, on_skip=_never)
+    predictions = classify(chosen, classifier, encoder, k=3)
     return [
-        Classified(
-            pictures[answer.key], label, [(one.label, one.score) for one in answer.predictions]
-        )
-        for label, answer in zip(present, answers, strict=True)
+        Classified(pictures[one.key], label, [(top.label, top.score) for top in one.top])
+        for label, one in zip(present, predictions, strict=True)
     ]
-
-
-def _never(key: str, reason: str) -> None:
-    raise ImageError(f"{key} {reason}")  # the demo has written these pictures itself
 
 
 def _rows(source: Source, numbers: list[int]) -> Source:

@@ -66,9 +66,7 @@ def open_benchmark(path: Path, split: str) -> Benchmark:
     if kind == "retrieval":
         return Benchmark(source, "retrieval", [], [])
     if kind != "classification":
-        raise DataError(
-            f"{path / _TYPE} holds {kind[:40]!r}, expected retrieval or classification"
-        )
+        raise DataError(f"{path / _TYPE} holds {kind[:40]!r}, expected retrieval or classification")
     labels = literal_labels(_lines(path / _CLASSES))
     templates = [line.replace("{c}", "{}") for line in _lines(path / _TEMPLATES)]
     named = source.rows.map(partial(_name_class, labels=labels, file=path / _CLASSES))

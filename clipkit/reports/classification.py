@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from clipkit.display.thumbnails import contact_sheet, thumbnail
 from clipkit.errors import ArtifactError, ImageError
 
 FORMATS = (".csv", ".json", ".jsonl", ".html", ".png", ".jpg")
+STDOUT = Path("-")
 MOST_IMAGES = 400
 """Images on a page or contact sheet, about 3 MB."""
 _STYLE = """
@@ -44,8 +46,8 @@ class PredictionFiles:
 
     Args:
         files: ``.csv`` (a row per image), ``.json`` or ``.jsonl`` (an object per line), ``.html``
-            (a page with images), ``.png`` or ``.jpg`` (a contact sheet). Existing files are
-            replaced.
+            (a page with images), ``.png`` or ``.jpg`` (a contact sheet); ``-`` prints CSV. Existing
+            files are replaced.
         folder: a new folder for the images, with a sub-folder for each label; may be None.
         link: add symbolic links to the folder instead of copies.
         lead: a sentence at the top of the page.
@@ -58,7 +60,7 @@ class PredictionFiles:
         self, files: Sequence[Path], folder: Path | None, *, link: bool = False, lead: str = ""
     ) -> None:
         for file in files:
-            if file.suffix.lower() not in FORMATS:
+            if file != STDOUT and file.suffix.lower() not in FORMATS:
                 raise ArtifactError(
                     f"cannot write predictions to {file}, expected one of {', '.join(FORMATS)}"
                 )
@@ -73,6 +75,9 @@ class PredictionFiles:
                 self._open(file)
 
     def _open(self, file: Path) -> None:
+        if file == STDOUT:
+            self._tables.append((sys.stdout, file, file, _csv_writer(sys.stdout)))
+            return
         temp = file.with_name(f".{file.name}.tmp")
         try:
             stream = temp.open("w", encoding="utf-8", newline="")
@@ -117,6 +122,8 @@ class PredictionFiles:
 
     def _finish(self) -> None:
         for stream, temp, file, _ in self._tables:
+            if file == STDOUT:
+                continue
             stream.close()
             temp.replace(file)
         for file in self._visual:

@@ -111,8 +111,9 @@ def _retrieval(
 ) -> tuple[str, str, list[tuple[str, str]]]:
     counts, metrics = report.counts, report.metrics
     lead = (
-        f"{counts['captions']:,} captions search {counts['images']:,} images, and the images search "
-        f"the captions. {metrics['text_to_image_r1']:.1%} of the captions find their image first; "
+        f"{counts['captions']:,} captions search {counts['images']:,} images, and the images "
+        f"search the captions. {metrics['text_to_image_r1']:.1%} of the captions find their image "
+        "first; "
         f"{metrics['image_to_text_r1']:.1%} of the images find one of their captions first."
     )
     curves = [

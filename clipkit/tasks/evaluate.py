@@ -6,12 +6,11 @@ from typing import Any
 
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.heads import Labels, Templates, list_templates, load_classifier
-from clipkit.classifiers.zero_shot import ZeroShotClassifier
+from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
 from clipkit.data.formats.folders import texts_without_image
 from clipkit.data.images import Skipped
 from clipkit.data.labels import empty_classes, own_labels, targets_of
 from clipkit.data.open_source import Source, open_source
-
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate
 from clipkit.evaluation.classification import measure_classification
@@ -126,7 +125,7 @@ def evaluate_zero_shot(
         encoder = encoder or load_model()
         pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
         own = list[str](own_labels(pairs.labels, source.spec))
-        classifier = ZeroShotClassifier.from_labels(encoder, own, captions)
+        classifier: Classifier = ZeroShotClassifier.from_labels(encoder, own, captions)
     else:
         encoder, classifier = load_classifier(labels, encoder, templates)
         pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)

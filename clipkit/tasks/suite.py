@@ -141,7 +141,7 @@ class _OpenSet:
         """What the metrics depend on besides model and images."""
         if self.task == "retrieval":
             return {"equal_captions": self.equal_captions}
-        labels = [[label, list(phrases_of(label))] for label in self.labels]
+        labels = [[str(label), list(phrases_of(label))] for label in self.labels]
         return {"labels": labels, "templates": self.templates}
 
 
@@ -221,7 +221,7 @@ def open_set(one: SuiteSet, root: Path, encoder: Encoder, progress: bool = True)
         return _OpenSet(one.name, given.task, source, labels, captions, one.equal_captions)
     if not one.task:
         raise DataError(
-            f"the set {one.name!r} has no task; write task = \"zero-shot\" or \"retrieval\" in its "
+            f'the set {one.name!r} has no task; write task = "zero-shot" or "retrieval" in its '
             "[[set]] table"
         )
     zero_shot = one.task == "zero-shot"

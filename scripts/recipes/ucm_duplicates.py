@@ -22,7 +22,7 @@ from clipkit.artifacts import is_complete
 from clipkit.config import TrainConfig, load_config
 from clipkit.data.labels import own_labels, targets_of
 from clipkit.data.open_source import Source, open_source
-from clipkit.evaluation.report import measure_retrieval, pair_up
+from clipkit.evaluation.retrieval import measure_retrieval, relevant_pairs
 from clipkit.models.embed_source import encode_pairs
 
 RECIPE = Path(__file__).with_suffix(".toml")
@@ -39,7 +39,7 @@ def measure(run: Path, source: Source) -> Figures:
     pairs = encode_pairs(encoder, source, workers=2, progress=False)
     found = {}
     for protocol in ("apart", "merge"):
-        related = pair_up(pairs.texts, pairs.owners, protocol)
+        related = relevant_pairs(pairs.texts, pairs.owners, protocol)
         figures = measure_retrieval(pairs.images, pairs.captions, related)[1]
         found |= {f"{name} {protocol}": figures[name].value for name in RECALLS}
     labels = own_labels(pairs.labels, source.spec)

@@ -1,4 +1,4 @@
-"""A thousand labels in eighty templates: encoded once, in parts, and kept."""
+"""A thousand labels in eighty templates: encoded once, in parts, and cached."""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ import clipkit
 from clipkit.cli import main
 from clipkit.data.images import find_images, read_image
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.evaluation.classification import classification_figures, classified
+from clipkit.evaluation.classification import ClassificationResult, classification_metrics
 from clipkit.evaluation.retrieval import retrieval_recall
 from clipkit.index.vector_index import VectorIndex
 from clipkit.models.loading import DEFAULT_MODEL
@@ -336,7 +336,7 @@ def test_search_prints_what_the_index_finds(run, index, encoder, colour_folder, 
         [str(rank), f"{hit['score']:.3f}", hit["key"]]
         for rank, hit in enumerate(objects(run("search", index, *words, "-k", 5, "--json")[0]), 1)
     ]
-    assert err == f"answered by {encoder.model}\n"
+    assert err == f"classified by {encoder.model}\n"
 
 
 def test_a_query_that_is_too_long_shows_what_was_not_read(run, index):
@@ -371,7 +371,7 @@ def test_classify_prints_the_classifiers_probabilities(
         assert [scores[label] for label in LABELS] == pytest.approx(row.tolist(), abs=1e-6)
         assert sum(scores.values()) == pytest.approx(1, abs=1e-6)
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
-    assert err == f"answered by {encoder.model}\n"
+    assert err == f"classified by {encoder.model}\n"
 
     (tmp_path / "labels.txt").write_text("\n".join(LABELS))
     (tmp_path / "templates.txt").write_text("{} alone\n")
@@ -380,7 +380,7 @@ def test_classify_prints_the_classifiers_probabilities(
     words = ["--labels", tmp_path / "labels.txt", "--templates", tmp_path / "templates.txt"]
     out, _ = run("classify", colour_folder, *words, "--model", tiny_checkpoint, "-k", 1)
     rows = [line.split() for line in out.splitlines()[1:]]
-    assert rows == [[p[0].key, p[0].label, f"{p[0].score:.1%}"] for p in best]
+    assert rows == [[p.key, p.label, f"{p.score:.1%}"] for p in best]
 
 
 def test_images_of_several_sources_keep_apart(run, tiny_checkpoint, tmp_path):
@@ -394,7 +394,7 @@ def test_images_of_several_sources_keep_apart(run, tiny_checkpoint, tmp_path):
     assert [item["key"] for item in objects(out)] == [str(one), f"{two}/x.png"]
     assert f"skipped {two}/bad.png: is empty (0 bytes)" in err
     _, err = run("classify", two / "bad.png", *words, code=1)
-    assert "not one of 1 images could be read" in err
+    assert "none of the 1 images could be read" in err
 
 
 def test_a_file_name_cannot_command_the_terminal(run, tiny_checkpoint, tmp_path):
@@ -442,11 +442,12 @@ def test_eval_zeroshot_prints_the_metrics(run, class_folder, tiny_checkpoint, en
     classifier = clipkit.ZeroShotClassifier.from_labels(encoder, LABELS, DEFAULT_TEMPLATES)
     probabilities = classifier.probabilities(encoder.encode_images(images))
     targets = np.array([LABELS.index(key.partition("/")[0]) for key in keys])
-    figures = classification_figures(classified(probabilities, targets), np.ones((1, 6)))
-    expected = {name: value[0] for name, value in figures.items()}
+    result = ClassificationResult.from_probabilities(probabilities, targets)
+    metrics = classification_metrics(result, np.ones((1, 6)))
+    expected = {name: value[0] for name, value in metrics.items()}
     (found,) = objects(out)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert (found["images"], found["classes"], found["task"]) == (6, 3, "zeroshot")
+    assert (found["images"], found["classes"], found["task"]) == (6, 3, "zero-shot")
     words[-1] = "red,green"
     assert "not among --labels: blue" in run("eval", "zeroshot", class_folder, *words, code=1)[1]
 

@@ -45,7 +45,7 @@ def albums(tmp_path):
             shade = tuple(max(0, value - 9 * number) for value in colour)
             Image.new("RGB", (20, 20), shade).save(tmp_path / "albums" / name / f"{number}.png")
     (tmp_path / "suite.toml").write_text(
-        '[[set]]\nname = "albums"\ndata = "albums"\ntask = "zeroshot"'
+        '[[set]]\nname = "albums"\ndata = "albums"\ntask = "zero-shot"'
     )
     return tmp_path / "albums"
 

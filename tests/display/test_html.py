@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 import clipkit
-from clipkit.classifiers.predictions import Answer, Answers
-from clipkit.classifiers.zero_shot import Prediction
+from clipkit.classifiers.predictions import LabelScore, Prediction, Predictions
 from clipkit.config import parse_config
 from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
@@ -76,8 +75,8 @@ def test_a_key_is_looked_for_in_its_own_root(tmp_path):
 def test_what_is_shown_is_escaped():
     hits = Hits([Hit(NASTY, 1.0)], NASTY, HUB)
     picture = {"bytes": None, "path": None}
-    answers = Answers([Answer(NASTY, [Prediction(NASTY, NASTY, 0.9)], [], picture)])
-    for page in (hits._repr_html_(), answers._repr_html_()):
+    predictions = Predictions((Prediction(NASTY, (LabelScore(NASTY, 0.9),), image=picture),))
+    for page in (hits._repr_html_(), predictions._repr_html_()):
         assert "<img src=x" not in page
         assert "&lt;img src=x onerror=alert(1)&gt;" in page
 
@@ -104,13 +103,10 @@ def test_an_encoder_answers_and_a_report_show_themselves(tiny_checkpoint, tmp_pa
     weights = sum(p.numel() for p in encoder.network.parameters())
     assert f"{weights / 1e6:.1f} million" in encoder._repr_html_()
     source = open_source(tmp_path / "albums")
-    classifier = clipkit.ZeroShotClassifier.from_labels(encoder, ["red", "green"])
-    answers = Answers(
-        clipkit.classify([source], encoder, classifier, on_skip=lambda *_: None, progress=False)
-    )
-    page = answers._repr_html_()
+    predictions = clipkit.classify(source, ["red", "green"], encoder, progress=False)
+    page = predictions._repr_html_()
     assert page.count("data:image/jpeg;base64,") == 6
-    assert f"{answers[0].label} {answers[0].score:.0%}" in page
+    assert f"{predictions[0].label} {predictions[0].score:.0%}" in page
     report = clipkit.evaluate_zero_shot(source, encoder, ["red", "green"], progress=False)
     assert f"{report.metrics['top1']:.3f}" in report._repr_html_()
     assert size_of(clipkit.plot_confusion(report)._repr_png_())[0] > 300
@@ -120,7 +116,7 @@ def test_a_retrieval_has_no_confusion_matrix(colour_folder, tiny_checkpoint):
     encoder = clipkit.load_model(tiny_checkpoint)
     report = clipkit.evaluate_retrieval(open_source(colour_folder), encoder, progress=False)
     assert "text_to_image_r1" in report._repr_html_()
-    with pytest.raises(DataError, match="a report on retrieval has no confusion matrix"):
+    with pytest.raises(DataError, match="a retrieval report has no confusion matrix"):
         clipkit.plot_confusion(report)
 
 

@@ -5,16 +5,17 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy.stats import permutation_test
 
 from clipkit.evaluation.bootstrap import estimate, estimate_difference, resamples
-from clipkit.evaluation.significance import holm, mcnemar, sign_flip_test
+from clipkit.evaluation.significance import holm, sign_flip_test
 
 
 def mean_of(values):
     return lambda weights: {"mean": weights @ values / weights.sum(axis=1)}
 
 
-def test_a_resample_draws_so_many_items():
+def test_a_resample_draws_as_many_items():
     weights = np.concatenate(list(resamples(7, seed=0, count=500)))
     assert weights.shape == (500, 7)
     assert (weights.sum(axis=1) == 7).all()
@@ -22,7 +23,7 @@ def test_a_resample_draws_so_many_items():
     assert weights.var() == pytest.approx(1 - 1 / 7, abs=0.1)  # of a binomial count
 
 
-def test_the_interval_is_that_of_drawing_items_again():
+def test_the_interval_equals_that_of_resampling_values():
     values = np.random.default_rng(0).exponential(size=200)
     found = estimate(mean_of(values), 200)["mean"]
     generator = np.random.default_rng(5)
@@ -33,7 +34,7 @@ def test_the_interval_is_that_of_drawing_items_again():
     assert found.high == pytest.approx(np.quantile(means, 0.975), abs=0.1 * width)
 
 
-def test_intervals_cover_the_truth_about_so_often_as_they_say():
+def test_intervals_cover_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(0)
     covered = 0
     for number in range(200):
@@ -43,7 +44,7 @@ def test_intervals_cover_the_truth_about_so_often_as_they_say():
     assert 180 <= covered <= 199  # 95 % of 200 is 190, its standard deviation 3
 
 
-def test_the_block_of_resamples_changes_nothing_but_memory(monkeypatch):
+def test_the_block_size_of_resamples_does_not_change_the_interval(monkeypatch):
     values = np.random.default_rng(0).normal(size=50)
     whole = estimate(mean_of(values), 50)["mean"]
     monkeypatch.setattr("clipkit.evaluation.bootstrap._NUMBERS", 640)
@@ -53,7 +54,7 @@ def test_the_block_of_resamples_changes_nothing_but_memory(monkeypatch):
     assert estimate(mean_of(values), 50)["mean"] == pytest.approx(whole)
 
 
-def test_figures_without_a_value_are_left_out_of_the_interval():
+def test_resamples_without_a_value_are_left_out_of_the_interval():
     def odd(weights):
         return {"odd": np.where(weights[:, 0] > 0, 1.0, np.nan)}
 
@@ -63,7 +64,7 @@ def test_figures_without_a_value_are_left_out_of_the_interval():
     assert math.isnan(nothing.low)
 
 
-def test_a_difference_on_the_same_items_is_narrower_than_on_others():
+def test_a_paired_difference_has_a_narrower_interval():
     generator = np.random.default_rng(0)
     hard = generator.normal(size=300)
     one, other = hard + 0.1 * generator.normal(size=300), hard + 0.1
@@ -74,26 +75,44 @@ def test_a_difference_on_the_same_items_is_narrower_than_on_others():
     assert found.high - found.low < 0.2 * (apart.high - apart.low)
 
 
-def test_mcnemar_is_the_sum_over_all_coins():
+def mcnemar(better, worse):
+    """The exact test, as the sum over all outcomes of fair coins."""
+    count, least = better + worse, min(better, worse)
+    return min(1, 2 * sum(math.comb(count, k) for k in range(least + 1)) / 2**count)
+
+
+def test_differences_of_one_size_are_tested_exactly():
     for better, worse in ((0, 0), (5, 0), (3, 3), (9, 2), (1, 12)):
-        count, least = better + worse, min(better, worse)
-        tail = sum(math.comb(count, k) for k in range(least + 1)) / 2**count
-        assert mcnemar(better, worse) == pytest.approx(min(1, 2 * tail))
-    assert mcnemar(5000, 4000) == pytest.approx(4.4e-26, rel=0.1)  # by the normal approximation
+        differences = np.repeat([0.25, -0.25, 0.0], [better, worse, 4])
+        assert sign_flip_test(differences) == pytest.approx(mcnemar(better, worse))
+    many = np.repeat([1.0, -1.0], [5000, 4000])
+    assert sign_flip_test(many) == pytest.approx(4.4e-26, rel=0.1)  # by the normal approximation
 
 
-def test_the_sign_test_counts_all_signs():
+def test_the_sign_flip_test_agrees_with_scipys_permutation_test():
+    generator = np.random.default_rng(0)
+    for shift in (0.0, 0.2, 0.5):
+        differences = generator.normal(size=60) + shift
+        theirs = permutation_test(
+            (differences,),
+            lambda x, axis: x.sum(axis),
+            permutation_type="samples",
+            n_resamples=20_000,
+            rng=np.random.default_rng(1),
+        )
+        assert sign_flip_test(differences) == pytest.approx(theirs.pvalue, abs=0.015)
+
+
+def test_the_sign_flip_test_counts_all_signs():
     differences = np.array([0.5, -0.2, 0.9, 0.1, 0.0, 0.4, 0.3])
     moved = differences[differences != 0]
     sums = [abs(np.dot(signs, moved)) for signs in product((-1, 1), repeat=len(moved))]
     wanted = np.mean(np.array(sums) >= abs(moved.sum()) - 1e-9)
     assert sign_flip_test(differences) == pytest.approx(wanted, abs=0.01)
     assert sign_flip_test(np.zeros(4)) == 1
-    # Right or wrong: McNemar's test, exactly.
-    assert sign_flip_test(np.array([1, 1, 1, 1, 1, -1, 0, 0.0])) == mcnemar(5, 1)
 
 
-def test_equal_models_are_called_different_as_rarely_as_promised():
+def test_equal_models_are_significantly_different_as_rarely_as_promised():
     generator = np.random.default_rng(0)
     found = [sign_flip_test(generator.normal(size=40), seed=i) for i in range(100)]
     assert 1 <= sum(p < 0.05 for p in found) <= 11  # 5 of 100, whose standard deviation is 2.2

@@ -1,53 +1,54 @@
-"""Every figure of a classification against scikit-learn, or by hand where it has none."""
+"""Every classification metric against scikit-learn, or by hand if it has no such metric."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
 
-from clipkit.evaluation.calibration import cross_fitted, fit_scale, reliability, softmax
+from clipkit.evaluation.calibration import cross_fitted, fit_logit_scale, reliability, softmax
 from clipkit.evaluation.classification import (
-    classification_figures,
-    classified,
-    item_sums,
+    ClassificationResult,
+    auroc,
+    classification_metrics,
     per_class,
+    sums_per_item,
 )
 
 
 @pytest.fixture(scope="module")
 def example():
-    """400 items of 6 classes, of which class 4 has no item; a classifier that is often right."""
+    """400 items of 6 classes, none of class 4; a classifier that is often correct."""
     generator = np.random.default_rng(0)
     targets = generator.choice([0, 0, 0, 1, 2, 3, 5], 400).astype(np.int64)
     logits = generator.normal(size=(400, 6)) + 1.5 * np.eye(6)[targets]
     return logits, softmax(logits), targets
 
 
-def figures(probabilities, targets, weights=None):
-    found = classified(probabilities, targets)
+def metrics(probabilities, targets, weights=None):
+    result = ClassificationResult.from_probabilities(probabilities, targets)
     weights = np.ones((1, len(targets))) if weights is None else weights
-    return {name: value.tolist() for name, value in classification_figures(found, weights).items()}
+    return {name: value.tolist() for name, value in classification_metrics(result, weights).items()}
 
 
 def test_by_hand():
     probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.4, 0.1]], np.float32)
-    found = figures(probabilities, np.array([0, 1, 1]))
+    found = metrics(probabilities, np.array([0, 1, 1]))
     assert found["top1"] == [pytest.approx(1 / 3)]
     assert found["mean_per_class"] == [0.5]
-    assert found["macro_precision"] == [0.25]  # of the two that were called 0, one is; no 1 was
+    assert found["macro_precision"] == [0.25]  # one of two predictions of 0 is correct
     assert "top5" not in found
 
 
-def test_equal_probabilities_are_no_success():
-    found = figures(np.full((10, 5), 0.2, np.float32), np.arange(10) % 5)
+def test_ties_count_against_the_model():
+    found = metrics(np.full((10, 5), 0.2, np.float32), np.arange(10) % 5)
     assert (found["top1"], found["top5"], found["roc_auc"]) == ([0], [1], [0.5])
 
 
-def test_figures_equal_scikit_learns(example):
+def test_metrics_equal_those_of_scikit_learn(example):
     _, probabilities, targets = example
     predictions = probabilities.argmax(axis=1)
     present = np.unique(targets)
-    found = figures(probabilities, targets)
+    found = metrics(probabilities, targets)
     several = {"labels": present, "average": "macro", "zero_division": 0}
     areas = [sk.roc_auc_score(targets == c, probabilities[:, c]) for c in present]
     with pytest.warns(UserWarning, match="classes not in y_true"):
@@ -63,9 +64,9 @@ def test_figures_equal_scikit_learns(example):
     }
     for name, value in wanted.items():
         assert found[name] == [pytest.approx(value, abs=1e-6)], name
-    one = classified(probabilities, targets)
-    np.testing.assert_allclose(one.auc[present], areas, atol=1e-12)
-    assert np.isnan(one.auc[4])
+    one = ClassificationResult.from_probabilities(probabilities, targets)
+    np.testing.assert_allclose(one.auroc[present], areas, atol=1e-12)
+    assert np.isnan(one.auroc[4])
     matrix = sk.confusion_matrix(targets, predictions, labels=np.arange(6))
     np.testing.assert_array_equal(one.confusion, matrix)
     recall, precision, f1 = (row[0] for row in per_class(one, np.ones((1, 400))))
@@ -78,30 +79,38 @@ def test_figures_equal_scikit_learns(example):
     assert np.isnan([recall[4], precision[4], f1[4]]).all()
 
 
-def test_weighted_figures_equal_those_of_items_repeated(example):
+def test_weighted_metrics_equal_those_of_repeated_items(example):
     _, probabilities, targets = example
     weights = np.random.default_rng(1).integers(0, 4, (3, 400))
-    found = figures(probabilities, targets, weights.astype(float))
+    found = metrics(probabilities, targets, weights.astype(float))
     for row, counts in enumerate(weights):
         again = np.repeat(np.arange(400), counts)
-        wanted = figures(probabilities[again], targets[again])
+        wanted = metrics(probabilities[again], targets[again])
         for name in found:
             # The area is taken to first order, which is off by the square of the change.
             tolerance = 0.004 if name == "roc_auc" else 1e-9
             assert found[name][row] == pytest.approx(wanted[name][0], abs=tolerance), name
 
 
+def test_auroc_equals_scikit_learns():
+    generator = np.random.default_rng(0)
+    positive, negative = generator.integers(0, 9, 40) + 2, generator.integers(0, 9, 70)
+    truth = np.repeat([1, 0], [40, 70])
+    wanted = sk.roc_auc_score(truth, np.concatenate([positive, negative]))
+    assert auroc(positive, negative) == pytest.approx(wanted)
+
+
 def test_ties_count_half_in_the_area(example):
     _, probabilities, targets = example
     coarse = np.round(probabilities, 1)
     areas = [sk.roc_auc_score(targets == c, coarse[:, c]) for c in np.unique(targets)]
-    assert figures(coarse, targets)["roc_auc"] == [pytest.approx(np.mean(areas))]
+    assert metrics(coarse, targets)["roc_auc"] == [pytest.approx(np.mean(areas))]
 
 
-def test_item_sums_add_up_to_the_figures(example):
+def test_sums_per_item_add_up_to_the_metrics(example):
     _, probabilities, targets = example
-    found = figures(probabilities, targets)
-    sums = item_sums(classified(probabilities, targets))
+    found = metrics(probabilities, targets)
+    sums = sums_per_item(ClassificationResult.from_probabilities(probabilities, targets))
     assert sums["top1"].mean() == pytest.approx(found["top1"][0])
     assert sums["nll"].mean() == pytest.approx(found["nll"][0])
     assert sums["mean_per_class"].sum() / 5 == pytest.approx(found["mean_per_class"][0])
@@ -109,14 +118,14 @@ def test_item_sums_add_up_to_the_figures(example):
 
 def test_the_calibration_error_is_the_gap_of_its_bins(example):
     _, probabilities, targets = example
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     wanted = 0.0
     for low in range(15):
         inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
         if inside.any():
-            wanted += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert figures(probabilities, targets)["ece"] == [pytest.approx(wanted, abs=1e-7)]
-    bins = reliability(confidence.astype(float), right)
+            wanted += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert metrics(probabilities, targets)["ece"] == [pytest.approx(wanted, abs=1e-7)]
+    bins = reliability(confidence.astype(float), correct)
     assert sum(one.count for one in bins) == 400
     gaps = sum(one.count * abs(one.accuracy - one.confidence) for one in bins)
     assert gaps / 400 == pytest.approx(wanted, abs=1e-7)
@@ -124,28 +133,28 @@ def test_the_calibration_error_is_the_gap_of_its_bins(example):
 
 
 @pytest.mark.parametrize("sharpened", [0.05, 1.0, 8.0])
-def test_the_fitted_scale_is_where_torch_finds_the_least_surprise(example, sharpened):
+def test_the_fitted_scale_has_the_lowest_cross_entropy(example, sharpened):
     logits, _, targets = example
-    found = fit_scale(logits * sharpened, targets)
+    found = fit_logit_scale(logits * sharpened, targets)
     tries = torch.linspace(0.97, 1.03, 61, dtype=torch.float64) * found
     values, truth = torch.from_numpy(logits * sharpened), torch.from_numpy(targets)
     losses = torch.stack([torch.nn.functional.cross_entropy(t * values, truth) for t in tries])
     assert int(losses.argmin()) == 30
-    assert fit_scale(logits, targets) == pytest.approx(found * sharpened, rel=1e-6)
+    assert fit_logit_scale(logits, targets) == pytest.approx(found * sharpened, rel=1e-6)
 
 
 def test_a_scale_without_an_optimum_stays_finite():
     perfect = np.eye(3)[[0, 1, 2, 0]]
-    assert 20 < fit_scale(perfect, np.array([0, 1, 2, 0])) <= 1e3
-    assert 1e-3 <= fit_scale(-perfect, np.array([0, 1, 2, 0])) < 0.05
-    assert fit_scale(np.zeros((4, 3)), np.array([0, 1, 2, 0])) <= 1e3
+    assert 20 < fit_logit_scale(perfect, np.array([0, 1, 2, 0])) <= 1e3
+    assert 1e-3 <= fit_logit_scale(-perfect, np.array([0, 1, 2, 0])) < 0.05
+    assert fit_logit_scale(np.zeros((4, 3)), np.array([0, 1, 2, 0])) <= 1e3
 
 
-def test_cross_fitting_never_uses_an_items_own_half(example):
+def test_cross_fitting_never_uses_the_half_of_an_item(example):
     logits, _, targets = example
     order = np.random.default_rng(0).permutation(400)
     changed = targets.copy()
-    changed[order[:200]] = (changed[order[:200]] + 1) % 4  # what the first half says of its own
+    changed[order[:200]] = (changed[order[:200]] + 1) % 4  # the labels of the first half
     before, after = cross_fitted(logits, targets), cross_fitted(logits, changed)
     np.testing.assert_array_equal(before[order[:200]], after[order[:200]])
     assert not np.allclose(before[order[200:]], after[order[200:]])

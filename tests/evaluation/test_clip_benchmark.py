@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from clipkit.evaluation.calibration import softmax
-from clipkit.evaluation.classification import classification_figures, classified
-from clipkit.evaluation.report import pair_up
-from clipkit.evaluation.retrieval import retrieval_figures, retrieved
+from clipkit.evaluation.classification import ClassificationResult, classification_metrics
+from clipkit.evaluation.retrieval import rank_queries, relevant_pairs, retrieval_metrics
 from tests.helpers.toys import unit_rows
 
 PYTHON = os.environ.get("CLIPKIT_CLIP_BENCHMARK")
@@ -85,8 +84,8 @@ def blurred(vectors, noise, seed):
 
 
 def recalls(images, captions, image_of, caption_of):
-    found = retrieved(images, captions, image_of, caption_of)
-    figures = retrieval_figures(found, np.ones((1, len(images))))
+    found = rank_queries(images, captions, image_of, caption_of)
+    figures = retrieval_metrics(found, np.ones((1, len(images))))
     names = {"image": "text_to_image", "text": "image_to_text"}
     return {
         f"{theirs}_retrieval_recall@{k}": figures[f"{ours}_r{k}"][0]
@@ -112,8 +111,8 @@ def test_classification_is_equal(peer):
     labels = unit_rows(12, 32)
     images = blurred(labels[targets], 1.8, seed=1)
     theirs = peer(images=images, texts=labels, targets=targets)
-    found = classified(softmax(100 * images @ labels.T), targets)
-    ours = classification_figures(found, np.ones((1, 500)))
+    found = ClassificationResult.from_probabilities(softmax(100 * images @ labels.T), targets)
+    ours = classification_metrics(found, np.ones((1, 500)))
     names = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
     for name, own in names.items():
         assert theirs[name] == pytest.approx(ours[own][0], abs=1e-6), name
@@ -137,7 +136,7 @@ def test_it_takes_the_same_sentence_beside_another_image_for_wrong(peer):
     captions = np.repeat(unit_rows(20, 32), 4, axis=0)
     theirs = peer(images=images, texts=captions, owners=np.arange(80))
     assert theirs["text_retrieval_recall@1"] < 0.5
-    related = pair_up(texts, np.arange(80), "merge")
+    related = relevant_pairs(texts, np.arange(80), "merge")
     ours = recalls(images, captions[related.captions], related.image_of, related.caption_of)
     assert ours["text_retrieval_recall@1"] == 1
     assert ours["image_retrieval_recall@1"] == 1

@@ -6,7 +6,12 @@ from sklearn.metrics import average_precision_score
 
 from clipkit.errors import DataError
 from clipkit.evaluation import retrieval as module
-from clipkit.evaluation.retrieval import retrieval_figures, retrieval_recall, retrieved, wrong_ahead
+from clipkit.evaluation.retrieval import (
+    count_ahead,
+    rank_queries,
+    retrieval_metrics,
+    retrieval_recall,
+)
 from tests.helpers.toys import unit_rows
 
 
@@ -51,8 +56,8 @@ def test_recall_on_a_matrix_written_by_hand():
     assert [found[f"text_to_image_r{k}"] for k in (1, 2, 3)] == [0.5, 1.0, 1.0]
     # Images: 0 best is caption 0; 1 best is caption 1; 2: captions 2 (.6) and 3 (.4) lead.
     assert [found[f"image_to_text_r{k}"] for k in (1, 2)] == [1.0, 1.0]
-    outcomes = retrieved(images, captions, owners, np.arange(4))
-    figures = retrieval_figures(outcomes, ones(3))
+    outcomes = rank_queries(images, captions, owners, np.arange(4))
+    figures = retrieval_metrics(outcomes, ones(3))
     assert figures["text_to_image_median_rank"] == 1.5
     assert figures["text_to_image_map"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
     assert figures["image_to_text_map"] == pytest.approx(1)
@@ -79,7 +84,7 @@ def test_a_copy_of_the_right_image_is_ahead_of_it_wherever_it_stands():
     images = unit_rows(700, 64)
     images[500] = images[3]
     captions = unit(images + 0.05 * unit_rows(700, 64, seed=1))
-    ranks = retrieved(images, captions, np.arange(700), np.arange(700))["text_to_image"].ranks
+    ranks = rank_queries(images, captions, np.arange(700), np.arange(700))["text_to_image"].ranks
     assert (ranks[3], ranks[500]) == (1, 1)
     assert (np.delete(ranks, [3, 500]) == 0).all()
 
@@ -96,14 +101,14 @@ def test_ranks_equal_the_definition_whatever_the_block(block, near, sparse, monk
     image_of, caption_of = some_pairs(37, 53, 90)
     right = np.zeros((37, 53), bool)
     right[image_of, caption_of] = True
-    found = retrieved(images, captions, image_of, caption_of, block)
+    found = rank_queries(images, captions, image_of, caption_of, block)
     for name, queries, gallery, truth in (
         ("text_to_image", captions, images, right.T),
         ("image_to_text", images, captions, right),
     ):
         ranks, precision = definition(queries, gallery, truth)
         np.testing.assert_array_equal(found[name].ranks, ranks)
-        np.testing.assert_allclose(found[name].precision, precision, atol=1e-12)
+        np.testing.assert_allclose(found[name].average_precision, precision, atol=1e-12)
         np.testing.assert_array_equal(found[name].queries, np.flatnonzero(truth.any(axis=1)))
 
 
@@ -112,7 +117,7 @@ def test_images_with_good_captions_and_bad_ones_equal_the_definition():
     images, owners = unit_rows(400, 24), np.repeat(np.arange(400), 3)
     captions = unit(images[owners] + 0.8 * unit_rows(1200, 24, seed=1))
     captions[::3] = unit_rows(400, 24, seed=2)
-    ahead, of_images = wrong_ahead(images, captions, owners, np.arange(1200), block=(150, 700))
+    ahead, of_images = count_ahead(images, captions, owners, np.arange(1200), block=(150, 700))
     scores = images.astype(float) @ captions.astype(float).T
     own = scores[owners, np.arange(1200)]
     wrong = np.arange(400)[:, None] != owners
@@ -124,7 +129,7 @@ def test_images_with_good_captions_and_bad_ones_equal_the_definition():
 
 def test_more_rows_than_a_byte_can_count():
     images, captions = unit_rows(900, 8), unit_rows(3, 8, seed=1)
-    ahead = wrong_ahead(images, captions, np.arange(3), np.arange(3))[1]
+    ahead = count_ahead(images, captions, np.arange(3), np.arange(3))[1]
     scores = images.astype(float) @ captions.astype(float).T
     wanted = [int((scores[:, j] > scores[j, j]).sum()) for j in range(3)]
     assert max(wanted) > 255
@@ -136,17 +141,17 @@ def test_average_precision_equals_scikit_learns():
     image_of, caption_of = some_pairs(40, 60, 150)
     right = np.zeros((40, 60), bool)
     right[image_of, caption_of] = True
-    found = retrieved(images, captions, image_of, caption_of)
+    found = rank_queries(images, captions, image_of, caption_of)
     wanted = [average_precision_score(r, images[i] @ captions.T) for i, r in enumerate(right)]
-    np.testing.assert_allclose(found["image_to_text"].precision, wanted, atol=1e-6)
+    np.testing.assert_allclose(found["image_to_text"].average_precision, wanted, atol=1e-6)
 
 
 def test_weights_count_an_image_with_its_captions_so_often():
     images, captions = unit_rows(12, 6), unit_rows(30, 6, seed=1)
     owners = np.sort(np.random.default_rng(0).integers(0, 12, 30))
     weights = np.random.default_rng(1).integers(0, 4, 12)
-    found = retrieved(images, captions, owners, np.arange(30))
-    figures = retrieval_figures(found, weights[None].astype(float), ks=(1, 5))
+    found = rank_queries(images, captions, owners, np.arange(30))
+    figures = retrieval_metrics(found, weights[None].astype(float), ks=(1, 5))
     ranks = np.repeat(found["text_to_image"].ranks, weights[owners])
     assert figures["text_to_image_r5"] == pytest.approx((ranks < 5).mean())
     assert figures["text_to_image_median_rank"] == np.median(ranks + 1)
@@ -155,18 +160,18 @@ def test_weights_count_an_image_with_its_captions_so_often():
     ranks = np.repeat(found["image_to_text"].ranks, weights[asked])
     assert figures["image_to_text_r1"] == pytest.approx((ranks < 1).mean())
     assert figures["image_to_text_median_rank"] == np.median(ranks + 1)
-    precision = np.repeat(found["image_to_text"].precision, weights[asked])
+    precision = np.repeat(found["image_to_text"].average_precision, weights[asked])
     assert figures["image_to_text_map"] == pytest.approx(precision.mean())
 
 
 def test_a_caption_of_several_images_counts_as_often_as_they_do_on_average():
     images, captions = unit_rows(4, 6), unit_rows(3, 6, seed=1)
     image_of, caption_of = np.array([0, 1, 2, 3, 3]), np.array([0, 0, 0, 1, 2])
-    found = retrieved(images, captions, image_of, caption_of)
+    found = rank_queries(images, captions, image_of, caption_of)
     hits = (found["text_to_image"].ranks < 1).astype(float)
     weights = np.array([3, 0, 1, 2.0])
     often = np.array([4 / 3, 2, 2])
-    figures = retrieval_figures(found, weights[None], ks=(1,))
+    figures = retrieval_metrics(found, weights[None], ks=(1,))
     assert figures["text_to_image_r1"] == pytest.approx((hits * often).sum() / often.sum())
 
 

@@ -1,4 +1,4 @@
-"""Suites: what is measured, what is skipped, tables of results, CLIP_benchmark's layout."""
+"""Suites: new and existing results, tables of results, CLIP_benchmark's layout."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ def suite(tmp_path, benchmark, colour_folder):
         [[set]]
         name = "albums"
         data = "albums"
-        task = "zeroshot"
+        task = "zero-shot"
         templates = "simple"
 
         [[set]]
@@ -102,46 +102,46 @@ def test_a_suite_measures_what_single_commands_measure(
         ),
     }
     for name, report in wanted.items():
-        values = {figure: one["value"] for figure, one in found[name]["figures"].items()}
+        values = {metric: one["value"] for metric, one in found[name]["metrics"].items()}
         assert values == pytest.approx(report.metrics, abs=1e-6, nan_ok=True), name
         assert found[name]["data_fingerprint"] == report.fingerprint
         assert found[name]["model_fingerprint"] == encoder.model.fingerprint
 
     with (tmp_path / "results" / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == sum(len(one["figures"]) for one in found.values())
+    assert len(rows) == sum(len(one["metrics"]) for one in found.values())
     for row, same in zip(
         rows, pq.read_table(tmp_path / "results" / "results.parquet").to_pylist(), strict=True
     ):
-        assert (row["set"], row["figure"]) == (same["set"], same["figure"])
+        assert (row["set"], row["metric"]) == (same["set"], same["metric"])
         assert float(row["value"]) == pytest.approx(same["value"], nan_ok=True)
-    top1 = next(row for row in rows if (row["set"], row["figure"]) == ("wds", "top1"))
+    top1 = next(row for row in rows if (row["set"], row["metric"]) == ("wds", "top1"))
     assert float(top1["value"]) == pytest.approx(wanted["wds"].metrics["top1"])
     assert float(top1["low"]) <= float(top1["value"]) <= float(top1["high"])
 
 
-def test_what_is_there_is_neither_measured_nor_written_again(
+def test_an_existing_result_is_neither_measured_nor_written_again(
     run, suite, tiny_checkpoint, tmp_path, monkeypatch
 ):
     words = ["eval", "suite", suite, "--model", tiny_checkpoint, "--out", tmp_path / "results"]
     first, err = run(*words)
-    assert err.count(": measured") == 3
+    assert err.count(": evaluated") == 3
     files = {f: f.read_bytes() for f in (tmp_path / "results" / "records").iterdir()}
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_zero_shot", None)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_retrieval", None)
     again, err = run(*words)
-    assert err.count(": is there already") == 3
+    assert err.count(": already evaluated") == 3
     assert again == first
     assert {f: f.read_bytes() for f in files} == files
     monkeypatch.undo()
-    # Other templates are another question, whose answer stands beside the first.
+    # Other templates give another result beside the first one.
     suite.write_text(suite.read_text().replace('"simple"', '"openai"'))
     monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
     with pytest.raises(SystemExit):
         main()
     assert len(list((tmp_path / "results" / "records").iterdir())) == 4
     table = pq.read_table(tmp_path / "results" / "results.parquet").to_pylist()
-    assert sum(row["set"] == "albums" and row["figure"] == "top1" for row in table) == 2
+    assert sum(row["set"] == "albums" and row["metric"] == "top1" for row in table) == 2
 
 
 def test_one_bad_set_does_not_cost_the_others(run, suite, tiny_checkpoint, tmp_path):
@@ -149,22 +149,25 @@ def test_one_bad_set_does_not_cost_the_others(run, suite, tiny_checkpoint, tmp_p
     words = ["eval", "suite", suite, "--model", tiny_checkpoint, "--out", tmp_path / "results"]
     _, err = run(*words, code=1)
     assert "nowhere does not exist" in err
-    assert "1 of 3 sets could not be measured (nowhere; see above)" in err
+    assert "1 of 3 data sets could not be evaluated (nowhere; see above)" in err
     assert len(list((tmp_path / "results" / "records").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no .* tables"),
-        ("nonsense", "cannot be read as a suite"),
-        ('model = "x"\n[[set]]\nname = "a"\ndata = "b"', "holds model beside"),
+        ("", r"has no \[\[set\]\] table"),
+        ("nonsense", "cannot read the suite"),
+        ('model = "x"\n[[set]]\nname = "a"\ndata = "b"', "has the unknown key 'model'"),
         ('[[set]]\nname = "a"', "lacks its name or data"),
         ('[[set]]\nname = "a"\ndata = "b"\nlabel = "c"', "did you mean labels"),
-        ('[[set]]\nname = "a"\ndata = 3', "data = 3 is no text"),
-        ('[[set]]\nname = "a"\ndata = "b"\ntask = "magic"', "'magic' is none of zeroshot"),
+        ('[[set]]\nname = "a"\ndata = 3', "data = 3, expected a text in quotes"),
+        (
+            '[[set]]\nname = "a"\ndata = "b"\ntask = "magic"',
+            "task = 'magic', expected retrieval or zero-shot",
+        ),
         ('[[set]]\nname = "a"\ndata = "b"\nequal_captions = "x"', "expected merge or apart"),
-        ('[[set]]\nname = "a"\ndata = "b"\n' * 2, "names the set 'a' twice"),
+        ('[[set]]\nname = "a"\ndata = "b"\n' * 2, "has two sets named 'a'"),
     ],
 )
 def test_suites_that_cannot_be_read(tmp_path, text, message):
@@ -173,11 +176,11 @@ def test_suites_that_cannot_be_read(tmp_path, text, message):
         read_suite(tmp_path / "suite.toml")
 
 
-def test_a_set_without_a_task_is_told(run, tiny_checkpoint, colour_folder, tmp_path):
+def test_a_set_without_a_task_is_refused(run, tiny_checkpoint, colour_folder, tmp_path):
     (tmp_path / "s.toml").write_text('[[set]]\nname = "a"\ndata = "colours"')
     words = ["eval", "suite", tmp_path / "s.toml", "--model", tiny_checkpoint]
     _, err = run(*words, "--out", tmp_path / "results", code=1)
-    assert 'write task = "zeroshot" or "retrieval"' in err
+    assert 'write task = "zero-shot" or "retrieval"' in err
 
 
 # CLIP_benchmark's layout
@@ -185,7 +188,7 @@ def test_a_set_without_a_task_is_told(run, tiny_checkpoint, colour_folder, tmp_p
 
 def test_classes_have_the_names_of_their_numbers(benchmark):
     found = open_benchmark(benchmark, "test")
-    assert found.task == "zeroshot"
+    assert found.task == "zero-shot"
     assert found.labels == ["red: a", "green/x", "blue"]  # as they are: no synonyms, no paths
     assert [label.phrases for label in found.labels] == [("red: a",), ("green/x",), ("blue",)]
     assert found.templates == ["a photo of {}.", "{}"]
@@ -207,11 +210,11 @@ def test_a_retrieval_set_has_captions(benchmark):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("test/nshards.txt", "two", "holds 'two', expected how many tars"),
+        ("test/nshards.txt", "two", "holds 'two', expected the number of tars"),
         ("test/nshards.txt", "3", "2.tar does not exist, expected 3 tars"),
         ("classnames.txt", "\n", "classnames.txt is empty"),
-        ("classnames.txt", None, "classnames.txt cannot be read"),
-        ("zeroshot_classification_templates.txt", None, "templates.txt cannot be read"),
+        ("classnames.txt", None, "cannot read .*classnames.txt"),
+        ("zeroshot_classification_templates.txt", None, "cannot read .*templates.txt"),
         ("dataset_type.txt", "captioning", "'captioning', expected retrieval or classification"),
     ],
 )
@@ -224,7 +227,7 @@ def test_layouts_that_are_damaged(benchmark, file, content, message):
         open_benchmark(benchmark, "test")
 
 
-def test_a_class_without_a_name_is_told(benchmark, tiny_checkpoint):
+def test_a_class_number_without_a_name_is_refused(benchmark, tiny_checkpoint):
     (benchmark / "classnames.txt").write_text("red\ngreen\n")
     found = open_benchmark(benchmark, "test")
     encoder = clipkit.load_model(tiny_checkpoint)

@@ -1,4 +1,4 @@
-"""The page of a measurement says what the report says, and needs nothing beside it."""
+"""The page of an evaluation agrees with the report, and is self-contained."""
 
 import re
 import sys
@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from clipkit.cli import main
+from clipkit.evaluation.bootstrap import Estimate
 from clipkit.reports.evaluation import (
     Confused,
-    Measured,
     confused_pairs,
     confusion_table,
-    figures_table,
+    metrics_table,
 )
 from tests.helpers.pictures import COLOURS
 
@@ -98,7 +98,7 @@ def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):
     page = read((tmp_path / "page.html").read_text())
     text = " ".join(page.text)
     top1 = float(told["top1"].split()[0])
-    assert f"{top1:.1%} are right; guessing would reach 25.0%" in text
+    assert f"{top1:.1%} of the predictions are correct; a uniform predictor reaches 25.0%" in text
     assert "labels without an image: 1 of 4 (grey)" in text
     wrong = round(24 * (1 - top1))
     counts = [int(n) for n in re.findall(r": (\d+) images", text)]
@@ -108,7 +108,8 @@ def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):
 
 
 def test_what_has_no_value_is_no_number():
-    html = figures_table([Measured("auc", "area", float("nan"), float("nan"), float("nan"))])
+    nan = float("nan")
+    html = metrics_table({"roc_auc": Estimate(nan, nan, nan)})
     assert "nan" not in html.replace("name", "")
     assert "–" in html
 
@@ -117,5 +118,5 @@ def test_a_large_matrix_is_left_out():
     small = confusion_table(["a", "b"], [[3, 1], [0, 2]])
     assert small.count("<td") == 4
     assert "<td" not in confusion_table([str(n) for n in range(30)], [[0] * 30] * 30)
-    assert "Not one image" in confused_pairs([])
-    assert "<b>a</b> taken for <b>b</b>: 2 images" in confused_pairs([Confused("a", "b", 2, [])])
+    assert "All predictions are correct" in confused_pairs([])
+    assert "<b>a</b> predicted as <b>b</b>: 2 images" in confused_pairs([Confused("a", "b", 2, [])])

@@ -12,7 +12,7 @@ from clipkit.cli import main
 from clipkit.data.open_source import open_source
 from clipkit.evaluation.suite import read_suite
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
-from clipkit.tasks.suite import run_suite
+from clipkit.tasks.suite import evaluate_suite
 from tests.helpers.pictures import COLOURS, picture
 from tests.helpers.toys import png, write_tar
 
@@ -21,12 +21,12 @@ SUITE = """
 [[set]]
 name = "classes"
 data = "hf:org/photos:test"
-task = "zeroshot"
+task = "zero-shot"
 
 [[set]]
 name = "words"
 data = "hf:org/photos:test"
-task = "zeroshot"
+task = "zero-shot"
 labels = "labels.txt"
 templates = "simple"
 
@@ -118,7 +118,7 @@ def test_a_suite_of_hub_sets_measures_what_the_same_pictures_in_folders_do(
     }
     assert list(found) == list(wanted)
     for name, report in wanted.items():
-        values = {figure: one["value"] for figure, one in found[name]["figures"].items()}
+        values = {metric: one["value"] for metric, one in found[name]["metrics"].items()}
         assert values == pytest.approx(report.metrics, abs=1e-6, nan_ok=True), name
         assert found[name]["counts"]["images"] == 12
     assert found["captions"]["data"] == "hf:org/told/en:validation"
@@ -127,9 +127,17 @@ def test_a_suite_of_hub_sets_measures_what_the_same_pictures_in_folders_do(
 def test_a_hub_set_that_is_there_is_not_measured_again(hub, tiny_checkpoint, tmp_path, monkeypatch):
     encoder, told = clipkit.load_model(tiny_checkpoint), []
     sets = read_suite(tmp_path / "suite.toml")
-    first = run_suite(sets, tmp_path, encoder, tmp_path / "out", tell=told.append, progress=False)
+    out, report = tmp_path / "out", told.append
+    first = evaluate_suite(sets, encoder, out, root=tmp_path, report=report, progress=False)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_zero_shot", None)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_retrieval", None)
-    again = run_suite(sets, tmp_path, encoder, tmp_path / "out", tell=told.append, progress=False)
+    file = tmp_path / "suite.toml"
+    again = evaluate_suite(str(file), encoder, out, report=report, progress=False)
     assert again == first
-    assert [line.split(": ")[1] for line in told] == ["measured"] * 4 + ["is there already"] * 4
+    assert [line.split(": ")[1] for line in told] == ["evaluated"] * 4 + ["already evaluated"] * 4
+    frame = first.to_pandas()
+    assert list(frame["set"].unique()) == ["classes", "words", "captions", "shards"]
+    top1 = frame[(frame["set"] == "words") & (frame["metric"] == "top1")]
+    assert top1["value"].item() == first[1].estimates["top1"].value
+    assert "captions" in first._repr_html_()
+    json.dumps(first.to_dict(), allow_nan=True)

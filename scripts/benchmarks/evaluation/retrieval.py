@@ -71,12 +71,12 @@ def run_product(folder: Path, _: int) -> dict[str, float]:
 
 def run_clipkit(folder: Path, captions: int) -> dict[str, float]:
     """Recall, median ranks and average precision."""
-    from clipkit.evaluation.retrieval import retrieval_figures, retrieved
+    from clipkit.evaluation.retrieval import rank_queries, retrieval_metrics
 
     images, texts = mapped(folder)
     owners = np.repeat(np.arange(len(images)), captions)
-    found = retrieved(images, texts, owners, np.arange(len(texts)))
-    figures = retrieval_figures(found, np.ones((1, len(images))), KS)
+    found = rank_queries(images, texts, owners, np.arange(len(texts)))
+    figures = retrieval_metrics(found, np.ones((1, len(images))), KS)
     return {name: float(value[0]) for name, value in figures.items()}
 
 

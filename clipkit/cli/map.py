@@ -26,17 +26,12 @@ def draw(
     from clipkit.data.prompts import read_labels
     from clipkit.tasks.map import draw_map
 
-    names = read_labels(labels) if labels else EVERYDAY
-    load = None
-    if labels != "":
-        from clipkit.models.loading import load_model_ref
-
-        load = load_model_ref
+    names = EVERYDAY if labels is None else read_labels(labels) if labels else ()
     note("laying out the map; 50,000 items take a few minutes")
-    drawn = draw_map(collection, out, labels=names, load=load, clusters=clusters)
-    facts = [("page", drawn.page), ("picture", drawn.picture)]
-    if drawn.drawn < drawn.of:
-        note(f"drew {drawn.drawn:,} of {drawn.of:,} items, chosen evenly")
-    if drawn.unpictured:
-        note(f"{drawn.unpictured:,} items show no picture: it is in no file, or gone")
+    drawn = draw_map(collection, out, labels=names, clusters=clusters)
+    facts = [("page", drawn.page), ("image", drawn.image)]
+    if drawn.items < drawn.total:
+        note(f"drew {drawn.items:,} of {drawn.total:,} items, chosen evenly")
+    if drawn.without_image:
+        note(f"{drawn.without_image:,} items show no picture: it is in no file, or gone")
     print_facts([*facts, *((name, f"{size:,}") for name, size in drawn.clusters)])

@@ -1,4 +1,4 @@
-"""The page of a map: points on a canvas that can be moved, each with its picture."""
+"""The page of a map: a canvas of points to pan and zoom, each with its image."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Cluster:
-    """A named part of a map: where its name goes, in [0, 1]², and how many items it has."""
+    """A cluster of a map: its name, the place of the name in [0, 1]², and its number of items."""
 
     name: str
     x: float
@@ -23,7 +23,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class MapPage:
-    """All that the page of a map shows.
+    """The content of the page of a map.
 
     Attributes:
         title: its heading.
@@ -31,9 +31,9 @@ class MapPage:
         places: float [n, 2] in [0, 1]².
         clusters: int [n], the number of each item's cluster in ``names``.
         names: the clusters.
-        keys: the n items' keys.
-        captions: a caption of each, or an empty text.
-        pictures: an address of each picture relative to the page, or an empty text.
+        keys: keys of the n items.
+        captions: one caption of each, or an empty text.
+        images: URL of each image relative to the page, or an empty text.
     """
 
     title: str
@@ -43,11 +43,11 @@ class MapPage:
     names: Sequence[Cluster]
     keys: Sequence[str]
     captions: Sequence[str]
-    pictures: Sequence[str]
+    images: Sequence[str]
 
 
 def render_map(page: MapPage) -> str:
-    """The page as one HTML file: nothing is fetched but the pictures one points at."""
+    """The page as one HTML file: it loads nothing but the images under the pointer."""
     style, points, script = map(_part, ("map.css", "map_points.js", "map.js"))
     return f"""<!doctype html>
 <html lang="en">
@@ -82,7 +82,7 @@ def _part(name: str) -> str:
 
 
 def _data(page: MapPage) -> str:
-    """The points as JSON inside a script element: ``<`` is escaped, so that no text can end it."""
+    """The points as JSON for a script element; ``<`` is escaped, so that no text can end it."""
     places = np.round(np.clip(page.places, 0, 1) * 65_535).astype("<u2")
     content = {
         "places": base64.b64encode(places.tobytes()).decode(),
@@ -90,7 +90,7 @@ def _data(page: MapPage) -> str:
         "names": [asdict(one) for one in page.names],
         "keys": list(page.keys),
         "captions": list(page.captions),
-        "pictures": list(page.pictures),
+        "images": list(page.images),
     }
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,8 +1,8 @@
-"""Draw a map of a collection: ``clipkit map INDEX|STORE --out map.html``."""
+"""Draw a map of a collection: ``clipkit map INDEX|STORE``."""
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,122 +21,131 @@ from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
 from clipkit.index.projection import cluster, lay_out, name_clusters, require_enough
 from clipkit.index.roots import file_of, roots_of
-from clipkit.index.vector_index import VectorIndex
-from clipkit.reports import plots
+from clipkit.index.vector_index import VectorIndex, load_encoder_of
 from clipkit.reports.map import Cluster, MapPage, render_map
+from clipkit.reports.plots import plot_map
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import Vectors
 
 if TYPE_CHECKING:
-    from clipkit.artifacts import ModelRef
     from clipkit.models.encoder import Encoder
 
 
-MOST = 50_000
-"""Items drawn, at most: what a browser moves smoothly and a person can overlook."""
-MOST_CLUSTERS = 24
-EMBEDDED = 5_000
-"""Pictures inside a page, at most: about 4 kB each."""
+MAX_ITEMS = 50_000
+"""Items of a map: as many as a browser moves smoothly."""
+MAX_CLUSTERS = 24
+MAX_EMBEDDED = 5_000
+"""Thumbnails inside a page, about 4 kB each."""
 
 
 @dataclass(frozen=True)
 class MapSummary:
-    """What was drawn.
+    """A map that was drawn, shown as its image in a notebook.
 
     Attributes:
         page: the HTML file.
-        picture: the PNG beside it.
-        drawn: how many items.
-        of: how many there are.
-        unpictured: how many of those drawn show no picture, as it is in no file or gone.
+        image: the PNG beside it.
+        items: number of items on the map.
+        total: number of items in the collection.
+        without_image: number of items on the map whose image file is missing.
         clusters: name and size of each, the largest first.
     """
 
     page: Path
-    picture: Path
-    drawn: int
-    of: int
-    unpictured: int
+    image: Path
+    items: int
+    total: int
+    without_image: int
     clusters: list[tuple[str, int]]
 
     def _repr_png_(self) -> bytes:
-        return self.picture.read_bytes()
+        return self.image.read_bytes()
 
 
 def draw_map(
-    collection: str | Path,
-    out: str | Path,
+    collection: "str | Path | VectorIndex | EmbeddingStore",
+    out: str | Path = "map.html",
     *,
     labels: Sequence[str] = EVERYDAY,
-    load: "Callable[[ModelRef], Encoder] | None" = None,
+    encoder: "Encoder | None" = None,
     clusters: int = 0,
-    most: int = MOST,
+    max_items: int = MAX_ITEMS,
 ) -> MapSummary:
-    """Lay a store or an index out on a plane, name its clusters, write a page and a picture.
+    """Draw an interactive map of a store or an index: a t-SNE projection with named clusters.
 
     Args:
-        collection: directory of a store or an index.
+        collection: a store or an index, or its directory.
         out: the HTML file; a PNG of the same name is written beside it.
-        labels: what a cluster may be called.
-        load: gives the collection's model, for the names; None: clusters are numbered.
+        labels: candidate names of the clusters, chosen zero-shot; empty: clusters are numbered.
+        encoder: the collection's model, for the names; None: the one that its manifest names. The
+            clusters of external vectors are numbered without it.
         clusters: how many; 0: about the root of half the items, at most 24.
-        most: items drawn; of more, so many are chosen evenly.
+        max_items: items drawn; of more, a random sample of this size.
 
     Raises:
-        ArtifactError: no store or index there, or ``out`` is no name for a page.
+        ArtifactError: ``collection`` is not a store or an index, or ``out`` is not an HTML file.
         DataError: there are too few items.
         MissingExtraError: the package openTSNE is not installed.
         ModelError: the collection's model cannot be loaded.
+        ModelMismatchError: ``encoder`` is another model.
     """
     out = Path(out)
     if out.suffix.lower() != ".html" or out.is_dir():
-        raise ArtifactError(f"{out} is no name for a page, expected FILE.html")
-    manifest, vectors, records = _sample(Path(collection), most)
-    places = lay_out(vectors)
-    wanted = clusters or min(MOST_CLUSTERS, max(2, round(math.sqrt(len(vectors) / 2))))
-    found = cluster(vectors, min(wanted, len(vectors)))
-    names = _names(vectors, found, labels, load, manifest)
+        raise ArtifactError(f"{out} is not an HTML file name, expected FILE.html")
+    opened = _open(collection)
+    require_enough(min(len(opened), max_items))
+    vectors, records = _sample(opened, max_items)
+    points = lay_out(vectors)
+    wanted = clusters or min(MAX_CLUSTERS, max(2, round(math.sqrt(len(vectors) / 2))))
+    assigned = cluster(vectors, min(wanted, len(vectors)))
+    manifest = opened.manifest
+    encoder = _encoder(opened, encoder) if labels else None
+    names = _names(vectors, assigned, labels, encoder)
     groups = [
-        Cluster(name, *_middle(places[found == number]), int((found == number).sum()))
+        Cluster(name, *_middle(points[assigned == number]), int((assigned == number).sum()))
         for number, name in enumerate(names)
     ]
     keys = records["key"].to_pylist()
-    pictures = _linked(manifest, keys, out)
-    if not any(pictures):
-        pictures = _embedded(manifest, keys)
+    images = _linked(manifest, keys, out)
+    if not any(images):
+        images = _embedded(manifest, keys)
     page = MapPage(
-        title=Path(collection).resolve().name,
-        lead=_lead(manifest, len(vectors), bool(load)),
-        places=places,
-        clusters=found,
+        title=opened.path.resolve().name,
+        lead=_lead(manifest, len(vectors), encoder is not None),
+        places=points,
+        clusters=assigned,
         names=groups,
         keys=keys,
         captions=[(texts or [""])[0] for texts in records["captions"].to_pylist()],
-        pictures=pictures,
+        images=images,
     )
-    picture = out.with_suffix(".png")
+    image = out.with_suffix(".png")
     out.parent.mkdir(parents=True, exist_ok=True)
     named = [(group.name, group.x, group.y) for group in groups]
-    plots.plot_map(places, found, named, page.title).save(picture)
+    plot_map(points, assigned, named, page.title).save(image)
     write_text(out, render_map(page))
     sizes = [(g.name, g.size) for g in groups]
-    return MapSummary(out, picture, len(vectors), manifest.count, pictures.count(""), sizes)
+    return MapSummary(out, image, len(vectors), manifest.count, images.count(""), sizes)
 
 
-def _sample(path: Path, most: int) -> tuple[Manifest, Vectors, pa.Table]:
-    """The manifest, and at most so many vectors and records, chosen evenly."""
-    manifest = read_manifest(path)
-    opened: EmbeddingStore | VectorIndex
-    if manifest.kind == "store":
-        opened = EmbeddingStore.open(path)
-    elif manifest.kind == "index":
-        opened = VectorIndex.open(path)
-    else:
-        raise ArtifactError(f"{path} is a {manifest.kind}, expected a store or an index")
-    require_enough(len(opened))
+def _open(
+    collection: "str | Path | VectorIndex | EmbeddingStore",
+) -> VectorIndex | EmbeddingStore:
+    if not isinstance(collection, str | Path):
+        return collection
+    kind = read_manifest(Path(collection)).kind
+    if kind == "store":
+        return EmbeddingStore.open(collection)
+    if kind == "index":
+        return VectorIndex.open(collection)
+    raise ArtifactError(f"{collection} is a {kind}, expected a store or an index")
+
+
+def _sample(opened: VectorIndex | EmbeddingStore, max_items: int) -> tuple[Vectors, pa.Table]:
+    """Vectors and records of at most so many random items, in the collection's order."""
     chosen = np.arange(len(opened))
-    if len(opened) > most:
-        chosen = np.sort(np.random.default_rng(0).choice(len(opened), most, replace=False))
+    if len(opened) > max_items:
+        chosen = np.sort(np.random.default_rng(0).choice(len(opened), max_items, replace=False))
     vectors = np.empty((len(chosen), opened.dim), np.float32)
     tables, start, filled = [], 0, 0
     for part, table in opened.shards():
@@ -144,54 +153,69 @@ def _sample(path: Path, most: int) -> tuple[Manifest, Vectors, pa.Table]:
         vectors[filled : filled + len(rows)] = part[rows]
         tables.append(table.select(["key", "captions"]).take(pa.array(rows)))
         start, filled = start + len(part), filled + len(rows)
-    return manifest, vectors, pa.concat_tables(tables)
+    return vectors, pa.concat_tables(tables)
+
+
+def _encoder(opened: VectorIndex | EmbeddingStore, encoder: "Encoder | None") -> "Encoder | None":
+    """The encoder that names the clusters; None for external vectors if none is given."""
+    if encoder is None:
+        if opened.model.external:
+            return None
+        if isinstance(opened, VectorIndex):
+            return opened.image_encoder
+        return load_encoder_of(opened.model, str(opened.path))
+    if not opened.model.external:
+        opened.model.require(
+            encoder.model, what=str(opened.path), repair="name the clusters with its own model"
+        )
+    return encoder
 
 
 def _names(
     vectors: Vectors,
-    found: NDArray[np.int64],
+    assigned: NDArray[np.int64],
     labels: Sequence[str],
-    load: "Callable[[ModelRef], Encoder] | None",
-    manifest: Manifest,
+    encoder: "Encoder | None",
 ) -> list[str]:
-    if load is None:
-        return [f"cluster {number + 1}" for number in range(int(found.max()) + 1)]
+    if encoder is None:
+        return [f"cluster {number + 1}" for number in range(int(assigned.max()) + 1)]
     from clipkit.classifiers.zero_shot import ZeroShotClassifier
 
-    classifier = ZeroShotClassifier.from_labels(load(manifest.require_model()), list(labels))
-    return name_clusters(vectors, found, classifier.labels, classifier.weights)
+    classifier = ZeroShotClassifier.from_labels(encoder, list(labels))
+    return name_clusters(vectors, assigned, classifier.labels, classifier.weights)
 
 
-def _middle(places: NDArray[np.float32]) -> tuple[float, float]:
-    """Where a cluster's name goes: on its item nearest to the middle, never into a void."""
-    middle = np.median(places, axis=0)
-    x, y = places[np.argmin(np.square(places - middle).sum(axis=1))]
+def _middle(points: NDArray[np.float32]) -> tuple[float, float]:
+    """The place of a cluster's name: its item nearest to the median, so never an empty spot."""
+    middle = np.median(points, axis=0)
+    x, y = points[np.argmin(np.square(points - middle).sum(axis=1))]
     return float(x), float(y)
 
 
-def _lead(manifest: Manifest, drawn: int, named: bool) -> str:
-    whole = f"{drawn:,} images" if drawn == manifest.count else f"{drawn:,} of {manifest.count:,}"
-    # A page may be shown to others, whom the place of a model on this machine is nothing to.
-    model = "/".join(str(manifest.require_model()).split("/")[-2:])
+def _lead(manifest: Manifest, items: int, named: bool) -> str:
+    count = f"{items:,} images" if items == manifest.count else f"{items:,} of {manifest.count:,}"
+    ref = manifest.require_model()
+    # Only the end of a path: the page may be published.
+    model = "" if ref.external else f", embedded with {'/'.join(str(ref).split('/')[-2:])}"
     how = "named zero-shot by the same model" if named else "numbered by size"
     return (
-        f"{whole}, as {model} sees them: what is alike lies together (t-SNE of "
-        f"the first principal components), and colours are clusters (k-means), {how}."
+        f"{count}{model}: similar images are close together (t-SNE of the first principal "
+        f"components), and colours are clusters (k-means), {how}."
     )
 
 
 def _linked(manifest: Manifest, keys: Sequence[str], out: Path) -> list[str]:
-    """Addresses of picture files relative to the page; empty where there is no file."""
+    """URLs of image files relative to the page; empty texts for missing files."""
     roots, folder = roots_of(manifest), out.resolve().parent
     files = [file_of(roots, key) for key in keys]
     return [quote(Path(os.path.relpath(file, folder)).as_posix()) if file else "" for file in files]
 
 
 def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:
-    """Small pictures inside the page, for those of a table or tar; empty beyond ``EMBEDDED``."""
-    step = -(-len(keys) // EMBEDDED)
+    """Thumbnails as data URIs, for images in a table or tar; empty beyond ``MAX_EMBEDDED``."""
+    step = -(-len(keys) // MAX_EMBEDDED)
     found = dict.fromkeys(keys[::step], "")
-    # The source may have moved since, and a bad picture harms no other.
+    # The source may be gone by now, and a damaged image must not stop the others.
     with suppress(DataError):
         for row in open_source(manifest.source.get("spec", ""), caption="", label="").rows:
             if row["key"] in found:

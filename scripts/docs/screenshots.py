@@ -20,7 +20,6 @@ from urllib.parse import urlencode
 import pyarrow.parquet as pq
 
 import clipkit
-from clipkit.models.loading import load_model_ref
 from clipkit.tasks.index import calibrate_index
 from clipkit.tasks.map import draw_map
 from tests.helpers.browser import chromium, missing
@@ -114,7 +113,7 @@ def main() -> None:
                 take(browser, search, options.out / "page.jpg")
                 take(browser, search, options.out / "phone-dark.jpg", size=(390, 780), dark=True)
                 take(browser, classify, options.out / "classify.jpg")
-                drawn = draw_map(index, Path(folder) / "map.html", load=load_model_ref)
+                drawn = draw_map(index, Path(folder) / "map.html")
                 page = drawn.page.resolve().as_uri()
                 take(browser, page, options.out / "map.jpg", part="main", ready="canvas")
         finally:

@@ -25,7 +25,7 @@ class ServedEncoder(ColourEncoder):
     ``calls`` holds the captions of each call. While ``gate`` is closed, calls wait.
     """
 
-    scale = 10.0
+    logit_scale = 10.0
 
     def __init__(self, name: str = "colours") -> None:
         super().__init__(name)

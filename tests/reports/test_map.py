@@ -70,7 +70,7 @@ def page(browser, tmp_path):
             names=[Cluster("above", 0.5, 0, 2), Cluster(NASTY, 0.5, 1, 2)],
             keys=["a.png", "gone.png", "c.png", NASTY],
             captions=["a red square", "", "a dog", NASTY],
-            pictures=["a.png", "gone.png", "", ""],
+            images=["a.png", "gone.png", "", ""],
         )
     )
     (tmp_path / "map.html").write_text(text, encoding="utf-8")

@@ -123,7 +123,7 @@ def test_the_page_holds_every_point_and_no_text_ends_its_script():
         names=[Cluster(nasty, 0, 0.5, 1), Cluster("b", 1, 0.25, 1)],
         keys=["a.jpg", nasty],
         captions=["", nasty],
-        pictures=["../a.jpg", ""],
+        images=["../a.jpg", ""],
     )
     text = render_map(page)
     assert text.count("<script") == 2
@@ -148,32 +148,28 @@ def colours(tmp_path):
 
 
 class Toy(ColourEncoder):
-    scale = 100.0
+    logit_scale = 100.0
 
     def encode_text(self, captions, policy="cut"):
         return super().encode_text(captions)
 
 
-def toy(model):
-    return Toy()
-
-
 def test_a_store_and_its_index_give_a_page_and_a_picture(colours, tmp_path):
     VectorIndex.build(colours, tmp_path / "index", "Flat")
     drawn = draw_map(
-        colours.path, tmp_path / "out" / "map.html", labels=WORDS, load=toy, clusters=3
+        colours.path, tmp_path / "out" / "map.html", labels=WORDS, encoder=Toy(), clusters=3
     )
     assert sorted(drawn.clusters) == [("blue", 10), ("green", 10), ("red", 10)]
-    assert (drawn.drawn, drawn.of, drawn.unpictured) == (30, 30, 0)
+    assert (drawn.items, drawn.total, drawn.without_image) == (30, 30, 0)
     data = content(drawn.page.read_text(encoding="utf-8"))
     at = data["keys"].index("red 3.png")
-    assert data["pictures"][at] == "../pictures%20%26%20more/red%203.png"
+    assert data["images"][at] == "../pictures%20%26%20more/red%203.png"
     clusters = np.frombuffer(base64.b64decode(data["clusters"]), "<u2")
     assert data["names"][clusters[at]]["name"] == "red"
-    with Image.open(drawn.picture) as picture:
+    with Image.open(drawn.image) as picture:
         assert picture.format == "PNG"
     again = draw_map(
-        tmp_path / "index", tmp_path / "again.html", labels=WORDS, load=toy, clusters=3
+        tmp_path / "index", tmp_path / "again.html", labels=WORDS, encoder=Toy(), clusters=3
     )
     assert content(again.page.read_text(encoding="utf-8"))["places"] == data["places"]
 
@@ -186,27 +182,27 @@ def test_pictures_of_a_table_are_inside_the_page(colours, tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet")
     embed(tmp_path / "table.parquet", tmp_path / "of-table", ColourEncoder())
-    drawn = draw_map(tmp_path / "of-table", tmp_path / "map.html", most=12)
-    assert (drawn.drawn, drawn.of, drawn.unpictured) == (12, 30, 0)
+    drawn = draw_map(tmp_path / "of-table", tmp_path / "map.html", labels=(), max_items=12)
+    assert (drawn.items, drawn.total, drawn.without_image) == (12, 30, 0)
     assert drawn.clusters[0][0] == "cluster 1"
-    pictures = content(drawn.page.read_text(encoding="utf-8"))["pictures"]
+    pictures = content(drawn.page.read_text(encoding="utf-8"))["images"]
     assert len(pictures) == 12
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures)
 
 
 def test_pictures_that_are_gone_are_counted(colours, tmp_path):
     (tmp_path / "pictures & more").rename(tmp_path / "elsewhere")
-    drawn = draw_map(colours.path, tmp_path / "map.html")
-    assert drawn.unpictured == 30
+    drawn = draw_map(colours, tmp_path / "map.html", labels=())
+    assert drawn.without_image == 30
 
 
 def test_bad_requests_get_a_sentence(colours, tmp_path):
-    with pytest.raises(ArtifactError, match=r"map\.png is no name for a page"):
+    with pytest.raises(ArtifactError, match=r"map\.png is not an HTML file name"):
         draw_map(colours.path, tmp_path / "map.png")
     with pytest.raises(ArtifactError, match="elsewhere"):
         draw_map(tmp_path / "elsewhere", tmp_path / "map.html")
     with pytest.raises(DataError, match="a map of 3 items says nothing, expected at least 5"):
-        draw_map(colours.path, tmp_path / "map.html", most=3)
+        draw_map(colours.path, tmp_path / "map.html", max_items=3)
     assert not (tmp_path / "map.html").exists()
 
 

@@ -17,7 +17,7 @@ let matches = null; // one byte an item while something is searched for
 const bright = new Uint8Array(count).fill(1);
 let image = null; // the pixels of the canvas
 let style = null; // the colours of the page
-let labels = []; // pictures of the names
+let labels = []; // prerendered names
 let view = { x: 0.5, y: 0.5, zoom: 1 };
 let pointed = -1;
 let waiting = false;
@@ -102,24 +102,24 @@ function names(ratio) {
   data.names.forEach((one, n) => {
     if (!shown[n]) return;
     if (labels[n]?.ratio !== ratio) labels[n] = label(one.name, ratio);
-    const { picture } = labels[n];
+    const { bitmap } = labels[n];
     const [x, y] = toScreen(one.x, one.y).map((v) => v * ratio);
-    const half = picture.width / 2;
+    const half = bitmap.width / 2;
     const box = [x - half, y - 10 * ratio, x + half, y + 10 * ratio];
     // Larger clusters come first; a name that would cover another waits until there is room.
     if (taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) return;
     taken.push(box);
-    pen.drawImage(picture, Math.round(x - half), Math.round(y - picture.height / 2));
+    pen.drawImage(bitmap, Math.round(x - half), Math.round(y - bitmap.height / 2));
   });
 }
 
 // Letters with an outline take a canvas about as long as thousands of points: they are drawn once.
 function label(name, ratio) {
-  const picture = document.createElement("canvas"), ink = picture.getContext("2d");
+  const bitmap = document.createElement("canvas"), ink = bitmap.getContext("2d");
   const font = "600 13px system-ui, sans-serif";
   ink.font = font;
-  picture.width = Math.ceil((ink.measureText(name).width + 8) * ratio);
-  picture.height = Math.ceil(24 * ratio);
+  bitmap.width = Math.ceil((ink.measureText(name).width + 8) * ratio);
+  bitmap.height = Math.ceil(24 * ratio);
   ink.font = font; // a canvas whose size is set forgets it
   ink.textAlign = "center";
   ink.textBaseline = "middle";
@@ -127,10 +127,10 @@ function label(name, ratio) {
   ink.lineWidth = 4;
   ink.strokeStyle = style.around;
   ink.fillStyle = style.ink;
-  ink.setTransform(ratio, 0, 0, ratio, picture.width / 2, picture.height / 2);
+  ink.setTransform(ratio, 0, 0, ratio, bitmap.width / 2, bitmap.height / 2);
   ink.strokeText(name, 0, 0);
   ink.fillText(name, 0, 0);
-  return { picture, ratio };
+  return { bitmap, ratio };
 }
 
 function redraw() {
@@ -165,8 +165,8 @@ function point(i, px, py) {
     card.hidden = i < 0;
     if (i >= 0) {
       const image = card.querySelector("img");
-      image.hidden = !data.pictures[i];
-      if (data.pictures[i]) image.src = data.pictures[i];
+      image.hidden = !data.images[i];
+      if (data.images[i]) image.src = data.images[i];
       image.onerror = () => { image.hidden = true; };
       const text = card.querySelector("figcaption");
       const key = document.createElement("small");
@@ -218,8 +218,8 @@ for (const end of ["pointerup", "pointercancel"])
     if (end !== "pointerup" || moved > 5) return;
     const i = nearest(event.offsetX, event.offsetY);
     point(i, event.offsetX, event.offsetY);
-    if (event.pointerType === "mouse" && i >= 0 && data.pictures[i])
-      window.open(data.pictures[i], "_blank", "noopener");
+    if (event.pointerType === "mouse" && i >= 0 && data.images[i])
+      window.open(data.images[i], "_blank", "noopener");
   });
 canvas.addEventListener("pointerleave", () => point(-1, 0, 0));
 canvas.addEventListener("wheel", (event) => {

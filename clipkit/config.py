@@ -244,8 +244,9 @@ class LoopConfig:
     """Compile the towers with `torch.compile`, which takes minutes at the start and needs a C++
     compiler (on a GPU, Triton); captions are padded to 16, 32, 48, 64 or 77 tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto: bf16 where a few measured steps find it faster. Weights
-    and loss are always float32."""
+    """Precision of the towers' matrix products; auto: bf16 on GPUs with bf16 units, and on CPUs
+    with bf16 instructions for towers at least 128 wide and micro-batches of at least 16 pairs.
+    Weights and loss are always float32."""
     shard: bool = False
     """Deal weights, gradients and optimiser state out over the processes that torchrun started,
     for towers too large for one card; slower, the same result."""

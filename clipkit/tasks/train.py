@@ -207,7 +207,7 @@ def _store_features(
 def _with_precision(
     config: TrainConfig, out: Path, towers: Towers, world: World, resume: bool
 ) -> TrainConfig:
-    """Fix what ``auto`` stands for: measured once, kept when a run is resumed."""
+    """Resolve ``auto``; a resumed run keeps its precision."""
     precision = config.train.precision
     if resume and precision == "auto" and (out / CONFIG_FILE).is_file():
         precision = load_config(out / CONFIG_FILE).train.precision

@@ -238,7 +238,7 @@ def test_photos_keep_their_vectors_in_bf16(shared_data, tmp_path, monkeypatch):
     images = real_photos(shared_data / "flickr8k-224-dev.parquet", 16)
     with torch.no_grad():
         wanted = clip.encode_image(images, True)
-    monkeypatch.setattr(prepare_module, "_computes_bf16", lambda kind: True)
+    monkeypatch.setattr(prepare_module, "has_bf16", lambda kind: True)
     network = prepare(clip, "auto", CPU)
     assert network.precisions["image"] == "bf16"
     with torch.inference_mode():

@@ -266,30 +266,39 @@ AUTO |= {"timm transformer": ("bf16", "bf16")}
 
 @pytest.mark.parametrize("towers", TOWERS)
 def test_auto_rounds_where_that_gains_and_sums_stay_exact(towers, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_computes_bf16", lambda kind: True)
-    monkeypatch.setattr(prepare_module, "NARROWEST", 32)
+    monkeypatch.setattr(prepare_module, "has_bf16", lambda kind: True)
+    monkeypatch.setattr(prepare_module, "MIN_WIDTH", 32)
     network = prepare(clip_of(**TOWERS[towers]), "auto", CPU)
     assert (network.precisions["image"], network.precisions["text"]) == AUTO[towers]
-    monkeypatch.setattr(prepare_module, "_computes_bf16", lambda kind: False)
+    monkeypatch.setattr(prepare_module, "has_bf16", lambda kind: False)
     network = prepare(clip_of(**TOWERS[towers]), "auto", CPU)
     assert set(network.precisions.values()) == {"fp32"}
 
 
 def test_auto_leaves_narrow_towers_alone(monkeypatch):
-    monkeypatch.setattr(prepare_module, "_computes_bf16", lambda kind: True)
+    monkeypatch.setattr(prepare_module, "has_bf16", lambda kind: True)
     assert set(prepare(clip_of(), "auto", CPU).precisions.values()) == {"fp32"}
 
 
-@pytest.mark.parametrize(("half", "gains"), [(0.25, True), (0.9, False), (3.0, False)])
-def test_whether_the_machine_is_made_for_bf16_is_timed(half, gains, monkeypatch):
-    clock = [0.0]
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("fma avx512f avx512_bf16", True),
+        ("amx_bf16 amx_tile", True),
+        ("avx2 avx512f", False),
+        (None, False),
+    ],
+)
+def test_cpu_flags_decide_whether_bf16_is_fast(flags, found, monkeypatch):
+    def read_text(path, encoding):
+        assert str(path) == "/proc/cpuinfo"
+        if flags is None:
+            raise FileNotFoundError
+        return f"model name : CPU\nflags : {flags}\n"
 
-    def product(x, _):
-        clock[0] += half if x.dtype == torch.bfloat16 else 1.0
-
-    monkeypatch.setattr(prepare_module.F, "linear", product)
-    monkeypatch.setattr(prepare_module.time, "perf_counter", lambda: clock[0])
-    assert prepare_module._computes_bf16.__wrapped__("cpu") == gains
+    monkeypatch.setattr(prepare_module.Path, "read_text", read_text)
+    assert prepare_module.has_bf16.__wrapped__("cpu") == found
+    assert not prepare_module.has_bf16.__wrapped__("mps")
 
 
 def test_the_precision_is_recorded_and_vectors_go_together(

@@ -17,68 +17,32 @@ def towers(**vision):
 
 
 @pytest.mark.parametrize("setting", ["fp32", "bf16"])
-def test_what_is_asked_for_is_not_measured(monkeypatch, setting):
-    monkeypatch.setattr(precision, "_step_seconds", lambda *_: pytest.fail("measured"))
-    assert resolve_precision(setting, towers(), 8, CPU) == setting
+def test_a_set_precision_is_used(monkeypatch, setting):
+    for supported in (True, False):
+        monkeypatch.setattr(precision, "has_bf16", lambda kind, found=supported: found)
+        assert resolve_precision(setting, towers(), 8, CPU) == setting
 
 
-def clock_by_work(monkeypatch, seconds):
-    """A clock that runs by what is computed, ``seconds(precision, pairs)``, not by the machine."""
-    clock, sizes = [0.0], []
-    forward = precision.DualEncoder.forward
-
-    def timed(self, images, tokens):
-        clock[0] += seconds(self.precision, len(images))
-        sizes.append(len(images))
-        return forward(self, images, tokens)
-
-    monkeypatch.setattr(precision.DualEncoder, "forward", timed)
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
-    return clock, sizes
+@pytest.mark.parametrize(
+    ("width", "pairs", "chosen"),
+    [(128, 16, "bf16"), (128, 15, "fp32"), (96, 512, "fp32"), (32, 16, "fp32")],
+)
+def test_auto_follows_width_and_micro_batch_on_a_cpu(monkeypatch, width, pairs, chosen):
+    built = towers(width=width, layers=1, head_width=16, patch_size=16, image_size=32)
+    monkeypatch.setattr(precision, "has_bf16", lambda kind: True)
+    assert resolve_precision("auto", built, pairs, CPU) == chosen
+    monkeypatch.setattr(precision, "has_bf16", lambda kind: False)
+    assert resolve_precision("auto", built, pairs, CPU) == "fp32"
 
 
-@pytest.mark.parametrize(("half", "chosen"), [(0.5, "bf16"), (0.97, "fp32"), (3.0, "fp32")])
-def test_the_faster_one_is_chosen(monkeypatch, half, chosen):
-    clock_by_work(monkeypatch, lambda kind, n: n / 1000 * (half if kind == "bf16" else 1))
-    assert resolve_precision("auto", towers(), 8, CPU) == chosen
+def test_a_resnet_counts_the_channels_of_its_widest_convolution(monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda kind: True)
+    assert resolve_precision("auto", towers(**RESNET), 16, CPU) == "bf16"
 
 
-@pytest.mark.parametrize(("pairs", "chosen"), [(32, "fp32"), (64, "fp32"), (256, "bf16")])
-def test_a_cost_that_many_pairs_share_is_seen_as_such(monkeypatch, pairs, chosen):
-    """fp32 takes 1 ms a pair, bf16 0.5 ms a pair and 40 ms for the weights: even at 80 pairs."""
-    clock_by_work(monkeypatch, lambda kind, n: 0.04 + n / 2000 if kind == "bf16" else n / 1000)
-    assert resolve_precision("auto", towers(), pairs, CPU) == chosen
-
-
-@pytest.mark.parametrize(("seconds", "sizes"), [(1e-3, {2, 8, 32}), (0.1, {2, 8}), (1, {2})])
-def test_slow_towers_are_measured_on_fewer_pairs(monkeypatch, seconds, sizes):
-    clock, seen = clock_by_work(monkeypatch, lambda kind, n: n * seconds)
-    resolve_precision("auto", towers(), 256, CPU)
-    assert set(seen) == sizes
-    assert clock[0] <= 12
-
-
-def test_no_more_pairs_are_measured_than_the_run_encodes(monkeypatch):
-    _, seen = clock_by_work(monkeypatch, lambda kind, n: 0.001)
-    resolve_precision("auto", towers(), 5, CPU)
-    assert set(seen) == {2, 5}
-
-
-@pytest.mark.parametrize("vision", [{}, RESNET], ids=["transformer", "resnet"])
-def test_nothing_is_left_behind(vision):
-    built = towers(**vision)
-    clip = built.clip.eval()
-    clip.logit_scale.grad = torch.tensor(3.0)
-    before = {name: value.clone() for name, value in clip.state_dict().items()}
-    torch.manual_seed(5)
-    wanted = torch.get_rng_state()
-    assert resolve_precision("auto", built, 4, CPU) in ("fp32", "bf16")
-    assert torch.equal(torch.get_rng_state(), wanted)
-    for name, value in clip.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    grads = {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
-    assert grads == {"logit_scale": torch.tensor(3.0)}
-    assert not any(module.training for module in clip.modules())
+def test_auto_is_bf16_on_a_gpu_with_bf16_units(monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda kind: kind == "cuda")
+    assert resolve_precision("auto", towers(), 2, torch.device("cuda")) == "bf16"
 
 
 def test_a_run_writes_down_what_was_chosen_and_keeps_it(colour_folder, tmp_path, monkeypatch):

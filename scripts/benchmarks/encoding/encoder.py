@@ -30,6 +30,7 @@ from torch import Tensor
 
 from clipkit.artifacts import ModelRef
 from clipkit.config import parse_config
+from clipkit.data.transforms import Preprocess
 from clipkit.models import tokenizer
 from clipkit.models.checkpoint import vector_dim
 from clipkit.models.encoder import Encoder
@@ -110,7 +111,7 @@ def encoder(clip: Any, precision: Any) -> Encoder:
     """A clipkit encoder of a copy of an open_clip model."""
     network = prepare(deepcopy(clip), precision, torch.device("cpu"))
     model = ModelRef("benchmark", "", "", vector_dim(clip), network.precision)
-    return Encoder(network, model, lambda image: image)
+    return Encoder(network, model, Preprocess.of(clip.visual.preprocess_cfg))
 
 
 def bench_captions(clip: Any, captions: list[str], count: int, rounds: int) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from clipkit.config import TrainConfig, dump_config, load_config, parse_config
+from clipkit.config import RENAMED, TrainConfig, dump_config, load_config, parse_config
 from clipkit.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def test_resolved_toml_reads_back_equal(tmp_path):
         ({"augment": {"crop_ratio": [2, 1]}}, "crop_ratio is [2, 1].*smaller.*first"),
         ({"augment": {"crop_scale": [0.5]}}, "expected more values in the list"),
         ({"optim": {"lr": math.inf}}, "optim.lr is Infinity; input should be a finite number"),
-        ({"train": {"save_epochs": math.inf}}, "save_epochs is Infinity; .*finite"),
+        ({"train": {"save_every_epochs": math.inf}}, "save_every_epochs is Infinity; .*finite"),
         ({"train": {"seed": -1}}, "train.seed is -1"),
         ({"train": {"seed": 2**70}}, "train.seed is"),
         ({"optim": {"temperature": 1e-4}}, "optim.temperature is 0.0001.*0.01"),
@@ -121,3 +121,16 @@ def test_every_field_is_documented():
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().train = None
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_name_is_refused_with_the_present_one(tmp_path, old, new):
+    sections = {s.name: s.type for s in dataclasses.fields(TrainConfig)}
+    names = {f"{s}.{f.name}" for s, kind in sections.items() for f in dataclasses.fields(kind)}
+    assert old not in names
+    assert new in names
+    section, key = old.split(".")
+    with pytest.raises(ConfigError, match=f"{old} was renamed {new};"):
+        parse_config({section: {key: 1}})
+    with pytest.raises(ConfigError, match=f"{old} was renamed {new};"):
+        load_config(write(tmp_path, ""), [f"{old}=1"])

@@ -128,7 +128,7 @@ def _compute(
         except OSError as error:
             raise ArtifactError(
                 f"the features {path} cannot be written ({error.strerror}); make room, or name "
-                "another place in data.features"
+                "another place in data.feature_dir"
             ) from None
 
 

@@ -64,7 +64,7 @@ def recipe(train: Path, held_out: Path, minutes: float) -> TrainConfig:
             },
             text={"width": 192, "heads": 3, "layers": 2},
         ),
-        data=DataConfig(train=str(train), held_out=str(held_out)),
+        data=DataConfig(train=str(train), val=str(held_out)),
         # A drawing fills its square: crops stay small. Turning by 5 degrees and a little jitter of
         # colour made steps longer and all six recalls worse, by 0.01 to 0.03 after three epochs
         # (one seed).
@@ -73,7 +73,12 @@ def recipe(train: Path, held_out: Path, minutes: float) -> TrainConfig:
         # both from a temperature of 0.04, where it ends up; from CLIP's 0.07 Muon came to 0.48.
         optim=OptimConfig(name="muon", lr=3e-3, weight_decay=0.1),
         train=LoopConfig(
-            batch_size=256, minutes=minutes, eval_epochs=0.0, save_epochs=0.0, keep=1, log_steps=5
+            batch_size=256,
+            minutes=minutes,
+            eval_every_epochs=0.0,
+            save_every_epochs=0.0,
+            keep_last=1,
+            log_every_steps=5,
         ),
     )
 
@@ -115,7 +120,7 @@ def demo(out: Path, *, minutes: float, tell: Callable[[str], None]) -> DemoResul
     facts = _write_data(data, tell)
     (out / "demo.toml").write_text(dump_config(config), encoding="utf-8")
     _train(config, run, shown, tell)
-    encoder, unseen = load_model(run), open_source(config.data.held_out)
+    encoder, unseen = load_model(run), open_source(config.data.val)
     tell(f"3/5 measuring on the {facts.unseen:,} drawings of {UNSEEN}'s style")
     metrics, chance = _measure(encoder, unseen)
     tell("4/5 embedding and indexing them")

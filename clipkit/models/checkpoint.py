@@ -188,7 +188,7 @@ def best_checkpoint(run: Path) -> Path:
     if best and is_complete(run / f"step-{best['step']}"):
         return run / f"step-{best['step']}"
     raise ModelError(
-        f"{run} has no best checkpoint, which requires a held-out set and a metric in train.best; "
+        f"{run} has no best checkpoint, which requires a held-out set and train.best_metric; "
         f"use {run} for the last checkpoint"
     )
 

@@ -351,7 +351,7 @@ def _data(
     if held_out is None:
         facts.append("Nothing was held out, so nothing was measured.")
     else:
-        where = config.data.held_out or "taken from the same data"
+        where = config.data.val or "taken from the same data"
         count = "" if held_out.streaming else f" {len(held_out.rows):,} images,"
         facts.append(f"Held out:{count} {where}.")
     if cut.seen:

@@ -185,7 +185,7 @@ def _render(data: str, images: int | None, side: int, columns: dict[str, str]) -
         model = (
             'name = "ViT-B-32" # 224 px, random weights; needs a GPU\n'
             "# To fine-tune a pretrained model instead, replace the line above with\n"
-            '# start = "ViT-B-32/laion2b_s34b_b79k"'
+            '# init_from = "ViT-B-32/laion2b_s34b_b79k"'
         )
         batch, why_batch = 1024, "more pairs per batch are more negatives; lower it if memory ends"
         lr, why_lr = "5e-4", "open_clip's rate for ViT-B-32"

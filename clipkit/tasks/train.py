@@ -88,7 +88,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResul
         raise ConfigError("data.train is empty; name the image–caption pairs to train on")
     if resume and is_complete(out):
         raise TrainingError(
-            f"{out} is finished; to train it further, start a new run with model.start={out}"
+            f"{out} is finished; to train it further, start a new run with model.init_from={out}"
         )
     if config.train.tensorboard:
         require_tensorboard()
@@ -113,8 +113,8 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
     stored = uses_features(config, training)
     if stored and learner.sharded:
         raise ConfigError(
-            "train.shard deals the locked tower out, too, so that it cannot be run beforehand; set "
-            "data.feature_views = 0, or leave train.shard out"
+            "train.fsdp deals the locked tower out, too, so that it cannot be run beforehand; set "
+            "data.feature_views = 0, or leave train.fsdp out"
         )
     findings = []
     if world.is_main_process:
@@ -181,9 +181,9 @@ def _require_shareable(config: LoopConfig, world: World) -> None:
             f"train.batch_size is {config.batch_size}, which {world.size} processes cannot share "
             "evenly; choose a multiple of their number"
         )
-    if config.shard and config.compile and world.size > 1:
+    if config.fsdp and config.compile and world.size > 1:
         raise ConfigError(
-            "train.shard and train.compile are both set, but compiled towers do not gather their "
+            "train.fsdp and train.compile are both set, but compiled towers do not gather their "
             "shards; leave one of them out"
         )
 
@@ -192,7 +192,7 @@ def _store_features(
     config: TrainConfig, learner: Learner, loader: PairLoader, held_out: HeldOut | None, run: Path
 ) -> HeldOut | None:
     """Run the locked tower once and let steps and measurements read what it made."""
-    folder = Path(config.data.features) if config.data.features else run / "features"
+    folder = Path(config.data.feature_dir) if config.data.feature_dir else run / "features"
     network, towers = learner.network, learner.towers
     loader.features, captions = locked_features(network, towers, config, loader.source, folder)
     learner.use_features(captions)
@@ -213,7 +213,7 @@ def _with_precision(
         precision = load_config(out / CONFIG_FILE).train.precision
     resolved = ""
     if world.is_main_process:
-        pairs = config.train.chunk_size or config.train.batch_size // world.size
+        pairs = config.train.micro_batch_size or config.train.batch_size // world.size
         resolved = resolve_precision(precision, towers, pairs, world.device)
     resolved = world.broadcast(resolved)
     return replace(config, train=replace(config.train, precision=resolved))

@@ -77,7 +77,7 @@ def checkpoint_gradients(clip: Any) -> None:
         why = "has batch normalisation" if normed else "cannot compute its blocks again"
         raise ConfigError(
             f"train.grad_checkpointing is set, but the image tower ({_kind(visual)}) {why}; leave "
-            "it out, and set train.chunk_size to fit large batches into memory"
+            "it out, and set train.micro_batch_size to fit large batches into memory"
         )
     clip.set_grad_checkpointing(True)
 
@@ -108,7 +108,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
-    """Build towers with random weights, or take over those of ``config.start``.
+    """Build towers with random weights, or take over those of ``config.init_from``.
 
     Args:
         config: which towers.
@@ -121,27 +121,27 @@ def build_towers(config: ModelConfig, temperature: float, seed: int) -> Towers:
         ModelError: weights that cannot be reached or do not fit.
     """
     own = bool(config.vision or config.text or config.embed_dim)
-    if (own, bool(config.name), bool(config.start)).count(True) != 1:
+    if (own, bool(config.name), bool(config.init_from)).count(True) != 1:
         raise ConfigError(
             "[model] needs exactly one of: name (an open_clip model name), start (a MODEL to go on "
             "from), or all of embed_dim, vision and text (own towers)"
         )
-    if config.start and (config.mean or config.std):
+    if config.init_from and (config.mean or config.std):
         raise ConfigError(
-            "model.start brings the mean and std it was trained with; leave model.mean and "
+            "model.init_from brings the mean and std it was trained with; leave model.mean and "
             "model.std empty"
         )
-    if config.start and temperature != OptimConfig.temperature:
+    if config.init_from and temperature != OptimConfig.temperature:
         raise ConfigError(
-            f"model.start brings the temperature it was trained to, so that optim.temperature "
+            f"model.init_from brings the temperature it was trained to, so that optim.temperature "
             f"({temperature:g}) does nothing; leave it out"
         )
-    if config.start and config.image_weights:
+    if config.init_from and config.image_weights:
         raise ConfigError(
-            "model.start brings its own image tower; leave model.image_weights empty, or build "
+            "model.init_from brings its own image tower; leave model.image_weights empty, or build "
             "new towers"
         )
-    towers = _from_weights(config) if config.start else _new(config, own, temperature, seed)
+    towers = _from_weights(config) if config.init_from else _new(config, own, temperature, seed)
     if config.patch_dropout:
         drop_patches(towers.clip, config.patch_dropout)
     return towers
@@ -152,7 +152,7 @@ def _new(config: ModelConfig, own: bool, temperature: float, seed: int) -> Tower
     if config.image_weights and not settings["vision_cfg"].get("timm_model_name"):
         raise ConfigError(
             "model.image_weights is for image towers of timm, and this one is open_clip's own; set "
-            "vision.timm_model_name, or take whole weights through model.start"
+            "vision.timm_model_name, or take whole weights through model.init_from"
         )
     torch.manual_seed(seed)
     clip = _construct(settings, pretrained=config.image_weights == PRETRAINED)
@@ -182,8 +182,8 @@ def _preprocessing(config: ModelConfig, clip: Any) -> dict[str, Any]:
 
 
 def _from_weights(config: ModelConfig) -> Towers:
-    clip, _ = load_clip(config.start)
-    name, _ = resolve(config.start)
+    clip, _ = load_clip(config.init_from)
+    name, _ = resolve(config.init_from)
     settings = model_config(name)
     # Tags trained with QuickGELU are loaded with it whatever the name's configuration says.
     settings["quick_gelu"] = any(type(m).__name__ == "QuickGELU" for m in clip.modules())

@@ -53,15 +53,15 @@ def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | 
         config.train, image=image, caption=caption, label=label, streaming=streaming
     )
     held_out: Source | None
-    if config.held_out:
-        held_out = open_source(config.held_out, image=image, caption=caption)
+    if config.val:
+        held_out = open_source(config.val, image=image, caption=caption)
     else:
-        training, held_out = split_held_out(training, config.held_out_share, seed)
+        training, held_out = split_held_out(training, config.val_fraction, seed)
     if not training.streaming and len(training.rows) < 2:
         raise DataError(
             f"{config.train} leaves {'one pair' if training.rows else 'no pair'} to train on, "
             "expected at least 2: each is told apart from the others; add pairs, or lower "
-            "data.held_out_share"
+            "data.val_fraction"
         )
     return training, held_out
 
@@ -131,10 +131,12 @@ def pair_loader(
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         workers=worker_count(config.data.workers),
-        skip_limit=config.data.skip_limit,
+        skip_limit=config.data.max_skipped_fraction,
         reduction=reduction(config.augment, image_size, config.data.decode),
         classes=class_numbers(source) if config.data.balance == "label" else None,
-        lengths=caption_lengths(source, config.train.seed) if config.train.like_length else None,
+        lengths=caption_lengths(source, config.train.seed)
+        if config.train.bucket_by_length
+        else None,
         weights=config.data.caption_weights,
         pinned=world.device.type == "cuda",
         share=Share(world.rank, world.size, world.all_gather_object),
@@ -149,8 +151,8 @@ def caption_lengths(source: Source, seed: int) -> CaptionLengths:
     """
     if source.streaming:
         raise ConfigError(
-            f"train.like_length sorts captions, but {source.spec} streams; set "
-            'data.streaming = "no", or train.like_length = false'
+            f"train.bucket_by_length sorts captions, but {source.spec} streams; set "
+            'data.streaming = "no", or train.bucket_by_length = false'
         )
     tokens, counts, turns = [np.empty(0, np.int64)], [], []
     for part in source.rows.select_columns(["key", "captions"]).iter(batch_size=1000):
@@ -184,7 +186,7 @@ def other_data(state: dict[str, Any], source: Source) -> str:
 
 
 def image_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> ImageCache | None:
-    """Where a run keeps decoded pictures, as ``data.cache`` says; None: nowhere.
+    """Where a run keeps decoded pictures, as ``data.image_cache`` says; None: nowhere.
 
     Args:
         config: of the run.
@@ -195,7 +197,7 @@ def image_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> ImageC
     if per_epoch is None:
         return None
     once = loop.steps <= per_epoch if loop.steps else loop.epochs == 1
-    setting = "no" if once and config.data.cache == "auto" else config.data.cache
+    setting = "no" if once and config.data.image_cache == "auto" else config.data.image_cache
     return open_cache(setting, folder)
 
 

@@ -53,22 +53,22 @@ def uses_features(config: TrainConfig, source: Source) -> bool:
         ConfigError: they shall be, and the training pairs are a stream, or captions are changed;
             or there are none and yet they are set.
     """
-    if not config.model.lock and (config.data.features or config.data.feature_views > 1):
+    if not config.model.lock and (config.data.feature_dir or config.data.feature_views > 1):
         raise ConfigError(
-            "data.features and data.feature_views are about locked towers, and none is locked; "
-            "leave them out, or set model.lock"
+            "data.feature_dir and data.feature_views need a locked tower, but model.lock is empty; "
+            "remove them, or set model.lock"
         )
     if not (config.model.lock and config.data.feature_views):
         return False
     if source.streaming:
         raise ConfigError(
-            "the features of a locked tower are stored for tables, and these training pairs are a "
-            'stream; set data.feature_views = 0 to run it in every step, or data.streaming = "no"'
+            "features of a locked tower cannot be cached for a stream; set data.feature_views = 0 "
+            'to run the tower in every step, or data.streaming = "no"'
         )
-    if "text" in config.model.lock and config.augment.drop_tokens:
+    if "text" in config.model.lock and config.augment.token_dropout:
         raise ConfigError(
-            "augment.drop_tokens changes captions in every step, and those of a locked text tower "
-            "are encoded once; leave it out, or set data.feature_views = 0"
+            "augment.token_dropout changes captions in every step, but a locked text tower encodes "
+            "each caption once; remove it, or set data.feature_views = 0"
         )
     return True
 
@@ -181,7 +181,7 @@ class _ImageMaker:
 
 def _reference(config: TrainConfig, towers: Towers, body: str) -> ModelRef:
     model = config.model
-    name = model.start or model.name or str(model.vision.get("timm_model_name", ""))
+    name = model.init_from or model.name or str(model.vision.get("timm_model_name", ""))
     return ModelRef(name, model.image_weights, body, vector_dim(towers.clip))
 
 
@@ -213,10 +213,10 @@ def lock_towers(config: ModelConfig, clip: Any) -> dict[str, LockedTower]:
 
 
 def _image_tower(config: ModelConfig, visual: Any) -> LockedTower:
-    if config.start:
+    if config.init_from:
         return LockedTower(visual, nn.Identity())
     if not config.image_weights:
-        raise _random_weights("image", "model.start or model.image_weights")
+        raise _random_weights("image", "model.init_from or model.image_weights")
     if visual.trunk.num_classes:  # its last layer stands for the projection
         raise ConfigError(
             "model.lock cannot part this image tower from its projection; set vision.timm_proj to "
@@ -226,8 +226,8 @@ def _image_tower(config: ModelConfig, visual: Any) -> LockedTower:
 
 
 def _text_tower(config: ModelConfig, clip: Any) -> nn.Module:
-    if not config.start:
-        raise _random_weights("text", "model.start")
+    if not config.init_from:
+        raise _random_weights("text", "model.init_from")
     if hasattr(clip, "text"):
         return clip.text  # type: ignore[no-any-return]
     # open_clip's CLIP holds the parts of its text tower itself.

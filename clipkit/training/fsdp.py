@@ -36,8 +36,8 @@ def shard(network: DualEncoder, world: World) -> None:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     except ImportError:
         raise ConfigError(
-            f"train.shard needs torch 2.7 or newer, this is {torch.__version__}; upgrade it, or "
-            "leave train.shard out"
+            f"train.fsdp needs torch 2.7 or newer, this is {torch.__version__}; upgrade it, or "
+            "leave train.fsdp out"
         ) from None
     mesh = init_device_mesh(world.device.type, (world.size,))
     world.leaving.callback(_leave_group, mesh)

@@ -83,16 +83,18 @@ class Timetable:
 
     def measures(self, step: int) -> bool:
         """Whether the held-out pairs are to be measured on after a step."""
-        return self._falls_on(step, self._config.eval_epochs)
+        return self._falls_on(step, self._config.eval_every_epochs)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is planned after a step."""
-        every = self._config.keep_every
-        return self._falls_on(step, self._config.save_epochs) or (every > 0 and step % every == 0)
+        every = self._config.keep_every_steps
+        return self._falls_on(step, self._config.save_every_epochs) or (
+            every > 0 and step % every == 0
+        )
 
     def is_late(self, seconds: float) -> bool:
         """Whether the last checkpoint lies too long ago."""
-        return seconds - self._saved >= 60 * self._config.save_minutes > 0
+        return seconds - self._saved >= 60 * self._config.save_every_minutes > 0
 
     def note(self, step: int, seconds: float, planned: bool) -> bool:
         """Take note of a checkpoint; whether it is an interim one."""
@@ -190,13 +192,13 @@ class TrainingLoop:
             meter.samples += sum(pairs for *_, pairs in told)
             bar.update()
             # Interrupted or not, a run logs and measures at the same steps.
-            if self.finished or self.step % self.config.train.log_steps == 0:
+            if self.finished or self.step % self.config.train.log_every_steps == 0:
                 bar.set_postfix_str(self._log(report, batch, meter))
             if health.bad_in_a_row == health.skipped_steps == 1:
                 self._alarm("skipped", FIRST_BAD.format(step=self.step))
             if self.finished:
                 break
-            if health.bad_in_a_row >= self.config.train.bad_steps:
+            if health.bad_in_a_row >= self.config.train.max_nonfinite_steps:
                 return False
             self._between_steps()
             if stop or self.broken:
@@ -216,7 +218,7 @@ class TrainingLoop:
             if not self.batch:
                 raise DataError(
                     f"{self.config.data.train} holds no pair to train on (a share of "
-                    f"{self.config.data.held_out_share:g} was held out); see clipkit data check"
+                    f"{self.config.data.val_fraction:g} was held out); see clipkit data check"
                 )
             self.epoch, self.batch = self.epoch + 1, 0
 
@@ -278,7 +280,7 @@ class TrainingLoop:
             return False
         self.recall = recall
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
-        metric = self.config.train.best
+        metric = self.config.train.best_metric
         if not metric or self.recall[metric] <= self.best.get("value", -math.inf):
             return False
         self.best = {"step": self.step, "metric": metric, "value": self.recall[metric]}

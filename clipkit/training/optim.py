@@ -174,10 +174,10 @@ def _settings(config: OptimConfig) -> dict[str, Any]:
 
 
 def learning_rate(progress: float, config: OptimConfig) -> float:
-    """The rate at a share ``progress`` in [0, 1] of the run.
+    """The learning rate at a fraction ``progress`` in [0, 1] of the run.
 
-    A line up from zero over ``warmup``; then a half cosine down to ``floor``, or none; then a line
-    down to zero over ``cooldown`` (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
+    Linear warm-up from zero over ``warmup``; cosine decay to ``min_lr_ratio``, or constant; linear
+    decay to zero over ``cooldown`` (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
     Beyond Fixed Training Durations", section 3).
     """
     progress, end = min(progress, 1.0), 1 - config.cooldown
@@ -186,7 +186,9 @@ def learning_rate(progress: float, config: OptimConfig) -> float:
     between = min((progress - config.warmup) / max(end - config.warmup, 1e-12), 1.0)
     level = 1.0
     if config.schedule == "cosine":
-        level = config.floor + (1 - config.floor) * (1 + math.cos(math.pi * between)) / 2
+        level = (
+            config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * between)) / 2
+        )
     if progress > end:
         level *= (1 - progress) / config.cooldown
     return config.lr * level

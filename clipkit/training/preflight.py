@@ -114,7 +114,7 @@ def _batch(config: TrainConfig, facts: Facts) -> Iterator[str]:
 
 def _data(config: TrainConfig, facts: Facts) -> Iterator[str]:
     shared, cut = facts.shared, facts.cut
-    plain = replace(AugmentConfig(), drop_tokens=config.augment.drop_tokens)
+    plain = replace(AugmentConfig(), token_dropout=config.augment.token_dropout)
     locked = "image" in config.model.lock
     if locked and config.data.feature_views == 1 and config.augment != plain:
         yield (
@@ -131,7 +131,7 @@ def _data(config: TrainConfig, facts: Facts) -> Iterator[str]:
             f"{len(shared.keys)} of {shared.held_out} held-out images are byte for byte among the "
             f"{shared.training:,} images to train on{extent}, for example {held} = {twin}: recall "
             "on them says how well they are remembered; take them out of data.train or of "
-            "data.held_out, and look for copies stored anew with clipkit data check --against"
+            "data.val, and look for copies stored anew with clipkit data check --against"
         )
     if cut.share >= MUCH_CUT and config.data.long_captions == "cut":
         yield (

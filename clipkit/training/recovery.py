@@ -91,20 +91,20 @@ def go_back(
         about what was done.
 
     Raises:
-        TrainingError: the run went back ``train.retries`` times already, or never had a finite
-            gradient.
+        TrainingError: the run was rolled back ``train.max_rollbacks`` times already, or never
+            had a finite gradient.
     """
     config, health = learner.config.train, learner.health
     what = f"no finite loss or gradient in the {health.bad_in_a_row} steps up to step {step}"
     if broken:
         what = f"the model's weights or its vectors are not finite after step {step}"
     require_finite_steps(health, what)
-    if health.returns >= config.retries:
+    if health.returns >= config.max_rollbacks:
         raise TrainingError(
             f"{what}, after {health.returns} returns to an earlier state and with "
             f"{health.rate:g} times the learning rate; lower optim.lr (it is "
             f"{learner.config.optim.lr:g}) or set train.precision to fp32, and start a new run "
-            f"(with model.start={run.path} it goes on from the last checkpoint)"
+            f"(with model.init_from={run.path} it goes on from the last checkpoint)"
         )
     good = good_checkpoints(run, health)
     for path in run_checkpoints(run.path):
@@ -117,12 +117,12 @@ def go_back(
         bad_in_a_row=0,
         last_good=state.get("step", 0),
         returns=health.returns + 1,
-        rate=health.rate * config.retry_rate,
+        rate=health.rate * config.rollback_lr_factor,
     )
     place = f"step {state['step']}" if name else "the initial weights"
     return state, (
         f"{what}: going back to {place}, from there on with {learner.health.rate:g} times the "
-        f"learning rate (return {learner.health.returns} of at most {config.retries}); lower "
+        f"learning rate (return {learner.health.returns} of at most {config.max_rollbacks}); lower "
         "optim.lr if this does not help"
     )
 

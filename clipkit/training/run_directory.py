@@ -83,11 +83,11 @@ CONFIG_FILE = "config.toml"
 SKIPPED_FILE = "skipped.jsonl"
 CHANGEABLE = (
     "data.workers",
-    "data.cache",
-    "data.skip_limit",
-    "train.keep",
-    "train.keep_every",
-    "train.save_minutes",
+    "data.image_cache",
+    "data.max_skipped_fraction",
+    "train.keep_last",
+    "train.keep_every_steps",
+    "train.save_every_minutes",
     "train.tensorboard",
 )
 """Fields that may be others when a run goes on: what it learns does not depend on them."""
@@ -211,9 +211,9 @@ class RunDirectory:
         """Remove the checkpoints that the run is not to keep.
 
         Args:
-            spared: steps to keep beside the latest ones and those of ``keep_every``.
+            spared: steps to keep beside the latest ones and those of ``keep_every_steps``.
         """
-        keep, every = self.config.train.keep, self.config.train.keep_every
+        keep, every = self.config.train.keep_last, self.config.train.keep_every_steps
         paths = run_checkpoints(self.path)
         planned = planned_checkpoints(self.path)
         for path in paths[:-1]:

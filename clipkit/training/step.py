@@ -136,7 +136,7 @@ def fill_up(
     """
     images, tokens = batch.images, batch.tokens
     share = config.batch_size // world.size
-    chunk = config.chunk_size or share
+    chunk = config.micro_batch_size or share
     full_chunks = -(-share // chunk) - 1
     missing = full_chunks * chunk + 1 - len(tokens)
     if world.size == 1 or missing <= 0:
@@ -183,7 +183,7 @@ class Learner:
             checkpoint_gradients(towers.clip)
         if config.train.compile:
             require_compiler(self.device)
-        self.sharded = config.train.shard and world.size > 1
+        self.sharded = config.train.fsdp and world.size > 1
         # What a checkpoint is made of: on the first process the whole of what is dealt out.
         self._whole = deepcopy(towers) if self.sharded and world.is_main_process else towers
         self.network = DualEncoder(
@@ -227,7 +227,7 @@ class Learner:
         self._statistics.keep()
         images, tokens = fill_up(batch, self.config.train, self.world, self.towers.image_size)
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.config.train.chunk_size or len(tokens)
+        size = self.config.train.micro_batch_size or len(tokens)
         # Each step draws from a seed of its own, so that a resumed run draws the same.
         seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
         seed += self.world.rank * (MOST_CHUNKS // self.world.size)
@@ -253,7 +253,7 @@ class Learner:
         """What the text tower reads of captions, int64 [n, 77]; or their stored features."""
         if self.captions:
             return send(self.captions.of(tokens), self.device)
-        share = self.config.augment.drop_tokens
+        share = self.config.augment.token_dropout
         return drop_tokens(tokens, share, torch.Generator().manual_seed(seed)) if share else tokens
 
     def _loss(self, batch: PairBatch) -> Loss:

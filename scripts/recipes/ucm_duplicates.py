@@ -112,7 +112,7 @@ def main() -> None:
                     raise SystemExit(
                         f"interrupted in {run}; run the same command again to continue"
                     )
-            figures = measure(run, open_source(config.data.held_out))
+            figures = measure(run, open_source(config.data.val))
             found[duplicates].append(figures)
             print(run.name, *(f"{name} {value:.3f}" for name, value in figures.items()), sep="  ")
     print(f"\n{options.steps} steps of {options.batch_size} pairs, {options.seeds} seeds")

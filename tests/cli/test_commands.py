@@ -461,8 +461,8 @@ def test_train_then_info(run, colour_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {
         "model": tiny_model(),
-        "data": {"train": "colours", "held_out_share": 0.25},
-        "train": {"batch_size": 3, "epochs": 9, "precision": "fp32", "keep": 1},
+        "data": {"train": "colours", "val_fraction": 0.25},
+        "train": {"batch_size": 3, "epochs": 9, "precision": "fp32", "keep_last": 1},
     }
     (tmp_path / "t.toml").write_text(tomli_w.dumps(settings))
     (colour_folder / "red-0.txt").write_text("red " * 100)

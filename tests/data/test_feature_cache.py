@@ -85,5 +85,5 @@ def test_damage_and_a_full_disk_are_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "_write_rows", full)
-    with pytest.raises(ArtifactError, match="No space left.*data.features"):
+    with pytest.raises(ArtifactError, match="No space left.*data.feature_dir"):
         stored(tmp_path / "other", Tower())

@@ -109,7 +109,7 @@ def test_a_kept_picture_is_not_read_again(tmp_path, monkeypatch):
 def test_when_a_run_keeps_pictures(tmp_path, settings, kept):
     settings = dict(settings)
     streaming = settings.pop("streaming", False)
-    data = {"cache": settings.pop("cache")} if "cache" in settings else {}
+    data = {"image_cache": settings.pop("cache")} if "cache" in settings else {}
     config = parse_config({"data": data, "train": settings})
     reader = loader(source([row(n) for n in range(40)], streaming=streaming))
     assert (image_cache(config, reader, tmp_path) is not None) == kept

@@ -197,7 +197,7 @@ def test_what_labels_cannot_do():
     with pytest.raises(ConfigError, match="toy streams"):
         made(stream, settings)
     with pytest.raises(ConfigError, match="toy streams"):
-        made(stream, {"train": {"like_length": True}})
+        made(stream, {"train": {"bucket_by_length": True}})
     weights = {"data": {"caption_weights": {"dgo": 2.0}}}
     with pytest.raises(DataError, match=r"'dgo', .*did you mean 'dog'"):
         made(labelled(["dog", None]), weights)
@@ -228,7 +228,7 @@ def test_runs_go_by_the_settings(albums, tmp_path):
     }
     first = {}
     for name, data in settings.items():
-        data = data | {"held_out_share": 0.0}
+        data = data | {"val_fraction": 0.0}
         config = configured(albums, data=data, train={"batch_size": 9, "epochs": 1})
         result = train(config, tmp_path / name)
         first[name] = next(line["loss"] for line in read_log(result.run) if "loss" in line)
@@ -244,15 +244,15 @@ def test_the_learner_hands_weights_to_the_loss(albums, monkeypatch, tmp_path):
 
     monkeypatch.setattr("clipkit.training.step.info_nce", spy)
     for duplicates in ("mask", "ignore"):
-        data = {"caption_weights": {"blue": 9.0}, "held_out_share": 0.0}
+        data = {"caption_weights": {"blue": 9.0}, "val_fraction": 0.0}
         loop = {"batch_size": 9, "epochs": 1, "duplicates": duplicates}
         train(configured(albums, data=data, train=loop), tmp_path / duplicates)
     assert [sorted(weights.tolist()) for weights in given] == [[1.0] * 8 + [9.0]] * 2
 
 
 def test_a_run_of_like_length_can_be_balanced(albums, tmp_path):
-    data = {"balance": "label", "held_out_share": 0.0}
-    config = configured(albums, data=data, train={"like_length": True, "epochs": 2})
+    data = {"balance": "label", "val_fraction": 0.0}
+    config = configured(albums, data=data, train={"bucket_by_length": True, "epochs": 2})
     assert train(config, tmp_path / "run").step == 6
 
 

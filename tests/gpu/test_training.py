@@ -25,7 +25,7 @@ RESNET = tiny_model() | {"vision": {"layers": [1, 1, 1, 1], "width": 8, "image_s
 
 
 def learner(model, chunk, device, folder):
-    config = configured(folder, model=model, train={"chunk_size": chunk})
+    config = configured(folder, model=model, train={"micro_batch_size": chunk})
     towers = build_towers(config.model, 0.07, seed=0)
     return Learner(towers, config, World(torch.device(device)))
 

@@ -17,9 +17,9 @@ def configured(folder, **sections):
     """Settings of a short run on a folder; others replace the sections' own."""
     settings = {
         "model": tiny_model(),
-        "data": {"train": str(folder), "held_out_share": 0.25, "workers": 1},
+        "data": {"train": str(folder), "val_fraction": 0.25, "workers": 1},
         "optim": {"lr": 3e-3, "warmup": 0.1},
-        "train": {"batch_size": 3, "epochs": 4, "precision": "fp32", "log_steps": 1},
+        "train": {"batch_size": 3, "epochs": 4, "precision": "fp32", "log_every_steps": 1},
     }
     for name, values in sections.items():
         settings[name] = settings[name] | values
@@ -63,11 +63,11 @@ def uncropped(folder, model, **sections):
     """A run that sees pictures as they are; other settings replace the sections' own."""
     config = {
         "model": model,
-        "data": {"train": str(folder), "held_out_share": 0.25, "workers": 1},
+        "data": {"train": str(folder), "val_fraction": 0.25, "workers": 1},
         "augment": {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]},
         # Where a gradient is zero but for rounding, a small epsilon would blow the rounding up.
         "optim": {"lr": 3e-3, "warmup": 0.1, "eps": 1e-4},
-        "train": {"batch_size": 3, "epochs": 4, "precision": "fp32", "log_steps": 1},
+        "train": {"batch_size": 3, "epochs": 4, "precision": "fp32", "log_every_steps": 1},
     }
     for name, values in sections.items():
         config[name] = config[name] | values

@@ -80,7 +80,7 @@ def check_networks(world: World, model: dict, dtype: torch.dtype, chunk: int, fi
     if first:
         own = slice(0, first) if world.rank == 0 else slice(first, None)
     pairs = PairBatch(images[own], tokens[own], [""] * len(images[own]))
-    filled = fill_up(pairs, LoopConfig(batch_size=8, chunk_size=chunk), world, (32, 32))
+    filled = fill_up(pairs, LoopConfig(batch_size=8, micro_batch_size=chunk), world, (32, 32))
     assert len(filled[0]) == max(1, len(pairs))
 
     def loss_of(images, texts, scale):

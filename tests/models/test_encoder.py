@@ -333,7 +333,7 @@ def test_training_starts_from_weights_as_they_are(tmp_path):
     settings = {"model": tiny_model() | {"vision": RESNET}}
     towers = build_towers(parse_config(settings).model, 0.07, seed=0)
     save_checkpoint(tmp_path / "step-1", towers, {"step": 1}, {"step": 1})
-    start = parse_config({"model": {"start": str(tmp_path / "step-1")}}).model
+    start = parse_config({"model": {"init_from": str(tmp_path / "step-1")}}).model
     state = build_towers(start, 0.07, seed=1).clip.state_dict()
     for name, value in towers.clip.state_dict().items():
         assert torch.equal(state[name], value), name

@@ -129,7 +129,7 @@ def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, 
     (colour_folder / "red-0.png").write_bytes(b"no image")
     (colour_folder / "red-1.txt").write_text("red " * 100)
     config = configured(
-        colour_folder, data={"held_out_share": 0.25, "skip_limit": 0.5}, train={"epochs": 2}
+        colour_folder, data={"val_fraction": 0.25, "max_skipped_fraction": 0.5}, train={"epochs": 2}
     )
     run = train(config, tmp_path / "run").run
     text, _ = read_page((run / "report.html").read_text(encoding="utf-8"), links=["skipped.jsonl"])
@@ -139,7 +139,9 @@ def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, 
     for shown in ("train.batch_size", "skipped.jsonl", "clipkit index build", "a caption finds"):
         assert shown in text, shown
     fails(lambda *_: True)
-    bad = configured(colour_folder, data={"skip_limit": 0.5}, train={"bad_steps": 2})
+    bad = configured(
+        colour_folder, data={"max_skipped_fraction": 0.5}, train={"max_nonfinite_steps": 2}
+    )
     with pytest.raises(TrainingError):
         train(bad, tmp_path / "bad")
     text, _ = read_page((tmp_path / "bad" / "report.html").read_text(), links=["skipped.jsonl"])

@@ -159,7 +159,7 @@ def test_training_on_a_mess(mess, tmp_path, monkeypatch):
     rows = len(good) + len(badly) + 6  # those that only reading shows to be bad
     config = configured(
         folder,
-        data={"held_out_share": 0.0, "skip_limit": 0.6, "workers": 2},
+        data={"val_fraction": 0.0, "max_skipped_fraction": 0.6, "workers": 2},
         train={"batch_size": rows, "epochs": 2},
     )
     result = train(config, tmp_path / "run")
@@ -240,7 +240,7 @@ def toml(folder, path):
 
     settings = {
         "model": tiny_model(),
-        "data": {"train": str(folder), "held_out_share": 0.0},
+        "data": {"train": str(folder), "val_fraction": 0.0},
         "train": {"batch_size": 3, "epochs": 1, "precision": "fp32"},
     }
     path.write_text(tomli_w.dumps(settings))
@@ -320,7 +320,15 @@ def test_a_run_that_skips_too_much_stops_and_can_be_started_again(
     assert "rows of" in line
     assert "expected at most 5.0% in all" in line
     # Nothing was trained yet, so that the place is free for a run that allows more.
-    words = ["clipkit", "train", str(config), "--out", str(out), "--set", "data.skip_limit=0.5"]
+    words = [
+        "clipkit",
+        "train",
+        str(config),
+        "--out",
+        str(out),
+        "--set",
+        "data.max_skipped_fraction=0.5",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
         main()
@@ -435,7 +443,7 @@ def test_half_written_directories_say_so(tmp_path, capsys, monkeypatch):
 
 def test_a_full_disk_while_training_costs_nothing_saved(colour_folder, tmp_path, disk):
     # A checkpoint takes 20 MB: the first one fits, the second does not.
-    config = configured(colour_folder, train={"epochs": 3, "keep": 1})
+    config = configured(colour_folder, train={"epochs": 3, "keep_last": 1})
     out = disk.path / "run"
     with pytest.raises(ArtifactError, match=r"step-6 cannot be saved \(.*disk is full.*--resume"):
         train(config, out)

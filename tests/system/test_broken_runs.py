@@ -136,8 +136,8 @@ def test_a_run_directory_that_was_moved_goes_on(stopped, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", ["no", "yes"])
 def test_other_data_are_told(colour_folder, tmp_path, monkeypatch, capsys, streaming):
-    data = {"streaming": streaming, "held_out_share": 0.0}
-    config = configured(colour_folder, data=data, train={"steps": 12, "save_epochs": 0.25})
+    data = {"streaming": streaming, "val_fraction": 0.0}
+    config = configured(colour_folder, data=data, train={"steps": 12, "save_every_epochs": 0.25})
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         dies(patch, Learner, "take_step", 8)
         train(config, tmp_path / "run")
@@ -152,7 +152,7 @@ def test_other_data_are_told(colour_folder, tmp_path, monkeypatch, capsys, strea
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end(colour_folder, tmp_path, monkeypatch):
     # A floor, so that a step too many would show in the weights.
-    config = configured(colour_folder, optim={"floor": 0.5})
+    config = configured(colour_folder, optim={"min_lr_ratio": 0.5})
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         dies(patch, RunDirectory, "finish")
@@ -181,12 +181,12 @@ def test_a_disk_that_fills_up_is_one_sentence(runs, tmp_path, monkeypatch, where
 def test_a_stream_is_saved_every_thousand_steps(colour_folder, tmp_path, monkeypatch):
     assert timetable.STREAM_EPOCH == 1000
     monkeypatch.setattr(timetable, "STREAM_EPOCH", 4)
-    stream = {"streaming": "yes", "held_out": str(colour_folder)}
-    train_ = {"steps": 11, "keep": 10, "best": ""}
+    stream = {"streaming": "yes", "val": str(colour_folder)}
+    train_ = {"steps": 11, "keep_last": 10, "best_metric": ""}
     run = train(configured(colour_folder, data=stream, train=train_), tmp_path / "run").run
     assert steps(run) == [4, 8, 11]
     assert [line["step"] for line in read_log(run) if "held_out" in line] == [4, 8, 11]
-    short = {"steps": 0, "minutes": 0.02, "keep": 10**6, "best": ""}
+    short = {"steps": 0, "minutes": 0.02, "keep_last": 10**6, "best_metric": ""}
     run = train(configured(colour_folder, data=stream, train=short), tmp_path / "clock").run
     assert steps(run)[0] == 4, "a stream that only the clock ends is saved too"
 
@@ -199,9 +199,9 @@ def test_the_clock_asks_for_an_interim_checkpoint(colour_folder, tmp_path, monke
         return save(loop, planned)
 
     monkeypatch.setattr(TrainingLoop, "_save", spy)
-    rare = {"save_epochs": 0, "eval_epochs": 0, "epochs": 2}
+    rare = {"save_every_epochs": 0, "eval_every_epochs": 0, "epochs": 2}
     for minutes, wanted in ((0, []), (30, []), (1e-9, [1, 2, 3, 4, 5])):
-        config = configured(colour_folder, train=rare | {"save_minutes": minutes})
+        config = configured(colour_folder, train=rare | {"save_every_minutes": minutes})
         run = train(config, tmp_path / f"{minutes}").run
         assert saved == [(step, False) for step in wanted] + [(6, True)]
         assert steps(run) == [6], "an interim checkpoint goes with the next one"
@@ -212,20 +212,20 @@ def test_what_changes_nothing_may_be_another_when_a_run_goes_on(stopped):
     config, run, whole = stopped
     folder = config.data.train
     changes = {
-        "data": {"workers": 2, "cache": "no", "skip_limit": 0.5},
-        "train": {"keep": 1, "keep_every": 11, "save_minutes": 1},
+        "data": {"workers": 2, "image_cache": "no", "max_skipped_fraction": 0.5},
+        "train": {"keep_last": 1, "keep_every_steps": 11, "save_every_minutes": 1},
     }
     with pytest.raises(ConfigError, match=r"configuration \(now: optim.lr = 0.5\); resume"):
         train(configured(folder, optim={"lr": 0.5}, **changes), run, resume=True)
     train(configured(folder, **changes), run, resume=True)
     assert_same_run(whole, run)
     assert {11, 12} <= set(steps(run))
-    assert load_config(run / "config.toml").data.skip_limit == 0.5
-    assert config.data.skip_limit == 0.05
+    assert load_config(run / "config.toml").data.max_skipped_fraction == 0.5
+    assert config.data.max_skipped_fraction == 0.05
 
 
 def test_what_was_trained_when_the_data_gave_out_is_reported(colour_folder, tmp_path, monkeypatch):
-    config = configured(colour_folder, data={"held_out_share": 0.0})
+    config = configured(colour_folder, data={"val_fraction": 0.0})
     dies(monkeypatch, TrainingLoop, "_between_steps", 5, SkipLimitError("too many bad pictures"))
     with pytest.raises(SkipLimitError):
         train(config, tmp_path / "run")
@@ -284,6 +284,6 @@ def test_lines_of_a_log_that_are_none_are_passed_over(tmp_path):
 
 
 def test_holding_out_all_pairs_is_named(colour_folder, tmp_path):
-    with pytest.raises(DataError, match=r"data\.held_out_share"):
-        train(configured(colour_folder, data={"held_out_share": 0.99}), tmp_path / "run")
+    with pytest.raises(DataError, match=r"data\.val_fraction"):
+        train(configured(colour_folder, data={"val_fraction": 0.99}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

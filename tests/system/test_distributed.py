@@ -22,7 +22,13 @@ from tests.helpers.paths import ROOT
 from tests.helpers.runs import configured, last_weights
 from tests.helpers.torchrun import end, start, train_with_two
 
-SHARED = {"batch_size": 4, "epochs": 6, "eval_epochs": 0, "keep": 50, "duplicates": "ignore"}
+SHARED = {
+    "batch_size": 4,
+    "epochs": 6,
+    "eval_every_epochs": 0,
+    "keep_last": 50,
+    "duplicates": "ignore",
+}
 
 
 def wait_for_checkpoint(process, run):
@@ -65,7 +71,7 @@ def test_a_run_is_shared_and_goes_on_alone(colour_folder, tmp_path):
     (colour_folder / "red-0.png").write_bytes(b"no image")
     config = configured(
         colour_folder,
-        data={"held_out_share": 0.0, "skip_limit": 0.5},
+        data={"val_fraction": 0.0, "max_skipped_fraction": 0.5},
         train=SHARED | {"epochs": 20},
     )
     train(config, tmp_path / "whole")
@@ -85,8 +91,8 @@ def test_shards_are_worth_the_whole(colour_folder, tmp_path):
     """One process, then two with shards, then one again."""
     config = configured(
         colour_folder,
-        data={"held_out_share": 0.25},
-        train=SHARED | {"chunk_size": 1, "shard": True},
+        data={"val_fraction": 0.25},
+        train=SHARED | {"micro_batch_size": 1, "fsdp": True},
     )
     whole = train(config, tmp_path / "whole")
     cut_short(tmp_path / "whole", tmp_path / "two", 4)
@@ -106,8 +112,8 @@ def test_a_stream_goes_on_with_another_number(colour_folder, tmp_path):
     """One process, then two in the middle of an epoch, then one again."""
     config = configured(
         colour_folder,
-        data={"streaming": "yes", "held_out_share": 0.0},
-        train=SHARED | {"steps": 14, "save_epochs": 0.2},
+        data={"streaming": "yes", "val_fraction": 0.0},
+        train=SHARED | {"steps": 14, "save_every_epochs": 0.2},
     )
     train(config, tmp_path / "whole")
     cut_short(tmp_path / "whole", tmp_path / "two", 4)
@@ -155,7 +161,7 @@ def test_too_many_bad_images_end_all_processes(colour_folder, tmp_path):
     """Each sees its own share of the bad images; all count them all, and one says so."""
     for file in sorted(colour_folder.glob("*.png"))[:6]:
         file.write_bytes(b"")
-    config = configured(colour_folder, data={"held_out_share": 0.0}, train=SHARED)
+    config = configured(colour_folder, data={"val_fraction": 0.0}, train=SHARED)
     said, code = end(train_with_two(config, tmp_path / "run"))
     assert code == 1
     sentences = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -85,11 +85,11 @@ def tars(path):
 
 
 TABLES, STREAMS = (folder, csv, parquet, saved), (tars, parquet)
-PLAIN, PARTS = {}, {"train": {"chunk_size": 2}}
-LIKE = {"train": {"like_length": True}}
+PLAIN, PARTS = {}, {"train": {"micro_batch_size": 2}}
+LIKE = {"train": {"bucket_by_length": True}}
 BALANCED = {"data": {"balance": "label", "caption_weights": {"blue": 2.0}}}
-BOTH = {"train": {"like_length": True, "chunk_size": 2}, "data": BALANCED["data"]}
-UNKEPT = {"data": {"cache": "no", "decode": "exact", "long_captions": "split"}}
+BOTH = {"train": {"bucket_by_length": True, "micro_batch_size": 2}, "data": BALANCED["data"]}
+UNKEPT = {"data": {"image_cache": "no", "decode": "exact", "long_captions": "split"}}
 
 # One after the other, so that every source, number of workers and way to draw has its turn.
 FEW = [(folder, PARTS, 0), (csv, BALANCED, 2), (parquet, LIKE, 0), (saved, BOTH, 2)]
@@ -136,8 +136,9 @@ def check(source, kind, workers, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     config = configured(
         source(tmp_path / "data"),
-        data={"workers": workers, "skip_limit": 0.5, "held_out_share": 0.2} | kind.get("data", {}),
-        train={"steps": STEPS, "batch_size": 4, "save_epochs": 0.21, "log_steps": 2}
+        data={"workers": workers, "max_skipped_fraction": 0.5, "val_fraction": 0.2}
+        | kind.get("data", {}),
+        train={"steps": STEPS, "batch_size": 4, "save_every_epochs": 0.21, "log_every_steps": 2}
         | kind.get("train", {}),
     )
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -179,7 +180,13 @@ def test_every_source_and_way_to_draw(source, kind, workers, tmp_path, monkeypat
 def test_an_interrupt_adds_nothing_to_the_log(step, colour_folder, tmp_path, monkeypatch):
     """At steps with and without a line, a measurement and a checkpoint of their own."""
     config = configured(
-        colour_folder, train={"epochs": 4, "log_steps": 4, "eval_epochs": 4 / 3, "save_epochs": 2}
+        colour_folder,
+        train={
+            "epochs": 4,
+            "log_every_steps": 4,
+            "eval_every_epochs": 4 / 3,
+            "save_every_epochs": 2,
+        },
     )
     train(config, tmp_path / "whole")
     plain, seen = Learner.take_step, []

@@ -71,7 +71,13 @@ def names(run):
 
 
 def settings(folder, **more):
-    train = {"epochs": 3, "keep": 1, "best": "", "eval_epochs": 1, "bad_steps": 2} | more
+    train = {
+        "epochs": 3,
+        "keep_last": 1,
+        "best_metric": "",
+        "eval_every_epochs": 1,
+        "max_nonfinite_steps": 2,
+    } | more
     return configured(folder, data={"workers": 0}, train=train)
 
 
@@ -105,4 +111,4 @@ def test_killed_at_every_write(colour_folder, tmp_path):
 def test_killed_at_every_write_of_a_run_that_goes_back(colour_folder, tmp_path, fails):
     # Steps 6 and 7 fail at the full rate, so that step 6 is saved, removed, and saved again.
     fails(lambda number, rate: rate == 1 and number in (6, 7))
-    check(settings(colour_folder, keep=2), tmp_path, range(1, 1000))
+    check(settings(colour_folder, keep_last=2), tmp_path, range(1, 1000))

@@ -28,7 +28,9 @@ from tests.helpers.runs import assert_same_run, configured, curve, last_weights
 
 
 def test_learns_what_colour_words_mean(colour_folder, tmp_path):
-    config = configured(colour_folder, train={"epochs": 60, "eval_epochs": 0, "save_epochs": 0})
+    config = configured(
+        colour_folder, train={"epochs": 60, "eval_every_epochs": 0, "save_every_epochs": 0}
+    )
     result = train(config, tmp_path / "run")
     assert result.finished
     losses = [line["loss"] for line in read_log(result.run) if "loss" in line]
@@ -86,7 +88,9 @@ def test_a_checkpoint_loads_in_open_clip_with_equal_vectors(colour_folder, tmp_p
 
 @pytest.mark.parametrize("when", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_resumes_as_if_never_interrupted(colour_folder, tmp_path, when):
-    config = configured(colour_folder, train={"epochs": 12, "save_epochs": 1, "keep": 50})
+    config = configured(
+        colour_folder, train={"epochs": 12, "save_every_epochs": 1, "keep_last": 50}
+    )
     train(config, tmp_path / "whole")
     (tmp_path / "config.toml").write_text(dump_config(config))
     command = [sys.executable, "-m", "clipkit", "train", "config.toml", "--out", "run"]
@@ -107,7 +111,7 @@ def test_an_interrupted_run_resumes_as_if_never_interrupted(colour_folder, tmp_p
 
 def test_bad_images_are_skipped_counted_and_listed(colour_folder, tmp_path):
     (colour_folder / "red-0.png").write_bytes(b"no image")
-    config = configured(colour_folder, data={"held_out_share": 0.0, "skip_limit": 0.5})
+    config = configured(colour_folder, data={"val_fraction": 0.0, "max_skipped_fraction": 0.5})
     result = train(config, tmp_path / "run")
     assert list(result.skipped) == ["red-0.png"]
     text = (tmp_path / "run" / "skipped.jsonl").read_text(encoding="utf-8")
@@ -120,13 +124,13 @@ def test_too_many_bad_images_end_the_run(colour_folder, tmp_path):
     for file in list(colour_folder.glob("*.png"))[:6]:
         file.write_bytes(b"")
     with pytest.raises(SkipLimitError, match="clipkit data check"):
-        train(configured(colour_folder, data={"held_out_share": 0.0}), tmp_path / "run")
+        train(configured(colour_folder, data={"val_fraction": 0.0}), tmp_path / "run")
 
 
 def test_long_captions_are_counted_refused_or_split(colour_folder, tmp_path):
     long = "a red picture. " + "It shows one colour and nothing else at all. " * 12
     (colour_folder / "red-0.txt").write_text(long)
-    keep_all = {"held_out_share": 0.0}
+    keep_all = {"val_fraction": 0.0}
     result = train(configured(colour_folder, data=keep_all), tmp_path / "cut")
     assert (result.cut.seen, result.cut.cut) == (12, 1)
     with pytest.raises(CaptionError, match="77"):
@@ -149,18 +153,18 @@ def test_a_run_by_the_clock_ends_in_time(colour_folder, tmp_path):
 
 
 def test_a_stream_needs_its_length_named(colour_folder, tmp_path):
-    config = configured(colour_folder, data={"streaming": "yes", "held_out_share": 0.0})
+    config = configured(colour_folder, data={"streaming": "yes", "val_fraction": 0.0})
     with pytest.raises(ConfigError, match=r"train\.steps"):
         train(config, tmp_path / "run")
     config = configured(
-        colour_folder, data={"streaming": "yes", "held_out_share": 0.0}, train={"steps": 6}
+        colour_folder, data={"streaming": "yes", "val_fraction": 0.0}, train={"steps": 6}
     )
     assert train(config, tmp_path / "run").step == 6
 
 
 def test_a_streams_long_captions_are_counted_too(colour_folder, tmp_path):
     (colour_folder / "red-0.txt").write_text("a red picture " * 40)
-    stream = {"streaming": "yes", "held_out_share": 0.0}
+    stream = {"streaming": "yes", "val_fraction": 0.0}
     steps = {"steps": 4}
     result = train(configured(colour_folder, data=stream, train=steps), tmp_path / "run")
     assert (result.cut.seen, result.cut.cut) == (12, 1)
@@ -213,7 +217,7 @@ def test_data_without_captions_or_name(colour_folder, tmp_path):
     with pytest.raises(DataError, match="no captions"):
         train(configured(folder), tmp_path / "run")
     with pytest.raises(DataError, match="no captions"):
-        train(configured(colour_folder, data={"held_out": str(folder)}), tmp_path / "run")
+        train(configured(colour_folder, data={"val": str(folder)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"data\.train is empty"):
         train(configured(""), tmp_path / "run")
@@ -222,8 +226,8 @@ def test_data_without_captions_or_name(colour_folder, tmp_path):
 def test_a_run_can_start_from_another(colour_folder, tmp_path):
     first = train(configured(colour_folder, train={"epochs": 1}), tmp_path / "first")
     settings = {
-        "model": {"start": str(first.run)},
-        "data": {"train": str(colour_folder), "held_out_share": 0.0},
+        "model": {"init_from": str(first.run)},
+        "data": {"train": str(colour_folder), "val_fraction": 0.0},
         "optim": {"lr": 1e-9},
         "train": {"batch_size": 3, "epochs": 1, "precision": "fp32"},
     }
@@ -237,7 +241,7 @@ def test_a_run_can_start_from_another(colour_folder, tmp_path):
     ("model", "sentence"),
     [
         ({}, "exactly one of"),
-        ({"name": "ViT-S-32", "start": "x"}, "exactly one of"),
+        ({"name": "ViT-S-32", "init_from": "x"}, "exactly one of"),
         ({"name": "ViT-S-33"}, "did you mean"),
         ({"embed_dim": 8}, "all of embed_dim"),
         (tiny_model() | {"text": {"wdith": 3}}, "did you mean width"),
@@ -250,7 +254,7 @@ def test_a_run_can_start_from_another(colour_folder, tmp_path):
         (tiny_model() | {"vision": {"image_size": 8, "patch_size": 16}}, "8 and patch_size 16"),
         (tiny_model() | {"text": {"layers": -1}}, "model.text.layers is -1, expected"),
         (tiny_model() | {"vision": {"layers": [1, 1, 0, 1]}}, r"vision.layers is \[1, 1, 0, 1\]"),
-        ({"start": "x", "mean": [0.5, 0.5, 0.5]}, "leave model.mean"),
+        ({"init_from": "x", "mean": [0.5, 0.5, 0.5]}, "leave model.mean"),
     ],
 )
 def test_impossible_towers(colour_folder, tmp_path, model, sentence):

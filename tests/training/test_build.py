@@ -90,7 +90,7 @@ def test_checkpointing_of_a_timm_transformer():
 
 @pytest.mark.parametrize("vision", [RESNET, TIMM])
 def test_checkpointing_is_refused_where_statistics_would_count_twice(vision):
-    with pytest.raises(ConfigError, match=r"batch normalisation.*train\.chunk_size"):
+    with pytest.raises(ConfigError, match=r"batch normalisation.*train\.micro_batch_size"):
         checkpoint_gradients(towers(deep_model(**vision)).clip)
 
 
@@ -114,7 +114,7 @@ def tokens_seen(built, inner, size, training):
 @pytest.mark.parametrize("share", [0.25, 0.75])
 def test_patches_are_dropped_in_training_alone(tiny_checkpoint, share):
     kept = int(16 * (1 - share))
-    for model in (tiny_model(), {"start": str(tiny_checkpoint)}):
+    for model in (tiny_model(), {"init_from": str(tiny_checkpoint)}):
         built = towers(model | {"patch_dropout": share})
         inner = built.clip.visual.ln_pre
         assert tokens_seen(built, inner, 32, training=True) == [1 + kept]
@@ -157,5 +157,5 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 
 
 def test_compiling_shards_is_refused():
-    with pytest.raises(ConfigError, match=r"train\.compile and train\.shard"):
-        parse_config({"train": {"compile": True, "shard": True}})
+    with pytest.raises(ConfigError, match=r"train\.compile and train\.fsdp"):
+        parse_config({"train": {"compile": True, "fsdp": True}})

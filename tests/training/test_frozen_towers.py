@@ -51,11 +51,11 @@ def assert_close_runs(one, other, atol):
         torch.testing.assert_close(weights[name], others[name], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("chunk_size", [0, 2])
+@pytest.mark.parametrize("micro_batch_size", [0, 2])
 def test_stored_image_features_train_as_the_frozen_tower_does(
-    squares, tmp_path, weights, chunk_size
+    squares, tmp_path, weights, micro_batch_size
 ):
-    model, loop = locked_image(weights), {"chunk_size": chunk_size}
+    model, loop = locked_image(weights), {"micro_batch_size": micro_batch_size}
     train(uncropped(squares, model, train=loop), tmp_path / "stored")
     in_steps = uncropped(squares, model, train=loop, data={"feature_views": 0})
     train(in_steps, tmp_path / "each-step")
@@ -64,10 +64,10 @@ def test_stored_image_features_train_as_the_frozen_tower_does(
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("chunk_size", [0, 2])
-def test_a_whole_tower_from_a_start_is_locked(squares, tmp_path, start, tower, chunk_size):
-    loop = {"chunk_size": chunk_size}
-    model = {"start": str(start), "lock": [tower]}
+@pytest.mark.parametrize("micro_batch_size", [0, 2])
+def test_a_whole_tower_from_a_start_is_locked(squares, tmp_path, start, tower, micro_batch_size):
+    loop = {"micro_batch_size": micro_batch_size}
+    model = {"init_from": str(start), "lock": [tower]}
     train(uncropped(squares, model, train=loop), tmp_path / "stored")
     in_steps = uncropped(squares, model, train=loop, data={"feature_views": 0})
     train(in_steps, tmp_path / "each-step")
@@ -83,7 +83,7 @@ def test_a_whole_tower_from_a_start_is_locked(squares, tmp_path, start, tower, c
 
 
 def test_the_precision_is_chosen_with_a_locked_tower_too(squares, tmp_path, start):
-    model = {"start": str(start), "lock": ["image"]}
+    model = {"init_from": str(start), "lock": ["image"]}
     result = train(uncropped(squares, model, train={"precision": "auto"}), tmp_path / "run")
     assert result.finished
 
@@ -143,7 +143,7 @@ def interrupt_after(steps, run):
 
 
 def test_features_are_found_again_and_made_anew_for_other_weights(squares, tmp_path, weights):
-    place = {"features": str(tmp_path / "kept")}
+    place = {"feature_dir": str(tmp_path / "kept")}
     config = uncropped(squares, locked_image(weights), data=place)
     train(config, tmp_path / "one")
     made = sorted((tmp_path / "kept").iterdir())
@@ -162,7 +162,7 @@ def test_features_are_found_again_and_made_anew_for_other_weights(squares, tmp_p
 
 def test_an_unreadable_image_is_left_out_of_features_too(squares, tmp_path, weights):
     (squares / "red-0.png").write_bytes(b"no image")
-    data = {"held_out_share": 0.0, "skip_limit": 0.5}
+    data = {"val_fraction": 0.0, "max_skipped_fraction": 0.5}
     result = train(uncropped(squares, locked_image(weights), data=data), tmp_path / "run")
     assert result.skipped == {"red-0.png": "is not an image of a known format"}
 
@@ -182,7 +182,7 @@ def held_out(squares, tmp_path):
 def test_measuring_from_features_gives_the_vectors_of_the_tower(
     squares, held_out, tmp_path, weights, start, tower, monkeypatch
 ):
-    whole = {"start": str(start), "lock": [tower]}
+    whole = {"init_from": str(start), "lock": [tower]}
     model = locked_image(weights) if tower == "trunk" else whole
     encode, seen = HeldOut.encode, []
 
@@ -199,7 +199,7 @@ def test_measuring_from_features_gives_the_vectors_of_the_tower(
         return found
 
     monkeypatch.setattr(HeldOut, "encode", compared)
-    data = {"held_out": str(held_out), "long_captions": "split", "feature_views": 2}
+    data = {"val": str(held_out), "long_captions": "split", "feature_views": 2}
     train(uncropped(squares, model, data=data, train={"epochs": 2}), tmp_path / "run")
     assert set(seen) == {(tower != "text", tower == "text", 2)}
     assert len(seen) == 2  # after each epoch
@@ -225,10 +225,10 @@ def test_the_locked_tower_sees_each_picture_once(squares, tmp_path, weights, mon
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (tiny_model() | {"lock": ["image"]}, "model.start or model.image_weights"),
-        (tiny_model() | {"lock": ["text"]}, "set model.start"),
-        ({"start": "START", "lock": ["image", "text"]}, "nothing to train"),
-        ({"start": "START", "image_weights": "FILE"}, "brings its own image tower"),
+        (tiny_model() | {"lock": ["image"]}, "model.init_from or model.image_weights"),
+        (tiny_model() | {"lock": ["text"]}, "set model.init_from"),
+        ({"init_from": "START", "lock": ["image", "text"]}, "nothing to train"),
+        ({"init_from": "START", "image_weights": "FILE"}, "brings its own image tower"),
         (tiny_model() | {"image_weights": "FILE"}, "vision.timm_model_name"),
         (
             tiny_model()
@@ -246,12 +246,12 @@ def test_impossible_locks(start, weights, model, sentence):
 
 
 def test_a_temperature_beside_weights_that_bring_their_own_is_refused(start):
-    model = parse_config({"model": {"start": str(start)}}).model
+    model = parse_config({"model": {"init_from": str(start)}}).model
     with pytest.raises(ConfigError, match=r"optim\.temperature \(0\.04\) does nothing"):
         build_towers(model, 0.04, 0)
 
 
-@pytest.mark.parametrize("data", [{"features": "there"}, {"feature_views": 2}])
+@pytest.mark.parametrize("data", [{"feature_dir": "there"}, {"feature_views": 2}])
 def test_features_of_no_locked_tower_are_refused(squares, tmp_path, data):
     with pytest.raises(ConfigError, match="none is locked; leave them out"):
         train(configured(squares, data=data), tmp_path / "run")
@@ -259,7 +259,7 @@ def test_features_of_no_locked_tower_are_refused(squares, tmp_path, data):
 
 
 def test_a_stream_is_refused_unless_the_tower_runs_in_every_step(squares, tmp_path, weights):
-    stream = {"streaming": "yes", "held_out_share": 0.0}
+    stream = {"streaming": "yes", "val_fraction": 0.0}
     loop = {"steps": 2}
     config = uncropped(squares, locked_image(weights), data=stream, train=loop)
     with pytest.raises(ConfigError, match="feature_views = 0"):

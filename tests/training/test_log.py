@@ -104,7 +104,7 @@ def test_readers_pass_over_what_has_no_number(colour_folder, tmp_path, fails):
 
 def test_an_alarm_goes_by_the_steps_that_count():
     """Every other step left out: those between are stuck all the same, told when ten are seen."""
-    settings = {"optim": {"warmup": 0.0}, "train": {"log_steps": 10, "batch_size": 64}}
+    settings = {"optim": {"warmup": 0.0}, "train": {"log_every_steps": 10, "batch_size": 64}}
     watch = Watch(parse_config(settings), 1000, ())
     told = []
     for step in range(10, 601, 10):

@@ -171,14 +171,14 @@ def test_settings_that_an_optimizer_does_not_take(fields, sentence):
     ("fields", "points"),
     [
         ({"warmup": 0.2}, {0: 0, 0.1: 0.5, 0.2: 1, 0.4: 0.853553, 0.6: 0.5, 1: 0}),
-        ({"warmup": 0.2, "floor": 0.1}, {0.2: 1, 0.6: 0.55, 1: 0.1}),
+        ({"warmup": 0.2, "min_lr_ratio": 0.1}, {0.2: 1, 0.6: 0.55, 1: 0.1}),
         ({"warmup": 0.2, "schedule": "constant"}, {0.1: 0.5, 0.2: 1, 0.7: 1, 1: 1}),
         (
             {"warmup": 0.1, "schedule": "constant", "cooldown": 0.2},
             {0.05: 0.5, 0.1: 1, 0.8: 1, 0.85: 0.75, 0.9: 0.5, 1: 0},
         ),
         (
-            {"warmup": 0.2, "cooldown": 0.2, "floor": 0.1},
+            {"warmup": 0.2, "cooldown": 0.2, "min_lr_ratio": 0.1},
             {0.1: 0.5, 0.2: 1, 0.5: 0.55, 0.8: 0.1, 0.9: 0.05, 1: 0},
         ),
         ({"warmup": 0.0}, {0: 1, 0.5: 0.5, 1: 0}),
@@ -201,8 +201,8 @@ def test_a_run_over_its_time_never_has_a_negative_rate():
     ("fields", "sentence"),
     [
         ({"warmup": 0.6, "cooldown": 0.5, "schedule": "constant"}, "more than 1"),
-        ({"schedule": "constant", "floor": 0.1}, "a constant schedule has none"),
-        ({"cooldown": 0.1}, "set optim.floor"),
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "a constant schedule has none"),
+        ({"cooldown": 0.1}, "set optim.min_lr_ratio"),
         ({"schedule": "linear"}, "'cosine' or 'constant'"),
         ({"layer_decay": 0}, "greater than 0"),
     ],

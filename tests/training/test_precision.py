@@ -50,8 +50,8 @@ def test_a_run_writes_down_what_was_chosen_and_keeps_it(colour_folder, tmp_path,
 
     settings = {
         "model": tiny_model(),
-        "data": {"train": str(colour_folder), "held_out_share": 0.0, "workers": 1},
-        "train": {"batch_size": 4, "steps": 2, "save_epochs": 0.34},
+        "data": {"train": str(colour_folder), "val_fraction": 0.0, "workers": 1},
+        "train": {"batch_size": 4, "steps": 2, "save_every_epochs": 0.34},
     }
     asked = []
 

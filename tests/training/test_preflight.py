@@ -81,7 +81,7 @@ def test_each_fault_is_one_sentence(facts, sections, sentence):
     ("augment", "views", "told"),
     [
         ({"flip": 0.5}, 1, True),
-        ({"drop_tokens": 0.2}, 1, False),
+        ({"token_dropout": 0.2}, 1, False),
         ({"flip": 0.5}, 2, False),
         ({"flip": 0.5}, 0, False),
     ],
@@ -153,7 +153,7 @@ def test_missing_and_empty_files_are_passed_over(colour_folder):
 
 def test_a_run_is_warned_and_goes_on(colour_folder, tmp_path, capsys):
     config = configured(
-        colour_folder, data={"held_out": str(colour_folder)}, train={"epochs": 2, "batch_size": 64}
+        colour_folder, data={"val": str(colour_folder)}, train={"epochs": 2, "batch_size": 64}
     )
     result = train(config, tmp_path / "run")
     assert result.finished
@@ -167,5 +167,5 @@ def test_one_pair_alone_is_an_error(colour_folder, tmp_path):
     for file in sorted(colour_folder.iterdir())[2:]:
         file.unlink()
     with pytest.raises(DataError, match="leaves one pair to train on, expected at least 2"):
-        train(configured(colour_folder, data={"held_out_share": 0.0}), tmp_path / "run")
+        train(configured(colour_folder, data={"val_fraction": 0.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,12 @@ def tiny_config(**model):
 
 
 def settings(**train):
-    return {"epochs": 4, "bad_steps": 3, "best": "", "eval_epochs": 0} | train
+    return {
+        "epochs": 4,
+        "max_nonfinite_steps": 3,
+        "best_metric": "",
+        "eval_every_epochs": 0,
+    } | train
 
 
 def test_a_step_left_out_changes_nothing(fails):
@@ -113,7 +118,7 @@ def test_an_interrupt_does_not_change_where_a_run_goes_back(
 ):
     # Saved every three steps; 9 to 11 fail, so that it goes back to step 6.
     fails(lambda number, rate: rate == 1 and number >= 9)
-    config = configured(colour_folder, train=settings(save_minutes=0))
+    config = configured(colour_folder, train=settings(save_every_minutes=0))
     train(config, tmp_path / "whole")
     between = TrainingLoop._between_steps
 
@@ -127,7 +132,7 @@ def test_an_interrupt_does_not_change_where_a_run_goes_back(
         assert train(config, tmp_path / "run").step == at
     assert steps(tmp_path / "run")[-1] == at
     # Now one that the clock wants at each step, too.
-    often = configured(colour_folder, train=settings(save_minutes=1e-9))
+    often = configured(colour_folder, train=settings(save_every_minutes=1e-9))
     train(often, tmp_path / "run", resume=True)
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -162,7 +167,7 @@ def test_weights_that_are_broken_send_it_back(colour_folder, tmp_path, monkeypat
         return report
 
     monkeypatch.setattr(Learner, "take_step", breaking)
-    train_settings = settings(eval_epochs=1.0 if measured else 0.0)
+    train_settings = settings(eval_every_epochs=1.0 if measured else 0.0)
     run = train(configured(colour_folder, train=train_settings), tmp_path / "run").run
     lines = read_log(run)
     (back,) = [line for line in lines if "back_to" in line]
@@ -176,7 +181,7 @@ def test_weights_that_are_broken_send_it_back(colour_folder, tmp_path, monkeypat
 
 def test_the_factor_on_the_rate_can_be_chosen(colour_folder, tmp_path, fails):
     fails(lambda number, rate: rate == 1 and number >= 5)
-    config = configured(colour_folder, train=settings(retry_rate=0.25))
+    config = configured(colour_folder, train=settings(rollback_lr_factor=0.25))
     lines = read_log(train(config, tmp_path / "run").run)
     rates = [line["lr"] for line in lines if line["step"] == 4 and "loss" in line]
     assert rates[1] == rates[0] / 4
@@ -184,7 +189,7 @@ def test_the_factor_on_the_rate_can_be_chosen(colour_folder, tmp_path, fails):
 
 def test_the_checkpoint_to_go_back_to_is_not_pruned(colour_folder, tmp_path, fails):
     fails(lambda number, rate: rate == 1 and number >= 5)
-    run = train(configured(colour_folder, train=settings(keep=1)), tmp_path / "run").run
+    run = train(configured(colour_folder, train=settings(keep_last=1)), tmp_path / "run").run
     (back,) = [line for line in read_log(run) if "back_to" in line]
     assert (back["step"], back["back_to"]) == (7, 3)
     assert steps(run) == [12]
@@ -192,7 +197,7 @@ def test_the_checkpoint_to_go_back_to_is_not_pruned(colour_folder, tmp_path, fai
 
 def test_it_goes_further_back_and_gives_up_in_the_end(colour_folder, tmp_path, fails):
     fails(lambda number, _: number >= 8)
-    config = configured(colour_folder, train=settings(keep=3, retries=2))
+    config = configured(colour_folder, train=settings(keep_last=3, max_rollbacks=2))
     with pytest.raises(TrainingError, match=r"up to step 10, after 2 returns.*0\.25 times.*lower"):
         train(config, tmp_path / "run")
     assert [line["back_to"] for line in read_log(tmp_path / "run") if "back_to" in line] == [6, 6]
@@ -201,15 +206,20 @@ def test_it_goes_further_back_and_gives_up_in_the_end(colour_folder, tmp_path, f
 def test_a_checkpoint_from_which_nothing_good_came_is_passed_over(colour_folder, tmp_path, fails):
     # The step that step 6 saves is the one that breaks the weights: nothing after it works.
     fails(lambda number, rate: rate == 1 and number >= 7)
-    run = train(configured(colour_folder, train=settings(keep=3)), tmp_path / "run").run
+    run = train(configured(colour_folder, train=settings(keep_last=3)), tmp_path / "run").run
     assert [line["back_to"] for line in read_log(run) if "back_to" in line] == [3]
 
 
-@pytest.mark.parametrize("bad_steps", [3, 100])
-def test_a_run_without_one_finite_step_is_an_error(colour_folder, tmp_path, fails, bad_steps):
+@pytest.mark.parametrize("max_nonfinite_steps", [3, 100])
+def test_a_run_without_one_finite_step_is_an_error(
+    colour_folder, tmp_path, fails, max_nonfinite_steps
+):
     fails(lambda *_: True)
     with pytest.raises(TrainingError, match=r"steps.*and none before.*fp32.*clipkit data check"):
-        train(configured(colour_folder, train=settings(bad_steps=bad_steps)), tmp_path / "run")
+        train(
+            configured(colour_folder, train=settings(max_nonfinite_steps=max_nonfinite_steps)),
+            tmp_path / "run",
+        )
 
 
 def test_two_processes_go_back_together(colour_folder, tmp_path):
@@ -217,7 +227,7 @@ def test_two_processes_go_back_together(colour_folder, tmp_path):
     config = configured(
         colour_folder,
         optim={"name": "sgd", "lr": 1e30, "warmup": 0.0},
-        train=settings(batch_size=4, retries=1),
+        train=settings(batch_size=4, max_rollbacks=1),
     )
     with pytest.raises(TrainingError) as alone:
         train(config, tmp_path / "alone")

@@ -32,7 +32,7 @@ def test_the_metrics_that_can_be_named_are_those_measured():
     vectors = np.eye(3, dtype=np.float32)
     assert {"", *retrieval_recall(vectors, vectors, np.arange(3))} == set(get_args(Metric))
     with pytest.raises(ConfigError, match="did you mean text_to_image_r1"):
-        configured("x", train={"best": "text_to_image_1"})
+        configured("x", train={"best_metric": "text_to_image_1"})
 
 
 def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
@@ -41,7 +41,8 @@ def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
     # Three steps an epoch; measured between the saves, with the best in the middle, twice.
     measured(monkeypatch, [0.1, 0.5, 0.4, 0.5, 0.2, 0.3])
     config = configured(
-        colour_folder, train={"epochs": 4, "eval_epochs": 2 / 3, "save_epochs": 1, "keep": 1}
+        colour_folder,
+        train={"epochs": 4, "eval_every_epochs": 2 / 3, "save_every_epochs": 1, "keep_last": 1},
     )
     out = train(config, tmp_path / "run").run
     assert steps(out) == [4, 12]
@@ -55,16 +56,23 @@ def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
 
 def test_every_nth_checkpoint_stays(colour_folder, tmp_path):
     config = configured(
-        colour_folder, train={"epochs": 4, "save_epochs": 0, "keep": 1, "keep_every": 5, "best": ""}
+        colour_folder,
+        train={
+            "epochs": 4,
+            "save_every_epochs": 0,
+            "keep_last": 1,
+            "keep_every_steps": 5,
+            "best_metric": "",
+        },
     )
     out = train(config, tmp_path / "run").run
     assert steps(out) == [5, 10, 12]
-    with pytest.raises(ModelError, match=r"no best checkpoint.*train\.best"):
+    with pytest.raises(ModelError, match=r"no best checkpoint.*train\.best_metric"):
         clipkit.load_model(f"{out}/best")
 
 
 def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypatch):
-    settings = {"epochs": 4, "eval_epochs": 2 / 3, "save_epochs": 1, "keep": 1}
+    settings = {"epochs": 4, "eval_every_epochs": 2 / 3, "save_every_epochs": 1, "keep_last": 1}
     recalls = [0.1, 0.5, 0.4, 0.3, 0.6, 0.3]
     measured(monkeypatch, recalls)
     train(configured(colour_folder, train=settings), tmp_path / "whole")
@@ -81,7 +89,7 @@ def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypa
 
 
 def test_small_parts_of_an_epoch_are_measured_every_step(colour_folder, tmp_path):
-    config = configured(colour_folder, train={"epochs": 1, "eval_epochs": 0.1})
+    config = configured(colour_folder, train={"epochs": 1, "eval_every_epochs": 0.1})
     lines = read_log(train(config, tmp_path / "run").run)
     assert [line["step"] for line in lines if "held_out" in line] == [1, 2, 3]
 
@@ -92,7 +100,7 @@ def test_a_full_disk_costs_neither_the_best_nor_the_last(
     # Room for two checkpoints of 20 MB: the third is refused, and only then would one be removed.
     disk.grow("45m")
     measured(monkeypatch, [0.5, 0.1, 0.2])
-    config = configured(colour_folder, train={"epochs": 3, "keep": 1})
+    config = configured(colour_folder, train={"epochs": 3, "keep_last": 1})
     with pytest.raises(ArtifactError, match="step-9 cannot be saved.*disk is full"):
         train(config, disk.path / "run")
     assert steps(disk.path / "run") == [3, 6]
@@ -140,7 +148,7 @@ def test_a_resumed_run_shows_each_point_once(colour_folder, tmp_path, monkeypatc
 def test_a_run_that_went_back_shows_what_stands(colour_folder, tmp_path, fails):
     pytest.importorskip("tensorboard")
     fails(lambda number, rate: rate == 1 and number >= 8)
-    config = configured(colour_folder, train={"tensorboard": True, "bad_steps": 3})
+    config = configured(colour_folder, train={"tensorboard": True, "max_nonfinite_steps": 3})
     run = train(config, tmp_path / "run").run
     lines = read_log(run)
     (back,) = [i for i, line in enumerate(lines) if "back_to" in line]

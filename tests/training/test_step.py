@@ -47,13 +47,13 @@ def test_a_run_reads_captions_with_tokens_left_out(squares, tmp_path, monkeypatc
         return original(self, images, tokens)
 
     monkeypatch.setattr(DualEncoder, "forward", watched)
-    train(uncropped(squares, tiny_model(), augment={"drop_tokens": 0.5}), tmp_path / "run")
+    train(uncropped(squares, tiny_model(), augment={"token_dropout": 0.5}), tmp_path / "run")
     lengths = np.concatenate(read)
     assert lengths.max() <= 4
     assert set(lengths.tolist()) > {1, 2}
 
 
 def test_stored_captions_cannot_be_changed(squares, tmp_path, start):
-    model = {"start": str(start), "lock": ["text"]}
-    with pytest.raises(ConfigError, match="drop_tokens"):
-        train(uncropped(squares, model, augment={"drop_tokens": 0.5}), tmp_path / "run")
+    model = {"init_from": str(start), "lock": ["text"]}
+    with pytest.raises(ConfigError, match="token_dropout"):
+        train(uncropped(squares, model, augment={"token_dropout": 0.5}), tmp_path / "run")

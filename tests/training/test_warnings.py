@@ -11,7 +11,9 @@ from clipkit.training.run_directory import read_log
 from clipkit.training.warnings import Watch
 from tests.helpers.runs import configured
 
-CONFIG = parse_config({"optim": {"warmup": 0.1}, "train": {"log_steps": 10, "batch_size": 64}})
+CONFIG = parse_config(
+    {"optim": {"warmup": 0.1}, "train": {"log_every_steps": 10, "batch_size": 64}}
+)
 GUESS = math.log(64)
 
 
@@ -64,7 +66,9 @@ def test_a_resumed_run_says_what_the_whole_run_says():
 
 
 def test_the_clock_ends_the_warm_up_too():
-    config = parse_config({"optim": {"warmup": 0.5}, "train": {"minutes": 1, "log_steps": 50}})
+    config = parse_config(
+        {"optim": {"warmup": 0.5}, "train": {"minutes": 1, "log_every_steps": 50}}
+    )
     lines = [line(step, loss=GUESS) | {"seconds": step / 50} for step in range(50, 3001, 50)]
     # Half a minute is step 1500; five lines of the log from there on.
     assert alarms(lines, config, steps=0) == [(1700, "stuck")]
@@ -91,9 +95,9 @@ def test_few_captions_are_no_reason_not_to_be_told(tmp_path, shows, told):
             (folder / f"{name}-{number}.txt").write_text(f"a {name} picture\n")
     config = configured(
         folder,
-        data={"held_out_share": 0.0},
-        train={"batch_size": 20, "epochs": 60, "log_steps": 10}
-        | {"eval_epochs": 0, "save_epochs": 0},
+        data={"val_fraction": 0.0},
+        train={"batch_size": 20, "epochs": 60, "log_every_steps": 10}
+        | {"eval_every_epochs": 0, "save_every_epochs": 0},
     )
     lines = read_log(train(config, tmp_path / "run").run)
     assert [item["about"] for item in lines if "alarm" in item] == told
@@ -108,8 +112,8 @@ def test_an_alarm_is_told_and_logged(colour_folder, tmp_path, capsys):
     config = configured(
         colour_folder,
         optim={"lr": 1e-9},
-        train={"epochs": 150, "log_steps": 20, "batch_size": 9, "duplicates": "ignore"}
-        | {"eval_epochs": 0, "save_epochs": 0},
+        train={"epochs": 150, "log_every_steps": 20, "batch_size": 9, "duplicates": "ignore"}
+        | {"eval_every_epochs": 0, "save_every_epochs": 0},
     )
     run = train(config, tmp_path / "run").run
     (alarm,) = [item for item in read_log(run) if "alarm" in item]

@@ -26,7 +26,7 @@ def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
     from clipkit.training.step import Learner
 
     content = {"name": model} if model else SMALL
-    train = {"batch_size": batch, "chunk_size": chunk, "precision": "fp32"}
+    train = {"batch_size": batch, "micro_batch_size": chunk, "precision": "fp32"}
     config = parse_config({"model": content, "train": train})
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     learner = Learner(towers, config, World())

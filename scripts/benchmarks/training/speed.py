@@ -74,20 +74,20 @@ def run_ours(pairs: Path, out: Path, options: argparse.Namespace, precision: str
 name = "{options.model}"
 [data]
 train = "{pairs}"
-held_out_share = 0.0
+val_fraction = 0.0
 [augment]
 crop_scale = [0.9, 1.0]
 [optim]
 warmup = {WARMUP / (options.steps * options.epochs)}
 [train]
 batch_size = {options.batch_size}
-chunk_size = {options.chunk_size}
+micro_batch_size = {options.chunk_size}
 epochs = {options.epochs}
 precision = "{precision}"
 duplicates = "{options.duplicates}"
-eval_epochs = 0.0
-save_epochs = 0.0
-log_steps = 1
+eval_every_epochs = 0.0
+save_every_epochs = 0.0
+log_every_steps = 1
 seed = {options.seed}
 """,
         encoding="utf-8",
@@ -233,7 +233,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="loader processes of open_clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--set", action="append", default=[], help="a setting for clipkit, such as data.cache=yes"
+        "--set",
+        action="append",
+        default=[],
+        help="a setting for clipkit, such as data.image_cache=yes",
     )
     parser.add_argument("--only", choices=list(RUNNERS), nargs="*", default=list(RUNNERS))
     options = parser.parse_args(words)

@@ -133,13 +133,13 @@ def main() -> None:
         folder = Path(scratch)
         pairs, unseen = write_pairs(folder)
         config = recipe(pairs, unseen, minutes=0.0)
-        data = replace(config.data, held_out="", held_out_share=0.0)
+        data = replace(config.data, val="", val_fraction=0.0)
         train = replace(
             config.train,
             epochs=options.epochs,
-            save_epochs=1.0,
-            keep=options.epochs,
-            log_steps=1,
+            save_every_epochs=1.0,
+            keep_last=options.epochs,
+            log_every_steps=1,
             minutes=0.0,
         )
         config = replace(config, data=data, train=train)

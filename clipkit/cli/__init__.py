@@ -1,23 +1,22 @@
-"""The command line: parse, call one task, print. No logic.
+"""The command line: parse, call one task, print.
 
-Results go to stdout, progress and warnings to stderr. Exit code 1: something could not be done and
-one sentence says why; 2: wrong usage; 130: interrupted.
+Results go to stdout, progress and warnings to stderr. Exit code 1: something cannot be done, and
+one line says why; 2: wrong usage; 130: interrupted.
 """
 
 import errno
 import os
 import sys
+import traceback
 import warnings
 from io import TextIOWrapper
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import typer
-from typer.core import TyperGroup
 
 from clipkit import __version__
 from clipkit.cli import (
     classify,
-    compare,
     config,
     data,
     demo,
@@ -25,17 +24,18 @@ from clipkit.cli import (
     index,
     info,
     map,
+    options,
     plot,
-    probe,
     search,
     serve,
     tokenize,
     train,
 )
-from clipkit.cli.output import note
+from clipkit.cli.options import Command, Group, Verbosity
+from clipkit.cli.output import note, print_error
 from clipkit.errors import FULL, ClipkitError
 
-_FORBIDDEN = (
+_REFUSED = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -43,61 +43,43 @@ _FORBIDDEN = (
     errno.ENAMETOOLONG,
     errno.EIO,
 )
-"""What the machine refuses, which is no bug of clipkit's."""
+"""Errors of the file system that the user can fix."""
 
 
-class _InOrderOfUse(TyperGroup):
-    def list_commands(self, ctx: Any) -> list[str]:
-        """All commands in the order in which they are used; typer would put groups last."""
-        first = (
-            "init",
-            "train",
-            "embed",
-            "index",
-            "search",
-            "classify",
-            "eval",
-            "compare",
-            "probe",
-        )
-        rest = [name for name in super().list_commands(ctx) if name not in first]
-        return [*first, *rest]
+class _Commands(Group):
+    order = (
+        *("init", "config", "train", "embed", "index", "search", "classify", "eval"),
+        *("serve", "map", "plot", "data", "tokenize", "info", "demo"),
+    )
 
 
 app = typer.Typer(
     name="clipkit",
-    cls=_InOrderOfUse,
+    cls=_Commands,
     help="Pretrain CLIP-style models, classify images zero-shot, search images by text.",
     no_args_is_help=True,
     # Plain help needs no rich, which alone would take a quarter of the time --help may take.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-app.command("init")(config.init)
-app.command("train")(train.train)
-app.command("config")(config.config)
-app.command("embed")(index.embed)
-index.app.command("add")(index.add)
-index.app.command("remove")(index.remove)
-index.app.command("sync")(index.sync)
-index.app.command("compact")(index.compact)
-index.app.command("merge")(index.merge)
-index.app.command("check")(index.check)
-index.app.command("calibrate")(index.calibrate)
+for _name, _function in (
+    ("init", config.init),
+    ("config", config.config),
+    ("train", train.train),
+    ("embed", index.embed),
+    ("search", search.search),
+    ("classify", classify.classify),
+    ("serve", serve.serve),
+    ("map", map.draw),
+    ("plot", plot.plot),
+    ("tokenize", tokenize.tokenize),
+    ("info", info.info),
+    ("demo", demo.demo),
+):
+    app.command(_name, cls=Command)(_function)
 app.add_typer(index.app, name="index")
-app.command("search")(search.search)
-app.command("classify")(classify.classify)
 app.add_typer(evaluate.app, name="eval")
-app.command("compare")(compare.compare)
-app.command("probe")(probe.probe)
-app.command("serve")(serve.serve)
-app.command("tokenize")(tokenize.tokenize)
 app.add_typer(data.app, name="data")
-app.command("map")(map.draw)
-app.command("plot")(plot.plot)
-app.command("demo")(demo.demo)
-app.command("info")(info.info)
 
 
 def _version(wanted: bool) -> None:
@@ -119,27 +101,38 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; errors raised on purpose become one line and exit code 1."""
+    """Run the command line; an error raised on purpose becomes one line and exit code 1."""
     warnings.showwarning = _show_warning
-    if isinstance(sys.stdout, TextIOWrapper):  # a character the terminal lacks is no reason to stop
+    if isinstance(sys.stdout, TextIOWrapper):  # a character the terminal lacks must not end it
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="clipkit")
     except ClipkitError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno in FULL:
-            _fail(
-                f"the disk is full ({error.filename or 'while writing'}); what was finished before "
-                "is kept: make room and run the same command again"
-            )
-        if error.errno not in _FORBIDDEN:
+        message = _explain(error)
+        if message is None:
             raise
-        _fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}); mend that")
+        _fail(message)
+
+
+def _explain(error: OSError) -> str | None:
+    """The message for what the machine refuses; None if the error is a bug of clipkit's."""
+    if error.errno in FULL:
+        return (
+            f"the disk is full ({error.filename or 'while writing'}); finished work is saved: free "
+            "some space and run the same command again"
+        )
+    if error.errno not in _REFUSED:
+        return None
+    reason = (error.strerror or "unknown error").lower()
+    return f"cannot access {error.filename or 'a file'}: {reason}"
 
 
 def _fail(message: str) -> NoReturn:
-    note(" ".join(f"error: {message}".splitlines()))
+    if options.verbosity == Verbosity.VERBOSE:
+        traceback.print_exc()
+    print_error(" ".join(f"error: {message}".splitlines()))
     sys.exit(1)
 
 
@@ -151,17 +144,18 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning as one plain line: where in the code it arose is of no use to a person."""
-    del category, filename, lineno, file, line
-    note(f"warning: {message}")
+    """A warning as one plain line; its place in the code only with ``--verbose``."""
+    del category, file, line
+    place = f" ({filename}:{lineno})" if options.verbosity == Verbosity.VERBOSE else ""
+    note(f"warning: {message}{place}")
 
 
-# Decoding threads and torch's share the cores: waiting by spinning without end, torch's default,
-# made the same work 2.7 times slower beside another busy process. Sleeping at once is slow too:
-# ViT-S-32 trained at 23 samples a second on two cores, and at 32 where threads spin a while first.
+# Decoding threads share the cores with torch's. Endless spinning, torch's default, makes the same
+# work 2.7 times slower beside another busy process. Sleeping at once is slow too: ViT-S-32 trains
+# at 23 samples a second on two cores, and at 32 if threads spin for a while first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-# Library chatter that means nothing to the person at the terminal.
+# Messages of libraries that mean nothing to the user.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,7 +1,4 @@
-"""clipkit classify.
-
-What an image may be: labels and templates given in words, or a classifier that was saved.
-"""
+"""clipkit classify, and the choice between labels and a saved classifier."""
 
 import os
 from dataclasses import dataclass
@@ -10,11 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import (
+from clipkit.cli.options import (
     DATA_HELP,
-    MODEL_HELP,
+    OUTPUT,
+    Csv,
+    Device,
+    Html,
     ImageColumn,
+    Json,
+    Labels,
+    Model,
     Precision,
+    PrecisionName,
+    Templates,
+)
+from clipkit.cli.output import (
     load_encoder,
     load_maker,
     note,
@@ -32,19 +39,6 @@ if TYPE_CHECKING:
     from clipkit.reports.classification import PredictionFiles
 
 
-Labels = Annotated[
-    str,
-    typer.Option(
-        help="cat,dog,red fox; a file with one per line (fox: red fox, vixen, or animal/fox); "
-        "imagenet; or the directory of a saved classifier."
-    ),
-]
-Templates = Annotated[
-    str | None,
-    typer.Option(help="File of captions, one a line, {} for the label; or openai; or simple."),
-]
-
-
 @dataclass(frozen=True)
 class Choice:
     """Labels with their templates, or a saved classifier."""
@@ -54,21 +48,26 @@ class Choice:
     saved: "Classifier | None"
 
     def load(
-        self, model: str | None, precision: Precision, *, background: bool = False
+        self,
+        model: str | None,
+        precision: PrecisionName | None,
+        device: str | None = None,
+        *,
+        background: bool = False,
     ) -> "tuple[Encoder, Classifier]":
         """The encoder, and the classifier made with it or opened."""
         from clipkit.classifiers.zero_shot import ZeroShotClassifier
 
         if self.saved is None:
-            encoder = load_encoder(model, precision)
+            encoder = load_encoder(model, precision, device)
             made = ZeroShotClassifier.from_labels(
                 encoder, self.labels, self.templates, background=background
             )
             return encoder, made
         if model:
-            encoder = load_encoder(model, precision)
+            encoder = load_encoder(model, precision, device)
         else:
-            encoder = load_maker(self.saved.model, "the classifier", precision)
+            encoder = load_maker(self.saved.model, "the classifier", precision, device)
         self.saved.require(encoder.model)
         return encoder, self.saved
 
@@ -93,37 +92,52 @@ def read_choice(labels: str, templates: str | None) -> Choice:
 
 
 def classify(
-    images: Annotated[list[str], typer.Argument(help=f"Image files, or: {DATA_HELP}")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="DATA...", help=f"Image files, or: {DATA_HELP}")
+    ],
     labels: Labels,
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    model: Model = None,
     templates: Templates = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many labels per image.")] = 3,
+    k: Annotated[int, typer.Option("-k", min=1, help="Labels per image.")] = 3,
     each: Annotated[
-        bool, typer.Option("--each", help="Judge each label by itself: several may be shown.")
+        bool,
+        typer.Option("--each", help="Score each label by itself: an image may show several."),
     ] = False,
     reject: Annotated[
-        bool, typer.Option("--reject", help="Say where an image shows none of the labels.")
+        bool, typer.Option("--reject", help="Mark images that show none of the labels.")
     ] = False,
     calibrate: Annotated[
         str | None,
-        typer.Option(help="Images that do show a label: reject so that 95 % like these are kept."),
-    ] = None,
-    out: Annotated[
-        list[Path] | None,
-        typer.Option(help="A .csv, .json, .html or .png (contact sheet) to write; repeatable."),
+        typer.Option(
+            metavar="DATA", help="Images that show a label: reject so that 95 % of them pass."
+        ),
     ] = None,
     sort: Annotated[
-        Path | None, typer.Option(help="New folder for copies, in a folder for each label.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Copy the images to a new folder, by label."),
     ] = None,
-    link: Annotated[bool, typer.Option("--link", help="Sort links instead of copies.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="With --sort: link, do not copy.")] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Directory to keep the classifier in, for --labels.")
+        Path | None, typer.Option(help="Directory to save the classifier to, for --labels.")
     ] = None,
     image_column: ImageColumn = None,
     precision: Precision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+    html: Html = None,
+    csv: Csv = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            "--contact-sheet",
+            metavar="FILE",
+            help="Write a PNG or JPEG of thumbnails.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
-    """Classify images zero-shot or by a saved classifier."""
+    """Classify images zero-shot or with a saved classifier."""
+    files = _files(html=html, csv=csv, sheet=sheet)
     choice = read_choice(labels, templates)
 
     from clipkit.classifiers.heads import save_classifier
@@ -135,7 +149,7 @@ def classify(
     sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
     examples = open_source(calibrate, caption="", label="") if calibrate else None
     reject = reject or examples is not None
-    encoder, classifier = choice.load(model, precision, background=each or reject)
+    encoder, classifier = choice.load(model, precision, device, background=each or reject)
     if examples:
         calibrate_rejection(examples, encoder, classifier, progress=not as_json)
     if save:
@@ -147,7 +161,7 @@ def classify(
         note(f"skipped {key}: {reason}")
 
     lead = f"{', '.join(images)}, by {encoder.model}."
-    with PredictionFiles(out or [], sort, link=link, lead=lead) as files:
+    with PredictionFiles(files, sort, link=link, lead=lead) as writer:
         predictions = predict_images(
             sources,
             encoder,
@@ -158,13 +172,29 @@ def classify(
             on_skip=on_skip,
             progress=not as_json,
         )
-        if not _print(predictions, files, as_json):
+        if not _print(predictions, writer, as_json, quiet=csv == Path("-")):
             raise no_image(skipped)
     note(f"classified by {encoder.model}")
     note_skipped(len(skipped), "see above")
 
 
-def _print(predictions: "Iterator[Prediction]", files: "PredictionFiles", as_json: bool) -> int:
+def _files(**given: Path | None) -> list[Path]:
+    """The files to write; each option takes only names of its own format."""
+    formats = {"html": (".html",), "csv": (".csv",), "sheet": (".png", ".jpg")}
+    for name, file in given.items():
+        wanted = formats[name]
+        if file and file.suffix.lower() not in wanted and (name, str(file)) != ("csv", "-"):
+            option = "contact-sheet" if name == "sheet" else name
+            raise typer.BadParameter(
+                f"expected a file name that ends in {' or '.join(wanted)}, found {str(file)!r}",
+                param_hint=f"--{option}",
+            )
+    return [file for file in given.values() if file]
+
+
+def _print(
+    predictions: "Iterator[Prediction]", files: "PredictionFiles", as_json: bool, *, quiet: bool
+) -> int:
     """Print and write predictions one by one; returns their number."""
     rows, count = [], 0
     for prediction in predictions:
@@ -172,7 +202,7 @@ def _print(predictions: "Iterator[Prediction]", files: "PredictionFiles", as_jso
         files.add(prediction)
         if as_json:
             print_json(prediction.to_dict())
-        else:
+        elif not quiet:
             rows.append(_row(prediction))
     if rows:
         print_table(("key", "label", "probability", "then"), rows)

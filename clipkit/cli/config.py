@@ -7,18 +7,12 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import (
-    DATA_HELP,
-    CaptionColumn,
-    ImageColumn,
-    note,
-    print_json,
-    print_text,
-)
+from clipkit.cli.options import CaptionColumn, Data, ImageColumn, Json
+from clipkit.cli.output import note, print_json, print_text
 
 
 def init(
-    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    data: Data,
     out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("train.toml"),
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
@@ -38,9 +32,11 @@ def config(
     section: Annotated[
         str | None, typer.Argument(help="model, data, augment, optim or train; default: all.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List the fields of a training configuration with type, default and description."""
+    """List all fields of a training configuration.
+
+    With type, default and description."""
     from clipkit.tasks.config import config_fields
 
     for field in config_fields(section):

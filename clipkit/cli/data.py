@@ -4,16 +4,10 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import (
-    DATA_HELP,
-    CaptionColumn,
-    ImageColumn,
-    LabelColumn,
-    print_json,
-    print_text,
-)
+from clipkit.cli.options import CaptionColumn, Data, ImageColumn, Json, LabelColumn, new_group
+from clipkit.cli.output import print_json, print_text
 
-app = typer.Typer(help="Look at data before it is used.", no_args_is_help=True)
+app = new_group("Look at data before using them.")
 
 
 @app.callback()
@@ -23,16 +17,17 @@ def _group() -> None:
 
 @app.command("check")
 def check(
-    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    data: Data,
     against: Annotated[
-        str | None, typer.Option(help="Another set: report the pairs that both hold (leaks).")
+        str | None,
+        typer.Option(metavar="DATA", help="Report the pairs that these data hold too (leaks)."),
     ] = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     label_column: LabelColumn = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Report what is in data and what is wrong with it."""
+    """Report the contents of data and their problems."""
     from clipkit.tasks.check_data import check_data
 
     report = check_data(

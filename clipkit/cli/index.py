@@ -7,16 +7,27 @@ clipkit embed and clipkit index build.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clipkit.cli.output import (
+from clipkit.cli.options import (
     DATA_HELP,
+    MACHINE,
     MODEL_HELP,
+    BatchSize,
     CaptionColumn,
+    Data,
+    Device,
     ImageColumn,
+    Index,
+    Json,
+    Model,
     Precision,
+    Workers,
+    new_group,
+)
+from clipkit.cli.output import (
     describe_calibration,
     describe_tuning,
     load_encoder,
@@ -24,6 +35,7 @@ from clipkit.cli.output import (
     note_skipped,
     print_facts,
     print_json,
+    print_result,
 )
 
 if TYPE_CHECKING:
@@ -32,18 +44,18 @@ if TYPE_CHECKING:
     from clipkit.tasks.sync import Changes
 
 
-IndexArgument = Annotated[Path, typer.Argument(help="Directory of the index.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+app = new_group("Build indexes of image vectors and keep them up to date.")
 
 
+@app.command("add")
 def add(
-    index: IndexArgument,
+    index: Index,
     images: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
     prefix: Annotated[
         str | None,
         typer.Option(help="What the keys of a new folder begin with; its name if left out."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Add images, or a store, to an index.
 
@@ -54,13 +66,14 @@ def add(
     _print_changes(add_images(index, images, prefix=prefix), as_json)
 
 
+@app.command("sync")
 def sync(
-    index: IndexArgument,
+    index: Index,
     images: Annotated[
         str | None,
         typer.Argument(help="A folder of the index, or one within; all that it was made of."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Bring an index up to date with its folder.
 
@@ -82,8 +95,9 @@ def _print_changes(changes: "Changes", as_json: bool) -> None:
         print_facts((name, value) for name, value in counts.items() if value != "")
 
 
+@app.command("remove")
 def remove(
-    index: IndexArgument,
+    index: Index,
     keys: Annotated[
         list[str] | None, typer.Argument(help="Keys, or patterns such as 'holiday/*'.")
     ] = None,
@@ -91,7 +105,7 @@ def remove(
         typer.FileText | None,
         typer.Option("--from", help="A file of keys or patterns, one a line; - reads stdin."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Take images out of an index; their files stay."""
     names = [*(keys or []), *(line.rstrip("\r\n") for line in keys_from or [])]
@@ -107,20 +121,22 @@ def remove(
             print_facts([("removed", key)])
 
 
-def compact(index: IndexArgument, as_json: AsJson = False) -> None:
+@app.command("compact")
+def compact(index: Index, as_json: Json = False) -> None:
     """Build an index anew from what it holds, freshly trained."""
     from clipkit.tasks.index import compact_index
 
     _print_index(index, compact_index(index), as_json)
 
 
+@app.command("merge")
 def merge(
     indexes: Annotated[list[Path], typer.Argument(help="Directories of two or more indexes.")],
     out: Annotated[Path, typer.Option(help="Directory of the new index.")],
     spec: Annotated[
         str | None, typer.Option(help="FAISS factory string; the first one's if left out.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: Json = False,
 ) -> None:
     """Join indexes of one model into a new one."""
     from clipkit.index.merge import merge_indexes
@@ -128,7 +144,8 @@ def merge(
     _print_index(out, merge_indexes(indexes, out, spec), as_json)
 
 
-def check(index: IndexArgument, as_json: AsJson = False) -> None:
+@app.command("check")
+def check(index: Index, as_json: Json = False) -> None:
     """Examine an index: its files, its rows, and what it finds.
 
     Exit code 1 where something is wrong with it.
@@ -151,9 +168,10 @@ def check(index: IndexArgument, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command("calibrate")
 def calibrate(
-    index: IndexArgument,
-    as_json: AsJson = False,
+    index: Index,
+    as_json: Json = False,
 ) -> None:
     """Make the scores of an index probabilities.
 
@@ -183,10 +201,7 @@ def _as_text(name: str, value: float) -> str:
 
 def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:
     facts = {"index": str(path), "vectors": len(index), "spec": index.spec}
-    if as_json:
-        print_json(facts)
-    else:
-        print_facts(facts.items())
+    print_result(facts, as_json)
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -205,17 +220,6 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-app = typer.Typer(
-    help="Build indexes of image vectors, and keep them up to date.", no_args_is_help=True
-)
-
-
-def _batch_size(text: str) -> int | str:
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise typer.BadParameter(f"{text!r} is neither auto nor a number from 1 on")
-    return text if text == "auto" else int(text)
-
-
 Decode = Annotated[
     Literal["exact", "fast"] | None,
     typer.Option(
@@ -226,44 +230,42 @@ Decode = Annotated[
 
 
 def embed(
-    images: Annotated[str, typer.Argument(help=DATA_HELP)],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    model: Model = None,
     decode: Decode = None,
-    batch_size: Annotated[
-        Any,
-        typer.Option(
-            help="Images encoded at once; auto suits the device.",
-            parser=_batch_size,
-            metavar="<int|auto>",
-        ),
-    ] = "auto",
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     precision: Precision = None,
+    device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
+    as_json: Json = False,
 ) -> None:
     """Encode images and store their vectors.
 
-    Run again, it encodes only what is new or was left by an interrupted run; renamed images keep
+    Run again, it encodes only new images and what an interrupted run left; renamed images keep
     their vectors.
     """
     from clipkit.data.open_source import open_source
 
-    source = open_source(images, image=image_column, caption=caption_column, metadata=True)
+    source = open_source(data, image=image_column, caption=caption_column, metadata=True)
 
     from clipkit.tasks.embed import embed as run
 
-    encoder = load_encoder(model, precision)
-    store = run(source, out, encoder, decode=decode, batch_size=batch_size)
+    encoder = load_encoder(model, precision, device)
+    store = run(source, out, encoder, decode=decode, batch_size=batch_size, workers=workers)
     note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
-    print_facts([("store", out), ("images", len(store)), ("model", store.model)])
+    print_result({"store": str(out), "images": len(store), "model": str(store.model)}, as_json)
 
 
 @app.command("build")
 def build(
     source: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
     out: Annotated[Path, typer.Option(help="Directory of the index.")],
-    model: Annotated[str | None, typer.Option(help=f"Only for images. {MODEL_HELP}")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"For images only. {MODEL_HELP}", rich_help_panel=MACHINE)
+    ] = None,
     spec: Annotated[
         str,
         typer.Option(help="FAISS factory string; auto chooses one by what captions find."),
@@ -277,6 +279,7 @@ def build(
     ] = None,
     decode: Decode = None,
     precision: Precision = None,
+    device: Device = None,
 ) -> None:
     """Index a store, or images.
 
@@ -297,7 +300,7 @@ def build(
         from clipkit.data.open_source import open_source
 
         data = open_source(source, metadata=True)
-        encoder = load_encoder(model, precision)
+        encoder = load_encoder(model, precision, device)
     index = build_index(data, out, encoder, spec=spec, wish=wish, decode=decode)
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:

@@ -5,12 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from clipkit.cli.options import Json
 from clipkit.cli.output import print_facts, print_json
 
 
 def info(
     path: Annotated[Path, typer.Argument(help="A run, checkpoint, store or index.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a directory holds and what made it."""
     from clipkit.tasks.info import describe

@@ -5,21 +5,30 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import note, print_facts
+from clipkit.cli.options import OUTPUT, Json
+from clipkit.cli.output import note, print_facts, print_json
 
 
 def draw(
     collection: Annotated[
         Path, typer.Argument(metavar="INDEX|STORE", help="Directory of an index or a store.")
     ],
-    out: Annotated[Path, typer.Option(help="The page to write; a PNG stands beside it.")] = Path(
-        "map.html"
-    ),
     labels: Annotated[
         str | None,
-        typer.Option(help="Names for clusters: cat,dog,… or a file; '' for none, numbers."),
+        typer.Option(help="Names for clusters: cat,dog,… or a file; '' numbers the clusters."),
     ] = None,
-    clusters: Annotated[int, typer.Option(min=0, help="How many; 0: by the items.")] = 0,
+    clusters: Annotated[
+        int, typer.Option(min=0, help="Number of clusters; 0 chooses it by the number of items.")
+    ] = 0,
+    as_json: Json = False,
+    html: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="The page to write, with a PNG beside it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = Path("map.html"),
 ) -> None:
     """Draw a map of a store or an index."""
     from clipkit.data.labels import EVERYDAY
@@ -27,11 +36,15 @@ def draw(
     from clipkit.tasks.map import draw_map
 
     names = EVERYDAY if labels is None else read_labels(labels) if labels else ()
-    note("laying out the map; 50,000 items take a few minutes")
-    drawn = draw_map(collection, out, labels=names, clusters=clusters)
-    facts = [("page", drawn.page), ("image", drawn.image)]
+    note("computing the layout; 50,000 items take a few minutes")
+    drawn = draw_map(collection, html, labels=names, clusters=clusters)
     if drawn.items < drawn.total:
-        note(f"drew {drawn.items:,} of {drawn.total:,} items, chosen evenly")
+        note(f"drew a sample of {drawn.items:,} of {drawn.total:,} items")
     if drawn.without_image:
-        note(f"{drawn.without_image:,} items show no picture: it is in no file, or gone")
+        note(f"{drawn.without_image:,} items have no thumbnail: their image file is missing")
+    if as_json:
+        files = {"page": str(drawn.page), "image": str(drawn.image)}
+        print_json({**files, "items": drawn.items, "clusters": dict(drawn.clusters)})
+        return
+    facts = [("page", drawn.page), ("image", drawn.image)]
     print_facts([*facts, *((name, f"{size:,}") for name, size in drawn.clusters)])

@@ -1,8 +1,7 @@
-"""What an index finds and what its scores mean, for people: index calibrate and shared printing.
+"""What commands print: tables and facts for people, JSON and CSV for programs.
 
-Printing, and the arguments that several commands share.
-
-Tables for people, one JSON object a line for programs.
+Results go to stdout, notes to stderr. Text from outside, such as file names, is printed with its
+control characters escaped.
 """
 
 import csv
@@ -10,9 +9,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
+from clipkit.cli import options
+from clipkit.cli.options import PrecisionName, Verbosity
+from clipkit.errors import ArtifactError
 
 if TYPE_CHECKING:
     from clipkit.artifacts import ModelRef
@@ -20,26 +22,6 @@ if TYPE_CHECKING:
     from clipkit.index.hits import Hit, Hits
     from clipkit.models.encoder import Encoder
 
-
-MODEL_HELP = (
-    "A run or checkpoint directory; NAME/TAG or NAME/path/to/weights with an open_clip model "
-    "name; or hf-hub:org/name."
-)
-DATA_HELP = (
-    "A folder (sidecar texts, metadata.csv|jsonl, or class folders), CSV/TSV, JSONL, Parquet, "
-    "WebDataset tars (shards-{000..012}.tar), hf:org/name:split, or a saved datasets directory."
-)
-ImageColumn = Annotated[str | None, typer.Option(help="Column of the images, if not a usual name.")]
-CaptionColumn = Annotated[
-    str | None, typer.Option(help="Column of the captions, if not a usual name; '' for none.")
-]
-LabelColumn = Annotated[
-    str | None, typer.Option(help="Column of the labels, if not a usual name; '' for none.")
-]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16"] | None,
-    typer.Option(help="fp32 is exact; bf16 is faster on machines made for it; auto chooses."),
-]
 
 # A file name may hold what a terminal takes for a command, or for a new line.
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)]}
@@ -85,9 +67,53 @@ def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
         print(f"{name.ljust(width)}  {value}".rstrip())
 
 
-def note(message: str) -> None:
-    """Tell a person something that is not the result: on stderr, each line of it a line."""
+def write_csv(file: Path, rows: Sequence[dict[str, Any]], header: Sequence[str] = ()) -> None:
+    """Write rows as a CSV table to a file, or to stdout for ``-``.
+
+    Args:
+        file: what ``--csv`` names.
+        rows: values by column; the columns are those of the first row.
+        header: the columns of a table without rows.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+
+    def write(stream: TextIO) -> None:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(rows[0] if rows else header)
+        table.writerows(row.values() for row in rows)
+
+    if file == Path("-"):
+        write(sys.stdout)
+        return
+    try:
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            write(stream)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {file}: {error.strerror}; name another file with --csv"
+        ) from None
+    note(f"wrote {file}")
+
+
+def print_result(facts: dict[str, Any], as_json: bool) -> None:
+    """Named values: one JSON object, or a line each."""
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts(facts.items())
+
+
+def print_error(message: str) -> None:
+    """Print to stderr, whatever the verbosity."""
     print("\n".join(map(printable, message.splitlines())), file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """Print what is not the result, to stderr; nothing with ``--quiet``."""
+    if options.verbosity > Verbosity.QUIET:
+        print_error(message)
 
 
 def note_skipped(count: int, where: str) -> None:
@@ -106,20 +132,26 @@ def model_or_default(model: str | None) -> str:
     return DEFAULT_MODEL
 
 
-def load_encoder(model: str | None, precision: Precision) -> "Encoder":
-    """The encoder of the MODEL named, or of the default one, in the precision named or ours."""
+def load_encoder(
+    model: str | None, precision: PrecisionName | None, device: str | None = None
+) -> "Encoder":
+    """The encoder that ``--model``, ``--precision`` and ``--device`` name."""
     from clipkit.models.inference_precision import DEFAULT_PRECISION
     from clipkit.models.loading import load_model
 
-    return load_model(model_or_default(model), precision=precision or DEFAULT_PRECISION)
+    return load_model(
+        model_or_default(model), precision=precision or DEFAULT_PRECISION, device=device
+    )
 
 
-def load_maker(model: "ModelRef", what: str, precision: Precision) -> "Encoder":
-    """The encoder that made something, in the precision named or ours."""
+def load_maker(
+    model: "ModelRef", what: str, precision: PrecisionName | None, device: str | None = None
+) -> "Encoder":
+    """The encoder that a manifest names, with ``--precision`` and ``--device``."""
     from clipkit.models.inference_precision import DEFAULT_PRECISION
     from clipkit.models.loading import load_model_ref
 
-    return load_model_ref(model, what, precision=precision or DEFAULT_PRECISION)
+    return load_model_ref(model, what, precision=precision or DEFAULT_PRECISION, device=device)
 
 
 def describe_calibration(found: "Calibration | None") -> list[tuple[str, str]]:
@@ -180,9 +212,11 @@ def print_pictures(hits: "Hits") -> None:
 
 
 def print_described(
-    found: "Sequence[tuple[str | None, Sequence[Hit], Sequence[dict[str, Any]]]]", as_csv: bool
+    found: "Sequence[tuple[str | None, Sequence[Hit], Sequence[dict[str, Any]]]]",
+    as_json: bool,
+    file: Path | None,
 ) -> None:
-    """Hits with their records, of each query of several: a JSON object a line, or a CSV table."""
+    """Hits of several queries with their records: JSON, one object a line, or a CSV file."""
     lines: list[dict[str, Any]] = []
     for query, hits, records in found:
         asked = {} if query is None else {"query": query}
@@ -190,14 +224,13 @@ def print_described(
             chance = {} if hit.probability is None else {"probability": hit.probability}
             told = {**asked, "rank": rank, "score": hit.score, **chance, "key": hit.key}
             lines.append({**told, **record})
-    if not as_csv:
+    if as_json:
         for line in lines:
             print_json(line)
+    if file is None:
         return
     for line in lines:
         line["captions"] = "\n".join(line["captions"])
         more = line.pop("more")
         line |= {name if name not in line else f"more_{name}": more[name] for name in more}
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(lines[0] if lines else ("rank", "score", "key"))
-    table.writerows(line.values() for line in lines)
+    write_csv(file, lines, ("rank", "score", "key"))

@@ -1,31 +1,27 @@
 """clipkit plot."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from clipkit.cli.output import print_facts
-
-
-class Axis(StrEnum):
-    """What runs to the right."""
-
-    step = "step"
-    time = "time"
+from clipkit.cli.options import Json
+from clipkit.cli.output import print_result
 
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("runs.png"),
-    by: Annotated[Axis, typer.Option(help="Over steps, or over minutes of training.")] = Axis.step,
+    by: Annotated[
+        Literal["step", "time"], typer.Option(help="Horizontal axis: steps, or minutes.")
+    ] = "step",
+    as_json: Json = False,
 ) -> None:
-    """Draw the curves of training runs over each other.
+    """Plot the curves of training runs in one picture.
 
-    Loss, held-out recall, learning rate and throughput; of runs under way too.
+    Loss, held-out recall, learning rate and throughput, also of unfinished runs.
     """
     from clipkit.tasks.plot import plot_runs
 
-    plot_runs(runs, out, by.value)
-    print_facts([("picture", out)])
+    plot_runs(runs, out, by)
+    print_result({"picture": str(out)}, as_json)

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.output import note, print_described, print_hits, print_pictures
+from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, Json
+from clipkit.cli.output import load_maker, note, print_described, print_hits, print_pictures
 
 if TYPE_CHECKING:
     from clipkit.index.hits import Hits
 
 
 def search(
-    index: Annotated[Path, typer.Argument(help="Directory of the index.")],
+    index: Index,
     query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
     image: Annotated[
         str | None,
@@ -41,11 +42,13 @@ def search(
         typer.Option("--from", help="A file of queries, one a line; - reads stdin."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV table.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page of thumbnails, too.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+    html: Html = None,
+    csv: Csv = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Show the pictures, where the terminal can.")
+        bool,
+        typer.Option("--show", help="Show the images in the terminal.", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
     """Find images by text, by image, or by both together."""
@@ -54,8 +57,9 @@ def search(
         raise typer.BadParameter("--from takes a file of queries, and no other query")
     if query is None and image is None and not (like or minus or asked):
         raise typer.BadParameter("name a query, an --image, or both")
-    if as_json + as_csv + show > 1:
-        raise typer.BadParameter("one of --json, --csv and --show, not several")
+    printed = csv == Path("-")
+    if as_json + printed + show > 1:
+        raise typer.BadParameter("choose one of --json, --csv - and --show")
     from clipkit.index.vector_index import VectorIndex
 
     opened = VectorIndex.open(index)
@@ -65,6 +69,9 @@ def search(
 
     from clipkit.tasks.search import write_page
 
+    if device is not None:
+        encoder = load_maker(opened.model, f"the index {index}", "fp32", device)
+        opened = opened.with_encoder(encoder)
     found: list[tuple[str | None, Hits]] = []
     wanted: list[str | None] = [*asked] or [query]
     for words in wanted:
@@ -80,11 +87,11 @@ def search(
             distinct=distinct,
         )
         found.append((words if asked else None, hits))
-        if not (as_json or as_csv):
+        if not (as_json or printed):
             _print(words if asked else None, hits, show)
         _note_no_match(hits)
-    if as_json or as_csv:
-        print_described([(*one, one[1].records()) for one in found], as_csv)
+    if as_json or csv:
+        print_described([(*one, one[1].records()) for one in found], as_json, csv)
     if html is not None:
         write_page([hits for _, hits in found], html)
     note(f"answered by {opened.model}")

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import Precision, note
+from clipkit.cli.options import Index, Precision
+from clipkit.cli.output import note
 
 
 def serve(
-    index: Annotated[Path, typer.Argument(help="Directory of the index.")],
+    index: Index,
     host: Annotated[
         str, typer.Option(help="Bind address; non-loopback requires --token.")
     ] = "127.0.0.1",

@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
+from clipkit.cli.options import Json
 from clipkit.cli.output import print_facts, print_json
 
 
 def tokenize(
     texts: Annotated[list[str], typer.Argument(help="The texts.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show how a model reads texts.
 

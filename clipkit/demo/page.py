@@ -231,7 +231,7 @@ def _commands(shown: Path) -> list[tuple[str, str]]:
         ("Measure recall:", f"clipkit eval retrieval {unseen} --model {run}"),
         (
             "Measure zero-shot accuracy:",
-            f"clipkit eval zeroshot {unseen} --model {run} \\\n    {labels}",
+            f"clipkit eval zero-shot {unseen} --model {run} \\\n    {labels}",
         ),
         (
             "Embed the pictures, index the vectors, search:",

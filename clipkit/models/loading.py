@@ -117,13 +117,18 @@ def load_clip(model: str) -> tuple[Any, ModelRef]:
 
 
 def load_model_ref(
-    model: ModelRef, what: str = "this artifact", *, precision: Precision = DEFAULT_PRECISION
+    model: ModelRef,
+    what: str = "this artifact",
+    *,
+    device: str | torch.device | None = None,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> Encoder:
     """Load the model that an artifact was built with, and check that it is unchanged.
 
     Args:
         model: the reference in the artifact's manifest.
         what: names the artifact in errors.
+        device: as in ``load_model``.
         precision: as in ``load_model``; vectors of both precisions are compatible.
 
     Raises:
@@ -136,7 +141,7 @@ def load_model_ref(
             "cannot be loaded by name; load it again and pass it as encoder="
         )
     name = f"{model.name}/{model.weights}" if model.weights else model.name
-    encoder = load_model(name, precision=precision)
+    encoder = load_model(name, device=device, precision=precision)
     model.require(
         encoder.model,
         what=what,

@@ -1,4 +1,4 @@
-"""Compare two models on the same data: ``clipkit compare A B --data D``."""
+"""Compare two models on the same data: ``clipkit eval compare A B --data D``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Few-shot classification: ``clipkit probe DATA --model M --shots 1,2,4,8,16``."""
+"""Few-shot classification: ``clipkit eval probe DATA --model M --shots 1,2,4,8,16``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -257,7 +257,7 @@ def test_probe_on_the_command_line(albums, tiny_checkpoint, tmp_path, capsys, mo
         return printed.out, printed.err
 
     words = [albums, "--model", tiny_checkpoint, "--shots", "1,4", "--seeds", "2"]
-    out, err = run("probe", *words, "--test", albums, "--save", tmp_path / "head", "--json")
+    out, err = run("eval", "probe", *words, "--test", albums, "--save", tmp_path / "head", "--json")
     found = json.loads(out)
     assert len(found["rows"]) == 9
     assert (found["tested"], found["classes"]) == (90, 3)
@@ -267,13 +267,13 @@ def test_probe_on_the_command_line(albums, tiny_checkpoint, tmp_path, capsys, mo
         one["predictions"][0]["label"] == one["key"].partition("/")[0]
         for one in map(json.loads, out.splitlines())
     ]
-    zeroshot, _ = run("eval", "zeroshot", albums, "--labels", tmp_path / "head", "--json")
+    zeroshot, _ = run("eval", "zero-shot", albums, "--labels", tmp_path / "head", "--json")
     assert json.loads(zeroshot)["top1"] == pytest.approx(np.mean(right))
-    out, _ = run("probe", *words, "--methods", "neighbours")
+    out, _ = run("eval", "probe", *words, "--methods", "neighbours")
     assert [line.split()[0] for line in out.splitlines()[-3:]] == [
         "zero-shot",
         "neighbours",
         "neighbours",
     ]
-    assert "expected one of linear" in run("probe", *words, "--methods", "magic", code=1)[1]
-    run("probe", *words[:-4], "--shots", "0", code=2)
+    assert "expected one of linear" in run("eval", "probe", *words, "--methods", "magic", code=1)[1]
+    run("eval", "probe", *words[:-4], "--shots", "0", code=2)

@@ -1,6 +1,7 @@
 """The commands, end to end: exit codes, what goes to which stream, and the values they print."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -8,6 +9,7 @@ import warnings
 import numpy as np
 import open_clip
 import pytest
+import typer
 from PIL import Image
 
 import clipkit
@@ -123,7 +125,7 @@ def test_wrong_usage_exits_2_and_prints_no_result(run, words):
         (["classify", "nothing", "--labels", "a,b"], "does not exist"),
         (["classify", "nothing", "--labels", "a,a"], "twice"),
         (["eval", "retrieval", "nothing", "--model", "m"], "does not exist"),
-        (["eval", "zeroshot", "nothing", "--model", "m", "--labels", "a,b"], "does not exist"),
+        (["eval", "zero-shot", "nothing", "--model", "m", "--labels", "a,b"], "does not exist"),
         (["train", "nothing.toml", "--out", "o"], "expected a TOML file"),
         (["serve", "nothing", "--port", "0"], "does not exist"),
         (["serve", "nothing", "--host", "0.0.0.0"], "expected a --token"),
@@ -161,13 +163,13 @@ main()
         (
             "PermissionError(13, 'Permission denied', 'x')",
             1,
-            "error: x cannot be used (Permission denied); mend that",
+            "error: cannot access x: permission denied",
         ),
         (
             "OSError(28, 'No space left on device', 'x')",
             1,
-            "error: the disk is full (x); what was finished before is kept: make room and run the "
-            "same command again",
+            "error: the disk is full (x); finished work is saved: free some space and run the same "
+            "command again",
         ),
     ],
 )
@@ -197,17 +199,9 @@ def test_lists_of_commands_hold_whole_sentences(run, group):
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
     if not group:
         names = [line.split()[0] for line in listed]
-        assert names[:6] == ["train", "embed", "index", "search", "classify", "eval"]
-        assert sorted(names[6:]) == [
-            "compare",
-            "data",
-            "demo",
-            "info",
-            "map",
-            "plot",
-            "probe",
-            "serve",
-            "tokenize",
+        assert names == [
+            *("init", "config", "train", "embed", "index", "search", "classify", "eval"),
+            *("serve", "map", "plot", "data", "tokenize", "info", "demo"),
         ]
 
 
@@ -223,6 +217,88 @@ def test_where_no_model_is_named_the_output_says_which_it_is(
     ):
         _, err = run(*words)
         assert f"using the model {tiny_checkpoint}; name another one with --model" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "now"),
+    [
+        ("compare a b --data c", "use `clipkit eval compare`"),
+        ("probe photos --model m", "use `clipkit eval probe`"),
+        ("eval zeroshot photos --labels a,b", "use `clipkit eval zero-shot`"),
+        ("eval retrieval photos --model m --report page.html", "use --html"),
+        ("eval retrieval photos --model m --apart", "use --equal-captions apart"),
+        ("eval zero-shot photos --labels a,b --report=page.html", "use --html"),
+        ("classify photos --labels a,b --out page.html", "use --html, --csv or --contact-sheet"),
+        ("map index --out map.html", "use --html"),
+    ],
+)
+def test_old_spellings_are_refused_with_the_new_one(run, words, now):
+    out, err = run(*words.split(), code=2)
+    assert not out
+    assert "was renamed" in err
+    assert now in err
+
+
+def test_shared_options_have_one_spelling_and_one_help_text():
+    """Whichever command takes an option, its name, type and text are the same."""
+    from clipkit.cli import app, options
+
+    found = {}
+    shared = {"--json", "--html", "--csv", "--model", "--precision", "--device", "--workers"}
+    shared |= {"--batch-size", "--image-column", "--caption-column", "--label-column"}
+
+    def walk(command, path):
+        for name, one in getattr(command, "commands", {}).items():
+            walk(one, f"{path} {name}".strip())
+        own = 0
+        for param in command.params:
+            (name,) = param.opts[-1:]
+            if param.param_type_name != "option" or name == "--help":
+                continue
+            panel = getattr(param, "rich_help_panel", None)
+            own += panel is None
+            if name in shared:
+                assert panel in (options.COLUMNS, options.MACHINE, options.OUTPUT), (path, name)
+                if (path, name) not in EXCEPTIONS:
+                    found.setdefault(name, set()).add(param.help)
+        assert own <= 9, f"{path} has {own} options of its own"
+
+    walk(typer.main.get_command(app), "")
+    assert set(found) == shared
+    assert {name: texts for name, texts in found.items() if len(texts) > 1} == {}
+
+
+EXCEPTIONS = {("index build", "--model"), ("map", "--html")}
+"""Options that add something to the shared text."""
+
+
+def test_quiet_and_verbose_stand_before_or_after_the_command(run, colour_folder, tmp_path):
+    (colour_folder / "red-1.png").write_bytes(b"")
+    words = ["init", colour_folder, "--out"]
+    _, err = run(*words, tmp_path / "a.toml")
+    assert "train with: clipkit train" in err
+    for number, place in enumerate([(0, "--quiet"), (3, "--quiet")]):
+        more = [*words, tmp_path / f"b{number}.toml"]
+        more.insert(*place)
+        out, err = run(*more)
+        assert "[train]" in out
+        assert not err
+    _, err = run("--quiet", "info", tmp_path / "nothing", code=1)
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    _, err = run("info", tmp_path / "nothing", "--verbose", code=1)
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_shells_complete_commands():
+    environment = {**os.environ, "_CLIPKIT_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    environment["COMP_WORDS"] = "clipkit eval ret"
+    code = "import sys; from clipkit.cli import main; sys.argv = ['clipkit']; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["retrieval"]
 
 
 # tokenize
@@ -273,7 +349,7 @@ def test_columns_of_any_name_can_be_named(run, colour_folder, tiny_checkpoint, t
     assert (objects(out)[0]["captions"], objects(out)[0]["labels"]) == (2, {"red": 1, "blue": 1})
     out, _ = run("eval", "retrieval", table, *image, *caption, *model, "--json")
     assert (objects(out)[0]["images"], objects(out)[0]["captions"]) == (2, 2)
-    out, _ = run("eval", "zeroshot", table, *image, *label, *model, "--labels", "red,blue")
+    out, _ = run("eval", "zero-shot", table, *image, *label, *model, "--labels", "red,blue")
     assert facts(out)["images"].strip() == "2"
     out, _ = run("classify", table, *image, *model, "--labels", "red,blue", "--json")
     assert [item["key"] for item in objects(out)] == ["red-0.png", "blue-0.png"]
@@ -336,7 +412,7 @@ def test_search_prints_what_the_index_finds(run, index, encoder, colour_folder, 
         [str(rank), f"{hit['score']:.3f}", hit["key"]]
         for rank, hit in enumerate(objects(run("search", index, *words, "-k", 5, "--json")[0]), 1)
     ]
-    assert err == f"classified by {encoder.model}\n"
+    assert err == f"answered by {encoder.model}\n"
 
 
 def test_a_query_that_is_too_long_shows_what_was_not_read(run, index):
@@ -412,7 +488,7 @@ def test_a_file_name_cannot_command_the_terminal(run, tiny_checkpoint, tmp_path)
 def test_eval_retrieval_prints_the_metrics(run, colour_folder, tiny_checkpoint, encoder):
     (colour_folder / "red-1.txt").write_text("red\nvery red\n")
     (colour_folder / "red-2.txt").unlink()
-    words = [colour_folder, "--model", tiny_checkpoint, "--apart"]
+    words = [colour_folder, "--model", tiny_checkpoint, "--equal-captions", "apart"]
     out, err = run("eval", "retrieval", *words, "--json")
     keys, images = pictures(colour_folder)
     used = [key for key in keys if key != "red-2.png"]
@@ -437,7 +513,7 @@ def test_eval_retrieval_prints_the_metrics(run, colour_folder, tiny_checkpoint, 
 
 def test_eval_zeroshot_prints_the_metrics(run, class_folder, tiny_checkpoint, encoder):
     words = ["--model", tiny_checkpoint, "--labels", ",".join(LABELS)]
-    out, _ = run("eval", "zeroshot", class_folder, *words, "--json")
+    out, _ = run("eval", "zero-shot", class_folder, *words, "--json")
     keys, images = pictures(class_folder)
     classifier = clipkit.ZeroShotClassifier.from_labels(encoder, LABELS, DEFAULT_TEMPLATES)
     probabilities = classifier.probabilities(encoder.encode_images(images))
@@ -449,7 +525,7 @@ def test_eval_zeroshot_prints_the_metrics(run, class_folder, tiny_checkpoint, en
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert (found["images"], found["classes"], found["task"]) == (6, 3, "zero-shot")
     words[-1] = "red,green"
-    assert "not among --labels: blue" in run("eval", "zeroshot", class_folder, *words, code=1)[1]
+    assert "not among --labels: blue" in run("eval", "zero-shot", class_folder, *words, code=1)[1]
 
 
 # train and info

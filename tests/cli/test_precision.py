@@ -54,10 +54,10 @@ def albums(tmp_path):
     "words",
     [
         "eval retrieval {colours} --model {model}",
-        "eval zeroshot {albums} --labels red,green,blue --model {model}",
+        "eval zero-shot {albums} --labels red,green,blue --model {model}",
         "eval suite {albums}/../suite.toml --out {albums}/../results --model {model}",
-        "compare {model} {model} --data {colours}",
-        "probe {albums} --shots 1 --seeds 1 --methods neighbours --model {model}",
+        "eval compare {model} {model} --data {colours}",
+        "eval probe {albums} --shots 1 --seeds 1 --methods neighbours --model {model}",
         "classify {albums} --labels red,green,blue --model {model}",
         "embed {albums} --out {albums}/../store --model {model}",
         "index build {albums} --out {albums}/../index --model {model}",

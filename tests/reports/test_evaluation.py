@@ -67,7 +67,7 @@ def run(monkeypatch, capsys):
 def test_the_page_of_a_retrieval(run, colour_folder, tiny_checkpoint, tmp_path):
     (colour_folder / "red-1.txt").write_text("<b>not bold</b>\n")
     (colour_folder / "red-2.txt").unlink()
-    words = [colour_folder, "--model", tiny_checkpoint, "--report", tmp_path / "page.html"]
+    words = [colour_folder, "--model", tiny_checkpoint, "--html", tmp_path / "page.html"]
     told = run("eval", "retrieval", *words)
     html = (tmp_path / "page.html").read_text()
     page = read(html)
@@ -93,7 +93,7 @@ def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):
             Image.fromarray(pixels).save(tmp_path / "albums" / name / f"{number}.png")
     words = ["--model", tiny_checkpoint, "--labels", ",".join([*COLOURS, "grey"])]
     told = run(
-        *["eval", "zeroshot", tmp_path / "albums", *words, "--report", tmp_path / "page.html"]
+        *["eval", "zero-shot", tmp_path / "albums", *words, "--html", tmp_path / "page.html"]
     )
     page = read((tmp_path / "page.html").read_text())
     text = " ".join(page.text)

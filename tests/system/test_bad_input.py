@@ -255,7 +255,7 @@ def commands(source, tmp_path, model):
         ["index", "build", source, "--out", tmp_path / "out", "--model", model],
         ["classify", source, "--labels", "red,blue", "--model", model],
         ["eval", "retrieval", source, "--model", model],
-        ["eval", "zeroshot", source, "--labels", "red,blue", "--model", model],
+        ["eval", "zero-shot", source, "--labels", "red,blue", "--model", model],
         ["data", "check", source],
     ]
 

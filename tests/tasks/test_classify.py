@@ -265,12 +265,11 @@ def test_a_classifier_refuses_strangers_and_damage(
 
 
 def test_tables_pages_and_sheets(run, colour_folder, tiny_checkpoint, tmp_path):
-    files = [tmp_path / f"o.{form}" for form in ("csv", "json", "html", "png", "jpg")]
-    outs = [word for file in files for word in ("--out", file)]
+    files = [tmp_path / f"o.{form}" for form in ("csv", "html", "png")]
+    outs = ["--csv", files[0], "--html", files[1], "--contact-sheet", files[2]]
     words = [colour_folder, "--labels", ",".join(LABELS), "--model", tiny_checkpoint]
     out, _ = run("classify", *words, "--reject", "--json", *outs)
     told = [json.loads(line) for line in out.splitlines()]
-    assert [json.loads(line) for line in files[1].read_text().splitlines()] == told
     with files[0].open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     for row, one in zip(rows, told, strict=True):
@@ -279,27 +278,28 @@ def test_tables_pages_and_sheets(run, colour_folder, tiny_checkpoint, tmp_path):
         assert row["label"] == ("none of these" if one["rejected"] else best["label"])
         assert (row["label_1"], float(row["probability_1"])) == (best["label"], best["score"])
         assert float(row["shows_any"]) == one["shows_any"]
-    page = files[2].read_text()
+    page = files[1].read_text()
     assert page.count("data:image/jpeg;base64,") == 12
     assert "<script" not in page
     assert "http" not in page
-    for file in files[3:]:
-        with Image.open(file) as sheet:
-            assert sheet.width == 8 * 134 + 6
-            assert sheet.height >= 128
+    with Image.open(files[2]) as sheet:
+        assert sheet.width == 8 * 134 + 6
+        assert sheet.height >= 128
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "colours",
         *sorted(f.name for f in files),
     ]
-    _, err = run("classify", *words, "--out", tmp_path / "o.xlsx", code=1)
-    assert "expected one of .csv, .json" in err
+    out, _ = run("classify", *words, "--reject", "--csv", "-")
+    assert out.splitlines() == files[0].read_text().splitlines()
+    _, err = run("classify", *words, "--csv", tmp_path / "o.xlsx", code=2)
+    assert "expected a file name that ends in .csv" in " ".join(err.split())
 
 
 def test_nothing_is_left_of_a_run_that_fails(run, colour_folder, tiny_checkpoint, tmp_path):
     for picture in colour_folder.glob("*.png"):
         picture.write_bytes(b"")
     words = [colour_folder, "--labels", "red,blue", "--model", tiny_checkpoint]
-    run(*["classify", *words, "--out", tmp_path / "o.csv", "--sort", tmp_path / "sorted"], code=1)
+    run(*["classify", *words, "--csv", tmp_path / "o.csv", "--sort", tmp_path / "sorted"], code=1)
     assert [path.name for path in tmp_path.iterdir()] == ["colours"]
 
 

@@ -261,7 +261,7 @@ def test_compare_on_the_command_line(
         assert not end.value.code, printed.err
         return printed.out
 
-    models = ["compare", tiny_checkpoint, stranger.model.name]
+    models = ["eval", "compare", tiny_checkpoint, stranger.model.name]
     names = (str(tiny_checkpoint), stranger.model.name)
     wanted = compare(*names, str(colour_folder), progress=False)
     assert wanted.names == names

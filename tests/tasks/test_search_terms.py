@@ -123,7 +123,7 @@ def test_the_command_takes_all_of_it(tmp_path, colour_folder, tiny_checkpoint, m
     (tmp_path / "queries.txt").write_text("red\n\na blue picture\n")
     page = tmp_path / "page.html"
     asked = ("search", index, "--from", tmp_path / "queries.txt")
-    out, _ = run(*asked, "-k", 2, "--csv", "--html", page)
+    out, _ = run(*asked, "-k", 2, "--csv", "-", "--html", page)
     lines = list(csv.DictReader(out.splitlines()))
     queries = ["red", "red", "a blue picture", "a blue picture"]
     assert [line["query"] for line in lines] == queries

@@ -249,11 +249,11 @@ def test_the_commands_show_what_the_table_says(photos, tmp_path, tiny_checkpoint
         assert (hit["captions"], hit["label"]) == ([row["caption"]], None)
         assert hit["more"]["year"] == row["year"]
         assert hit["more"]["taken"] == str(row["taken"])
-    table = list(csv.DictReader(run(*asked, "--csv")[0].splitlines()))
+    table = list(csv.DictReader(run(*asked, "--csv", "-")[0].splitlines()))
     assert [line["key"] for line in table] == [hit["key"] for hit in hits]
     assert [(line["year"], line["table_size"]) for line in table] == [
         (str(kept[hit["key"]]["year"]), kept[hit["key"]]["size"]) for hit in hits
     ]
-    assert run(*asked[:-1], "year > 3000", "--csv")[0] == "rank,score,key\n"
+    assert run(*asked[:-1], "year > 3000", "--csv", "-")[0] == "rank,score,key\n"
     assert "did you mean year" in run(*asked[:-1], "yaer > 1", code=1)[1]
-    run(*asked, "--csv", "--json", code=2)
+    run(*asked, "--csv", "-", "--json", code=2)

@@ -1,17 +1,11 @@
 """Few-shot classifiers, against scikit-learn and the formulas of the papers."""
 
-import json
-import sys
-import warnings
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.linear_model import LogisticRegression as SkLogistic
 from sklearn.neighbors import KNeighborsClassifier
 
-import clipkit
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.few_shot import (
     ALPHAS,
@@ -28,11 +22,6 @@ from clipkit.classifiers.heads import (
     save_classifier,
 )
 from clipkit.classifiers.zero_shot import ZeroShotClassifier
-from clipkit.cli import main
-from clipkit.data.open_source import open_source
-from clipkit.errors import DataError
-from clipkit.tasks.probe import draw, probe
-from tests.helpers.pictures import COLOURS
 from tests.helpers.toys import unit_rows
 
 DIM, CLASSES = 16, 5
@@ -172,108 +161,3 @@ def test_a_saved_head_gives_the_same_logits(text, method, tmp_path):
     others = sample(10, 2).vectors
     np.testing.assert_array_equal(head.logits(others), again.logits(others))
     assert (again.labels, again.fingerprint) == (head.labels, head.fingerprint)
-
-
-def test_a_draw_takes_the_shots_of_each_class_without_repetition():
-    pool = sample(200, 0)
-    for shots, others in ((1, 1), (3, 3), (16, 4)):
-        learned, held_out = draw(pool, shots, seed=1)
-        assert (np.bincount(learned.targets) == shots).all()
-        assert (np.bincount(held_out.targets) == others).all()
-        both = np.concatenate([learned.vectors, held_out.vectors])
-        assert len(np.unique(both, axis=0)) == len(both)
-    other = draw(pool, 3, seed=2)[0]
-    assert not np.array_equal(other.vectors, draw(pool, 3, seed=1)[0].vectors)
-
-
-@pytest.fixture
-def albums(tmp_path):
-    """Thirty noisy pictures of each of three colours."""
-    generator = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        (tmp_path / "albums" / name).mkdir(parents=True)
-        for number in range(30):
-            noise = generator.integers(-200, 200, (16, 16, 3)) + generator.integers(-60, 60, 3)
-            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "albums" / name / f"{number}.png")
-    return tmp_path / "albums"
-
-
-def test_probing_a_model(albums, tiny_checkpoint):
-    encoder = clipkit.load_model(tiny_checkpoint)
-    found = probe(
-        open_source(albums), encoder, shots=(8, 1, 20), methods=["linear"], seeds=3, progress=False
-    )
-    assert [(row.method, row.shots) for row in found.results] == [
-        ("zero-shot", 0),
-        ("linear", 1),
-        ("linear", 8),
-    ]
-    assert "20 shots are left out: 'blue' has 15 training images" in found.notes[0]
-    assert found.tested == 45
-    for row in found.results:
-        assert row.accuracy.value == pytest.approx(np.mean(row.by_seed))
-        assert row.accuracy.low <= row.accuracy.value <= row.accuracy.high
-        # As many of each class are tested on.
-        assert row.mean_per_class.value == pytest.approx(row.accuracy.value)
-    assert found.results[2].accuracy.value > found.results[0].accuracy.value
-    json.dumps(found.to_dict())
-    frame = found.to_pandas()
-    assert list(frame["shots"]) == [0, 1, 8]
-    assert frame["accuracy"][2] == found.results[2].accuracy.value
-    assert "linear" in found._repr_html_()
-    with pytest.raises(TypeError, match="methods is one string"):
-        probe(albums, encoder, methods="linear", progress=False)
-    with pytest.raises(DataError, match="has 15 training images of 'blue', expected 17"):
-        probe(open_source(albums), encoder, shots=(16,), progress=False)
-    with pytest.raises(DataError, match="expected two or more; name a label column"):
-        probe(open_source(albums / "red"), encoder, progress=False)
-
-
-def test_shots_are_fitted_on_one_thread(albums, tiny_checkpoint, monkeypatch):
-    seen = []
-    fit = METHODS["neighbours"]
-    monkeypatch.setitem(
-        METHODS, "neighbours", lambda *data: (seen.append(torch.get_num_threads()), fit(*data))[1]
-    )
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        encoder, source = clipkit.load_model(tiny_checkpoint), open_source(albums)
-        probe(source, encoder, shots=(2,), methods=["neighbours"], seeds=3, progress=False)
-        after = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
-    assert (seen, after) == ([1, 1, 1], 2)
-
-
-def test_probe_on_the_command_line(albums, tiny_checkpoint, tmp_path, capsys, monkeypatch):
-    def run(*words, code=0):
-        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        assert (end.value.code or 0) == code, printed.err
-        return printed.out, printed.err
-
-    words = [albums, "--model", tiny_checkpoint, "--shots", "1,4", "--seeds", "2"]
-    out, err = run("eval", "probe", *words, "--test", albums, "--save", tmp_path / "head", "--json")
-    found = json.loads(out)
-    assert len(found["rows"]) == 9
-    assert (found["tested"], found["classes"]) == (90, 3)
-    assert f"saved the {found['best']} classifier" in err
-    out, _ = run("classify", albums, "--labels", tmp_path / "head", "--json")
-    right = [
-        one["predictions"][0]["label"] == one["key"].partition("/")[0]
-        for one in map(json.loads, out.splitlines())
-    ]
-    zeroshot, _ = run("eval", "zero-shot", albums, "--labels", tmp_path / "head", "--json")
-    assert json.loads(zeroshot)["top1"] == pytest.approx(np.mean(right))
-    out, _ = run("eval", "probe", *words, "--methods", "neighbours")
-    assert [line.split()[0] for line in out.splitlines()[-3:]] == [
-        "zero-shot",
-        "neighbours",
-        "neighbours",
-    ]
-    assert "expected one of linear" in run("eval", "probe", *words, "--methods", "magic", code=1)[1]
-    run("eval", "probe", *words[:-4], "--shots", "0", code=2)

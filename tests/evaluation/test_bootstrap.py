@@ -1,14 +1,11 @@
-"""Error bars and paired tests, against their definitions and their promises."""
+"""Bootstrap intervals, against resampling of values and their promised coverage."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test
 
 from clipkit.evaluation.bootstrap import estimate, estimate_difference, resamples
-from clipkit.evaluation.significance import holm, sign_flip_test
 
 
 def mean_of(values):
@@ -73,55 +70,3 @@ def test_a_paired_difference_has_a_narrower_interval():
     assert found.low < 0.1 < found.high
     apart = estimate(mean_of(one), 300)["mean"]
     assert found.high - found.low < 0.2 * (apart.high - apart.low)
-
-
-def mcnemar(better, worse):
-    """The exact test, as the sum over all outcomes of fair coins."""
-    count, least = better + worse, min(better, worse)
-    return min(1, 2 * sum(math.comb(count, k) for k in range(least + 1)) / 2**count)
-
-
-def test_differences_of_one_size_are_tested_exactly():
-    for better, worse in ((0, 0), (5, 0), (3, 3), (9, 2), (1, 12)):
-        differences = np.repeat([0.25, -0.25, 0.0], [better, worse, 4])
-        assert sign_flip_test(differences) == pytest.approx(mcnemar(better, worse))
-    many = np.repeat([1.0, -1.0], [5000, 4000])
-    assert sign_flip_test(many) == pytest.approx(4.4e-26, rel=0.1)  # by the normal approximation
-
-
-def test_the_sign_flip_test_agrees_with_scipys_permutation_test():
-    generator = np.random.default_rng(0)
-    for shift in (0.0, 0.2, 0.5):
-        differences = generator.normal(size=60) + shift
-        theirs = permutation_test(
-            (differences,),
-            lambda x, axis: x.sum(axis),
-            permutation_type="samples",
-            n_resamples=20_000,
-            rng=np.random.default_rng(1),
-        )
-        assert sign_flip_test(differences) == pytest.approx(theirs.pvalue, abs=0.015)
-
-
-def test_the_sign_flip_test_counts_all_signs():
-    differences = np.array([0.5, -0.2, 0.9, 0.1, 0.0, 0.4, 0.3])
-    moved = differences[differences != 0]
-    sums = [abs(np.dot(signs, moved)) for signs in product((-1, 1), repeat=len(moved))]
-    wanted = np.mean(np.array(sums) >= abs(moved.sum()) - 1e-9)
-    assert sign_flip_test(differences) == pytest.approx(wanted, abs=0.01)
-    assert sign_flip_test(np.zeros(4)) == 1
-
-
-def test_equal_models_are_significantly_different_as_rarely_as_promised():
-    generator = np.random.default_rng(0)
-    found = [sign_flip_test(generator.normal(size=40), seed=i) for i in range(100)]
-    assert 1 <= sum(p < 0.05 for p in found) <= 11  # 5 of 100, whose standard deviation is 2.2
-
-
-def test_holm_by_hand():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}) == {
-        "a": pytest.approx(0.04),
-        "b": pytest.approx(0.09),
-        "c": pytest.approx(0.09),
-        "d": pytest.approx(0.5),
-    }

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from sklearn import metrics as sk
 
-from clipkit.evaluation.calibration import cross_fitted, fit_logit_scale, reliability, softmax
+from clipkit.evaluation.calibration import softmax
 from clipkit.evaluation.classification import (
     ClassificationResult,
     auroc,
@@ -114,47 +113,3 @@ def test_sums_per_item_add_up_to_the_metrics(example):
     assert sums["top1"].mean() == pytest.approx(found["top1"][0])
     assert sums["nll"].mean() == pytest.approx(found["nll"][0])
     assert sums["mean_per_class"].sum() / 5 == pytest.approx(found["mean_per_class"][0])
-
-
-def test_the_calibration_error_is_the_gap_of_its_bins(example):
-    _, probabilities, targets = example
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
-    wanted = 0.0
-    for low in range(15):
-        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
-        if inside.any():
-            wanted += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
-    assert metrics(probabilities, targets)["ece"] == [pytest.approx(wanted, abs=1e-7)]
-    bins = reliability(confidence.astype(float), correct)
-    assert sum(one.count for one in bins) == 400
-    gaps = sum(one.count * abs(one.accuracy - one.confidence) for one in bins)
-    assert gaps / 400 == pytest.approx(wanted, abs=1e-7)
-    assert all(one.low < one.confidence <= one.high for one in bins)
-
-
-@pytest.mark.parametrize("sharpened", [0.05, 1.0, 8.0])
-def test_the_fitted_scale_has_the_lowest_cross_entropy(example, sharpened):
-    logits, _, targets = example
-    found = fit_logit_scale(logits * sharpened, targets)
-    tries = torch.linspace(0.97, 1.03, 61, dtype=torch.float64) * found
-    values, truth = torch.from_numpy(logits * sharpened), torch.from_numpy(targets)
-    losses = torch.stack([torch.nn.functional.cross_entropy(t * values, truth) for t in tries])
-    assert int(losses.argmin()) == 30
-    assert fit_logit_scale(logits, targets) == pytest.approx(found * sharpened, rel=1e-6)
-
-
-def test_a_scale_without_an_optimum_stays_finite():
-    perfect = np.eye(3)[[0, 1, 2, 0]]
-    assert 20 < fit_logit_scale(perfect, np.array([0, 1, 2, 0])) <= 1e3
-    assert 1e-3 <= fit_logit_scale(-perfect, np.array([0, 1, 2, 0])) < 0.05
-    assert fit_logit_scale(np.zeros((4, 3)), np.array([0, 1, 2, 0])) <= 1e3
-
-
-def test_cross_fitting_never_uses_the_half_of_an_item(example):
-    logits, _, targets = example
-    order = np.random.default_rng(0).permutation(400)
-    changed = targets.copy()
-    changed[order[:200]] = (changed[order[:200]] + 1) % 4  # the labels of the first half
-    before, after = cross_fitted(logits, targets), cross_fitted(logits, changed)
-    np.testing.assert_array_equal(before[order[:200]], after[order[:200]])
-    assert not np.allclose(before[order[200:]], after[order[200:]])

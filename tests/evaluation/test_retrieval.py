@@ -9,6 +9,7 @@ from clipkit.evaluation import retrieval as module
 from clipkit.evaluation.retrieval import (
     count_ahead,
     rank_queries,
+    relevant_pairs,
     retrieval_metrics,
     retrieval_recall,
 )
@@ -188,3 +189,16 @@ def test_memory_mapped_vectors_are_read_as_they_are(tmp_path):
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     owners = np.arange(80) % 50
     assert retrieval_recall(mapped, captions, owners) == retrieval_recall(images, captions, owners)
+
+
+def test_captions_that_differ_in_case_and_spaces_are_merged():
+    texts = ["A dog", "a  dog", "a cat", "A CAT", "a dog"]
+    owners = np.array([0, 0, 0, 1, 2])
+    merged = relevant_pairs(texts, owners, "merge")
+    assert merged.captions.tolist() == [0, 2]
+    assert merged.distinct == 2
+    pairs = list(zip(merged.image_of.tolist(), merged.caption_of.tolist(), strict=True))
+    assert pairs == [(0, 0), (0, 1), (1, 1), (2, 0)]
+    apart = relevant_pairs(texts, owners, "apart")
+    assert apart.captions.tolist() == apart.caption_of.tolist() == [0, 1, 2, 3, 4]
+    assert apart.image_of.tolist() == owners.tolist()

@@ -23,3 +23,16 @@ def picture(colour, seed):
     """A square of a colour with noise in it."""
     noise = np.random.default_rng(seed).integers(-60, 60, (16, 16, 3))
     return Image.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8))
+
+
+def write_albums(folder: Path, per_label: int, noise: int, tint: int = 0) -> Path:
+    """A folder for each colour with noisy images of it: red/0.png, red/1.png, …"""
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(per_label):
+            change = generator.integers(-noise, noise, (16, 16, 3))
+            change = change + generator.integers(-tint, tint + 1, 3)
+            pixels = np.clip(np.array(colour) + change, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder

@@ -285,14 +285,14 @@ def build(
 
     Images are embedded first, into a store beside the index, which a later build brings up to date.
     """
-    from clipkit.index.tuning import AUTO, RECALL, Wish
+    from clipkit.index.tuning import AUTO, RECALL, TuningTarget
     from clipkit.store.embedding_store import EmbeddingStore
     from clipkit.tasks.index import build_index, is_store
 
     if spec != AUTO and (recall is not None or memory is not None):
         raise typer.BadParameter("--recall and --memory are for --spec auto")
     most = None if memory is None else parse_size(memory)
-    wish = Wish(RECALL if recall is None else recall, most)
+    target = TuningTarget(RECALL if recall is None else recall, most)
     embedded = not is_store(source)
     data: str | Source = source
     encoder = None
@@ -301,7 +301,7 @@ def build(
 
         data = open_source(source, metadata=True)
         encoder = load_encoder(model, precision, device)
-    index = build_index(data, out, encoder, spec=spec, wish=wish, decode=decode)
+    index = build_index(data, out, encoder, spec=spec, target=target, decode=decode)
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")

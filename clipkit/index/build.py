@@ -18,13 +18,13 @@ from clipkit.index.faiss_factory import (
     ROWS_PER_CENTROID,
     TRAINING_ROWS,
     explain,
-    held_vectors,
     new_index,
     short,
+    stored_vectors,
     train,
     training_rows_needed,
 )
-from clipkit.index.faiss_gpu import clustering_on_card
+from clipkit.index.faiss_gpu import clustering_on_gpu
 from clipkit.index.segments import ID, Parts
 from clipkit.store.shards import Vectors, conform, widened
 
@@ -80,7 +80,7 @@ def write_segment(
     index = new_index(spec, rows.dim, len(rows))
     suffix = f"-{generation:06d}" if generation else ""
     names = [f"index{suffix}.faiss", f"records{suffix}.parquet"]
-    if held_vectors(index) is None:
+    if stored_vectors(index) is None:
         names.append(f"vectors{suffix}.npy")
     try:
         trained_on = _train(index, rows)
@@ -121,7 +121,7 @@ def _train(index: Any, rows: Rows) -> int:
     count = min(wanted, len(rows))
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))
     sample = take_rows((vectors for vectors, _ in rows.shards()), chosen)
-    with clustering_on_card(index):
+    with clustering_on_gpu(index):
         train(index, sample)
     return count
 

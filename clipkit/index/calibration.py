@@ -5,7 +5,7 @@ caption and on what else the index holds. It is made a probability by logistic r
 1999) on its margin: how far it stands above the caption's mean score over the whole index. The
 regression learns from captions of which it is known that their image is there, with the best score
 among the eighth of the images most like it, against best scores where nothing fits: of the same
-captions among all other images, and of questions without meaning.
+captions among all other images, and of queries without meaning.
 """
 
 import base64
@@ -117,7 +117,7 @@ def calibrate(
         captions: float32 [m, dim], vectors of captions.
         rows: int64 [m], the row of the image each was written for; empty where that is not known:
             then their best hits, right or not, stand against those of nonsense alone.
-        nonsense: float32 [g, dim], vectors of questions that nothing fits.
+        nonsense: float32 [g, dim], vectors of queries that nothing fits.
         blocks: gives the vectors of the index.
         source: where the captions come from.
     """

@@ -1,9 +1,8 @@
-"""FAISS factory strings: refused before any work when they cannot be built, and tuned by default.
+"""FAISS indexes: built from a factory string, given search parameters, and read from files.
 
 A spec such as ``"IVF256,SQ8"`` is FAISS's own language (its wiki, "The index factory"); clipkit
-always measures by inner product.
-
-FAISS index files: read without trusting them, and the exact vectors that some of them hold.
+always uses inner products. Impossible specs are refused before any work, and files are read without
+trusting their headers.
 """
 
 import re
@@ -24,21 +23,21 @@ EXAMPLES = "Flat, SQ8, HNSW32, IVF256,Flat or IVF256,PQ64x4fs,RFlat"
 MOST_LISTS, MOST_ELSE = 2**26, 2**16
 CENTRING = (faiss.PCAMatrix, faiss.ITQTransform, faiss.CenteringTransform)
 TRAINING_ROWS = 2**16
-"""The least that a large store trains on; more lists ask for more."""
+"""Rows that a large store trains on at least; more lists need more."""
 ROWS_PER_CENTROID = 64
 
 
 def new_index(spec: str, dim: int, count: int | None) -> Any:
-    """An empty, untrained FAISS index, known to be possible for so many vectors.
+    """An empty, untrained FAISS index, checked to be possible for this number of vectors.
 
     Args:
         spec: FAISS factory string.
         dim: width of the vectors.
-        count: how many vectors there will be; None when that is not known yet.
+        count: how many vectors there will be; None if it is not known yet.
 
     Raises:
-        SpecError: malformed, not for inner products, not for this dimension, or the vectors are
-            too few to train it.
+        SpecError: malformed, not for inner products, not for this dimension, or too few vectors to
+            train on.
     """
     _refuse_numbers(spec, dim)
     try:
@@ -49,7 +48,7 @@ def new_index(spec: str, dim: int, count: int | None) -> Any:
     if count is not None and count < needed:
         raise SpecError(
             f"the index spec {spec!r} needs at least {needed} vectors to train on, but there are "
-            f"{count}; use a smaller one, or Flat, which needs none"
+            f"{count}; use a smaller spec, or Flat, which needs none"
         )
     for part in parts(index):
         # FAISS builds some indexes (HNSW over PQ) for L2 whatever metric was asked for.
@@ -58,18 +57,18 @@ def new_index(spec: str, dim: int, count: int | None) -> Any:
                 f"FAISS builds the index spec {spec!r} for L2 distance only, expected one for "
                 f"inner products; use for example {EXAMPLES}"
             )
-        # What PCA centres has other inner products: of the ten best images for a caption, such an
-        # index found none on real CLIP vectors.
+        # Centred vectors have other inner products: such an index found none of the ten best images
+        # for captions on real CLIP vectors.
         if any(isinstance(transform, CENTRING) for transform in _transforms(part)):
             raise SpecError(
-                f"the index spec {spec!r} centres the vectors, which only L2 distance survives, "
+                f"the index spec {spec!r} centres the vectors, which preserves only L2 distances, "
                 "expected one for inner products; use OPQ or RR in place of PCA or ITQ"
             )
     return index
 
 
 def _refuse_numbers(spec: str, dim: int) -> None:
-    """Refuse what FAISS would accept and then crash on or fill the memory with."""
+    """Refuse numbers that FAISS accepts and then crashes on or fills the memory with."""
     for word, digits in re.findall(r"([A-Za-z]*)(\d+)", spec):
         number, most = int(digits), MOST_LISTS if word == "IVF" else MOST_ELSE
         least = {"IVF": 1, "HNSW": 2}.get(word, 0)
@@ -109,7 +108,7 @@ def _transforms(part: Any) -> list[Any]:
 
 
 def training_rows_needed(index: Any) -> int:
-    """The fewest vectors that FAISS trains this index on: one for each of its centroids."""
+    """The fewest vectors that FAISS can train this index on: one for each centroid."""
     needed = 0
     for part in parts(index):
         if not part.is_trained:
@@ -124,8 +123,8 @@ def training_rows_needed(index: Any) -> int:
 def train(index: Any, rows: NDArray[np.float32]) -> None:
     """Train on float32 [n, dim], without FAISS's advice on standard error.
 
-    FAISS advises 39 rows a centroid, once for each of its many clusterings; the count that was
-    used stands in the index's manifest instead.
+    FAISS advises 39 rows a centroid, once for each of its many clusterings; the index's manifest
+    records the number used instead.
 
     Raises:
         RuntimeError: FAISS cannot train on these rows.
@@ -148,11 +147,11 @@ def train(index: Any, rows: NDArray[np.float32]) -> None:
             transform.pq = None
 
 
-def default_knobs(index: Any) -> dict[str, int]:
-    """Search-time settings that lean to recall, for the parts that have any.
+def default_search_parameters(index: Any) -> dict[str, int]:
+    """Search parameters that favour recall, for an index that is not tuned.
 
-    A caption lies far from the images' cells and paths, so that FAISS's own defaults find little
-    for it. Of the ten best of 2,428 real CLIP image vectors for 1,203 real caption vectors,
+    A caption is far from the centroids and graph paths of images, so that FAISS's own defaults find
+    little for it. Of the ten best of 2,428 real CLIP image vectors for 1,203 real caption vectors,
     ``nprobe`` finds 12 % at 1 and 92 % at a quarter of 256 lists, ``efSearch`` 52 % at 16 and
     96 % at 256, ``k_factor_rf`` 25 % at 1 and 91 % at 32.
     """
@@ -172,24 +171,24 @@ def default_knobs(index: Any) -> dict[str, int]:
     return {name: value for name, value in wanted.items() if name in names}
 
 
-def set_knobs(index: Any, knobs: dict[str, int]) -> None:
-    """Apply search-time settings.
+def set_search_parameters(index: Any, parameters: dict[str, int]) -> None:
+    """Apply search parameters.
 
     Raises:
-        SpecError: this index has no such setting.
+        SpecError: this index has no such parameter.
     """
-    for name, value in knobs.items():
+    for name, value in parameters.items():
         try:
             faiss.ParameterSpace().set_index_parameter(searched(index), name, value)
         except (RuntimeError, TypeError) as error:
             raise SpecError(
-                f"the search setting {name}={value!r} does not fit this index ({error}); "
+                f"the search parameter {name}={value!r} does not fit this index ({error}); "
                 "build the index again"
             ) from None
 
 
 def searched(index: Any) -> Any:
-    """What answers inside an ``IDMap``, which hides it from FAISS's ``ParameterSpace``."""
+    """The index inside an ``IDMap``, which hides it from FAISS's ``ParameterSpace``."""
     is_map = isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2)
     return faiss.downcast_index(index.index) if is_map else index
 
@@ -198,24 +197,24 @@ _reading = threading.Lock()
 
 
 def read_index(file: Path) -> Any:
-    """Open a FAISS index to search it, mapped into memory where this FAISS can.
+    """Open a FAISS index, memory-mapped if this FAISS supports it.
 
     Raises:
-        ArtifactError: it is missing, truncated, or no FAISS index.
+        ArtifactError: missing, truncated, or not a FAISS index.
     """
     try:
         with _allocations_bounded(file.stat().st_size):
-            # 100,000 vectors of 512 are there after 15 ms, and after 170 ms if they are read.
+            # 100,000 vectors of 512 are mapped in 15 ms and read in 170 ms.
             return faiss.read_index(str(file), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
     except (RuntimeError, OSError, MemoryError) as error:
         raise ArtifactError(
-            f"{file} is no FAISS index that can be read ({short(error)}); build the index again"
+            f"cannot read {file} as a FAISS index ({short(error)}); build the index again"
         ) from None
 
 
 @contextmanager
 def _allocations_bounded(size: int) -> Iterator[None]:
-    """Let FAISS allocate no vector larger than the file it reads, whatever its header claims."""
+    """Keep FAISS from allocating more than the size of the file, whatever its header claims."""
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # an older FAISS
         yield
         return
@@ -228,10 +227,10 @@ def _allocations_bounded(size: int) -> Iterator[None]:
             faiss.set_deserialization_vector_byte_limit(before)
 
 
-def held_vectors(index: Any) -> NDArray[np.float32] | None:
-    """The vectors an index was given, as it holds them, float32 [n, dim]; None if it does not.
+def stored_vectors(index: Any) -> NDArray[np.float32] | None:
+    """The exact vectors that an index stores, float32 [n, dim]; None if it does not.
 
-    A view: it is valid as long as ``index`` is.
+    A view, valid as long as ``index`` is.
     """
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexFlat):
@@ -246,10 +245,10 @@ def held_vectors(index: Any) -> NDArray[np.float32] | None:
         (faiss.IndexRefine, "refine_index"),
     ):
         if isinstance(index, kind):
-            return held_vectors(getattr(index, name))
+            return stored_vectors(getattr(index, name))
     return None
 
 
 def short(error: Exception) -> str:
-    """What went wrong, without FAISS's source locations."""
+    """An error's message without FAISS's source locations."""
     return " ".join(str(error).rsplit("failed: ", 1)[-1].split()).rstrip(".")

@@ -11,7 +11,7 @@ from clipkit.index.vector_index import VectorIndex
 from clipkit.store.shards import SCHEMA, Record, Vectors
 
 
-class HeldRows:
+class IndexedRows:
     """What an index holds; rows are numbered in the order of its records."""
 
     def __init__(self, index: VectorIndex) -> None:

@@ -2,33 +2,30 @@
 
 An index is a directory of one or more segments, named by its ``manifest.json``::
 
-    index.faiss            the FAISS index of the spec, the base
-    records.parquet        its rows: key, size, mtime_ns, captions, label, what else the source had,
-                           and id, a number that an image keeps through every change of the index
-    vectors.npy            its vectors as they were encoded, where FAISS does not hold them itself
-    index-000003.faiss     a later segment: what was added since, exact (Flat), beside its records
+    index.faiss            the FAISS index of the spec: the base segment
+    records.parquet        its rows: key, size, mtime_ns, captions, label, metadata of the source,
+                           and id, a number that an item keeps through every change of the index
+    vectors.npy            its vectors as they were encoded, if FAISS does not store them itself
+    index-000003.faiss     a later segment: items added since, exact (Flat), beside its records
     dead-000004-0.npy      one bit a row: which rows of the first segment are removed
-    questions.npy          vectors of captions that it was tuned or calibrated with (``questions``)
+    sample_queries.bin     caption vectors that it was tuned or calibrated with (``sample_queries``)
 
-**Why segments.** Ten photos more in an index of a million cost a file of ten rows, not a copy of
-all. HNSW cannot remove and cells of an IVF drift away from what is added to them: here neither is
-ever asked to. Removed rows are left out while searching, later segments are exact, and compacting
-trains and builds the base anew. Small later segments are joined as they are added, so that there
-are about log2 of their rows of them.
+**Why segments.** Ten photos added to an index of a million cost a file of ten rows, not a copy of
+all. HNSW cannot remove, and the lists of an IVF drift away from what is added to them: neither ever
+has to. Searches skip removed rows, later segments are exact, and compacting trains and builds the
+base again. Small later segments are joined when items are added, so that there are about log2 of
+their rows of them.
 
-**Why the vectors are kept.** A quantised index cannot give back what it was built of, so that
-compacting, merging and moving a renamed image would each lose a little. The vectors are float32 in
-a plain file that is memory-mapped and only read for what is returned: every hit is scored by its
-exact inner product, whatever the spec, and scores of all segments compare. Flat, HNSW and RFlat
-hold them already; other specs take 4 × dim bytes an image more on disk, and nothing in memory.
+**Why the vectors are stored.** A quantised index cannot return what it was built from, so that
+compacting, merging and moving a renamed image would each lose precision. The vectors are float32
+in a memory-mapped file that is read only for hits: every hit has its exact inner product, whatever
+the spec, and scores of all segments compare. Flat, HNSW and RFlat store them already; other specs
+take 4 × dim bytes an image more on disk, and no memory.
 
-**Why it is safe.** Files of a new state are written under names never used before in this
-directory and flushed; one rename of the manifest makes them the index; what it no longer names is
-deleted then. A process killed at any moment leaves the old state or the new one, and files
-without an owner, which the next writer sweeps away. A reader that has opened an index keeps its
-files open; one that comes between the manifest and a file just deleted begins again.
-
-The files of a segment, each opened with an error that says which one is damaged.
+**Why it is safe.** The files of a new state get new names and are flushed; renaming the manifest
+makes them the index; files that it no longer names are then deleted. A process killed at any moment
+leaves the old state or the new one, and unused files, which the next writer deletes. A reader of an
+open index keeps its files open; one that opens it between the rename and a deletion starts again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,66 +43,22 @@ from numpy.typing import NDArray
 
 from clipkit.artifacts import Manifest
 from clipkit.errors import ArtifactError
-from clipkit.index.faiss_factory import held_vectors, read_index
-from clipkit.index.search import FEW, FaissSearcher, rescored, search_few, search_halved
+from clipkit.index.faiss_factory import read_index, stored_vectors
+from clipkit.index.search import (
+    MAX_MASKED,
+    FaissSearcher,
+    rerank,
+    search_float16_index,
+    search_masked,
+)
 from clipkit.store.shards import Vectors, conform, widened
 
 REPAIR = "build the index again"
-Mask = NDArray[np.bool_]
-"""True for the rows that a search may return."""
-
-
-def unfit(path: Path, found: str, expected: object) -> ArtifactError:
-    """The error for files that do not belong to their manifest."""
-    return ArtifactError(f"{path} holds {found}, its manifest says {expected}; {REPAIR}")
-
-
-def check_size(file: Path, expected: int) -> None:
-    """Raises ArtifactError where a file is missing or has another size."""
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise unreadable(file, error) from None
-    if size != expected:
-        raise ArtifactError(
-            f"{file} cannot be read (it has {size} bytes, its manifest says {expected}); {REPAIR}"
-        )
-
-
-def open_records(file: Path) -> pq.ParquetFile:
-    """Records, opened; raises ArtifactError."""
-    try:
-        return pq.ParquetFile(file)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise unreadable(file, error) from None
-
-
-def open_vectors(file: Path) -> NDArray[Any]:
-    """Vectors, memory-mapped; raises ArtifactError."""
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(file, error) from None
-
-
-def open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
-    """One bit a row as bool [rows]; raises ArtifactError."""
-    try:
-        packed = np.load(file, allow_pickle=False)
-        return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise unreadable(file, error) from None
-
-
-def unreadable(file: Path, error: Exception) -> ArtifactError:
-    """The error for a file that cannot be read."""
-    reason = " ".join(str(error).split()).rstrip(".")
-    return ArtifactError(f"{file} cannot be read ({reason}); {REPAIR}")
-
-
 ID = pa.field("id", pa.int64())
 BLOCK = 2**14
 """Rows that are read or written at once."""
+Mask = NDArray[np.bool_]
+"""True for the rows that a search may return."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +66,11 @@ class Parts:
     """A segment as the manifest names it.
 
     Attributes:
-        rows: how many, removed ones included.
+        rows: how many, including removed ones.
         index: file of its FAISS index.
         records: file of its records.
-        vectors: file of its vectors; None where the FAISS index holds them.
-        dead: file of one bit a row, set where it is removed; None where none is.
+        vectors: file of its vectors; None if the FAISS index stores them.
+        dead: file of one bit a row, set for removed rows; None if there are none.
         removed: how many rows are removed.
         files: bytes and SHA-256 of each file by its name; empty in indexes of format 1.
     """
@@ -143,10 +96,10 @@ class Parts:
 
 
 def parts_of(manifest: Manifest, path: Path) -> list[Parts]:
-    """The segments that a manifest names; the one of an index of format 1, which names none.
+    """The segments that a manifest names; for format 1, which names none, its only one.
 
     Raises:
-        ArtifactError: they are not described as they should be.
+        ArtifactError: the manifest's list of segments is malformed.
     """
     try:
         named = manifest.detail.get("segments", [{"rows": manifest.count}])
@@ -155,24 +108,24 @@ def parts_of(manifest: Manifest, path: Path) -> list[Parts]:
             raise ValueError("a file outside of the index")
     except (TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"the manifest of {path} lists no segments that can be read ({error}); {REPAIR}"
+            f"the manifest of {path} has a malformed list of segments ({error}); {REPAIR}"
         ) from None
     return parts
 
 
 class Segment:
-    """A segment, opened: it stays readable when a writer deletes its files.
+    """An open segment, which stays readable when a writer deletes its files.
 
     Attributes:
         parts: its files.
         index: its FAISS index; ids are row numbers.
         vectors: float32 [rows, dim], exact, in memory or memory-mapped; None in an index of format
-            1 with a spec that keeps them only approximately.
-        live: bool [rows], False where a row is removed; None where none is.
-        refine: how many candidates FAISS is asked for, in units of k, where ``vectors`` score them.
+            1 with a lossy spec.
+        live: bool [rows], False for removed rows; None if there are none.
+        rerank_factor: candidates that FAISS returns, in units of k, for re-ranking by ``vectors``.
     """
 
-    refine = 1
+    rerank_factor = 1
 
     def __init__(
         self,
@@ -192,31 +145,33 @@ class Segment:
         """Open the files of a segment and check that they belong together.
 
         Raises:
-            ArtifactError: one is missing, damaged, foreign, or they do not fit each other.
+            ArtifactError: a file is missing, damaged, foreign, or does not fit the others.
         """
         index = read_index(folder / parts.index)
         if index.d != dim or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise unfit(folder, f"dimension {index.d}, metric {index.metric_type}", dim)
-        records = open_records(folder / parts.records)
-        vectors = open_vectors(folder / parts.vectors) if parts.vectors else held_vectors(index)
+            raise mismatch(folder, f"dimension {index.d}, metric {index.metric_type}", dim)
+        records = _open_records(folder / parts.records)
+        vectors = _open_vectors(folder / parts.vectors) if parts.vectors else stored_vectors(index)
         rows = {"vectors": index.ntotal, "records": records.metadata.num_rows}
         if set(rows.values()) != {parts.rows} or (
             vectors is not None and vectors.shape != (parts.rows, dim)
         ):
-            raise unfit(folder, f"{rows['vectors']} vectors, {rows['records']} records", parts.rows)
+            raise mismatch(
+                folder, f"{rows['vectors']} vectors, {rows['records']} records", parts.rows
+            )
         for name, (size, _) in parts.files.items():
-            check_size(folder / name, size)
+            _check_size(folder / name, size)
         return cls(folder, parts, index, records, vectors)._without_dead()
 
     def renewed(self, parts: Parts) -> "Segment":
-        """The same rows, of which other ones are removed."""
+        """The same rows with other ones removed."""
         found = Segment(self._folder, parts, self.index, self._records, self.vectors)
         found.__dict__.update({n: self.__dict__[n] for n in ("keys", "ids") if n in self.__dict__})
         return found._without_dead()
 
     def _without_dead(self) -> Self:
         if self.parts.dead:
-            self.live = ~open_bits(self._folder / self.parts.dead, self.rows)
+            self.live = ~_open_bits(self._folder / self.parts.dead, self.rows)
         return self
 
     def __len__(self) -> int:
@@ -224,12 +179,12 @@ class Segment:
 
     @property
     def rows(self) -> int:
-        """How many rows, removed ones included."""
+        """How many rows, including removed ones."""
         return self.parts.rows
 
     @cached_property
     def keys(self) -> pa.ChunkedArray:
-        """The key of every row, removed ones included."""
+        """The key of every row, including removed ones."""
         return self.column("key")
 
     @cached_property
@@ -242,12 +197,12 @@ class Segment:
         return np.concatenate([np.empty(0, np.int64), *chunks])
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column of the records, removed rows included, read from disk."""
+        """A column of the records, including removed rows, read from disk."""
         with self._reading():
             return self._records.read(columns=[name]).column(0)
 
     def record(self, row: int) -> dict[str, Any]:
-        """The record of one row; only the row group that it lies in is read."""
+        """The record of one row; only its row group is read."""
         with self._reading():
             for group in range(self._records.num_row_groups):
                 count = self._records.metadata.row_group(group).num_rows
@@ -263,11 +218,11 @@ class Segment:
         try:
             yield
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise unreadable(self._folder / self.parts.records, error) from None
+            raise _unreadable(self._folder / self.parts.records, error) from None
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of its records: those of ``SCHEMA``, what else the source had, and the id."""
+        """Columns of its records: those of ``SCHEMA``, metadata of the source, and the id."""
         return widened(self._records.schema_arrow, pa.schema([ID]))
 
     def tables(self, live: NDArray[np.bool_] | None) -> Iterator[pa.Table]:
@@ -296,8 +251,8 @@ class Segment:
         """
         if self.vectors is None:
             raise ArtifactError(
-                f"{path} was built by an older clipkit, which kept its vectors only as its spec "
-                f"holds them, approximately; {REPAIR}"
+                f"{path} was built by an older clipkit, which stored its vectors only "
+                f"approximately, as its spec does; {REPAIR}"
             )
         rows = np.arange(self.rows) if live is None else np.flatnonzero(live)
         start = 0
@@ -307,26 +262,27 @@ class Segment:
             start = stop
 
     def search(
-        self, queries: Vectors, k: int, chosen: NDArray[np.bool_] | None = None
+        self, queries: Vectors, k: int, mask: Mask | None = None
     ) -> tuple[Vectors, NDArray[np.int64]]:
-        """Scores and row numbers of the best ``k`` rows, [n, at most k]; -1 where there is none.
+        """Scores and row numbers of the best ``k`` rows, [n, at most k]; -1 for none.
 
         Args:
             queries: float32 [n, dim].
             k: how many, at least 1.
-            chosen: the rows to find, bool [rows], no removed one; None: all that are not removed.
+            mask: the rows to search, bool [rows], without removed ones; None: all but those.
         """
-        if chosen is not None and self.vectors is not None and np.count_nonzero(chosen) <= FEW:
-            return search_few(self.vectors, chosen, queries, k)
-        live = self.live if chosen is None else chosen
-        exact = search_halved(self.index, self.vectors, queries, k) if live is None else None
+        small = mask is not None and np.count_nonzero(mask) <= MAX_MASKED
+        if mask is not None and small and self.vectors is not None:
+            return search_masked(self.vectors, mask, queries, k)
+        live = self.live if mask is None else mask
+        exact = search_float16_index(self.index, self.vectors, queries, k) if live is None else None
         if exact is not None:
             return exact
-        wide = min(k * self.refine, self.rows)
+        wide = min(k * self.rerank_factor, self.rows)
         scores, rows = self._searcher.search(queries, wide, live)
         if self.parts.vectors is None or self.vectors is None:
             return scores, rows
-        return rescored(rows, self.vectors, queries, min(k, self.rows))
+        return rerank(rows, self.vectors, queries, min(k, self.rows))
 
 
 def split_mask(segments: Sequence[Segment], mask: Mask | None) -> list[Mask | None]:
@@ -379,3 +335,48 @@ def search_segments(
             places.append(np.where(rows < 0, -1, rows + start))
         start += segment.rows
     return np.concatenate(scores, axis=1), np.concatenate(places, axis=1)
+
+
+def mismatch(path: Path, found: str, expected: object) -> ArtifactError:
+    """The error for files that do not belong to their manifest."""
+    return ArtifactError(f"{path} holds {found}, its manifest says {expected}; {REPAIR}")
+
+
+def _check_size(file: Path, expected: int) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    if size != expected:
+        raise ArtifactError(
+            f"cannot read {file} (it has {size} bytes, its manifest says {expected}); {REPAIR}"
+        )
+
+
+def _open_records(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(file, error) from None
+
+
+def _open_vectors(file: Path) -> NDArray[Any]:
+    """Vectors, memory-mapped."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
+    """One bit a row as bool [rows]."""
+    try:
+        packed = np.load(file, allow_pickle=False)
+        return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> ArtifactError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ArtifactError(f"cannot read {file} ({reason}); {REPAIR}")

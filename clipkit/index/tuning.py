@@ -1,10 +1,8 @@
-"""Tune an index with the queries it is for: its spec and search-time knobs by measured recall.
+"""Choose the spec and the search parameters of an index by measured recall: ``--spec auto``.
 
-Image vectors make poor test queries: an image lies among images, where a caption lies far from all
-of them, so that knobs at which images find their neighbours find few for captions. Here recall is
-measured for vectors of captions, against exact search.
-
-Build an index whose spec and knobs are chosen by what captions find: ``--spec auto``.
+Recall is measured for text queries against exact search. Image vectors make poor test queries: an
+image is close to other images, a caption is far from all of them, so that search parameters at
+which images find their neighbours find few for captions.
 """
 
 import os
@@ -25,35 +23,35 @@ from clipkit.artifacts import ArtifactWriter, Manifest
 from clipkit.errors import SpecError
 from clipkit.index.build import Built, cannot_write, write_segment
 from clipkit.index.exact import Floats, Integers, search_exact
-from clipkit.index.faiss_factory import parts, set_knobs
-from clipkit.index.sample_queries import Questions, keep_questions
-from clipkit.index.search import REFINE, rescored, search_index, split_knobs
+from clipkit.index.faiss_factory import parts, set_search_parameters
+from clipkit.index.sample_queries import SampleQueries, write_sample_queries
+from clipkit.index.search import RERANK, rerank, search_index, split_search_parameters
 from clipkit.index.segments import search_segments
 from clipkit.index.vector_index import VectorIndex, describe
 from clipkit.store.embedding_store import EmbeddingStore
 
 AUTO = "auto"
 RECALL = 0.95
-"""Recall@10 that is wanted of an index: of the ten best for a caption, 9.5 are found on average."""
+"""Default target of recall@10: of the ten best for a caption, 9.5 are found on average."""
 K = 10
 SMALL = 2**25
-"""Bytes of vectors that exact search walks in about 5 ms; nothing is gained by less."""
-REFINES = (1, 2, 4, 8, 16, 32, 64)
+"""Bytes of vectors that exact search reads in about 5 ms; a smaller index gains nothing."""
+RERANK_FACTORS = (1, 2, 4, 8, 16, 32, 64)
 """Candidates tried, in units of k."""
 TIMED = 50
 """Queries that are timed, one by one."""
-Ask = Callable[[Floats, int], Integers]
+SearchFunction = Callable[[Floats, int], Integers]
 """Queries and k to row numbers, int64 [m, at most k]."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is wanted of an index.
+class TuningTarget:
+    """What tuning aims at.
 
     Attributes:
         recall: recall@10 of text queries.
-        memory: the most bytes it may take in memory; None: half of the machine's. Vectors that stay
-            on disk, of which a search reads a few, do not count.
+        memory: the most bytes of memory for the index; None: half of the machine's. Vectors on
+            disk, of which a search reads a few, do not count.
     """
 
     recall: float = RECALL
@@ -69,12 +67,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an index.
+    """Recall and time of an index.
 
     Attributes:
         recall: share of the exact ten best that were found, mean over the queries.
-        milliseconds: median time of a query asked alone.
-        queries: how many were asked.
+        milliseconds: median time of a single query.
+        queries: how many were measured.
     """
 
     recall: float
@@ -86,11 +84,11 @@ class Measured:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def measure(ask: Ask, queries: Floats, truth: Integers) -> Measured:
-    """Measure what queries find.
+def measure(ask: SearchFunction, queries: Floats, truth: Integers) -> Measured:
+    """Measure recall and time.
 
     Args:
-        ask: what is measured.
+        ask: the search to measure.
         queries: float32 [m, dim], at least one.
         truth: int64 [m, k], the exact best rows of each.
     """
@@ -102,30 +100,29 @@ def measure(ask: Ask, queries: Floats, truth: Integers) -> Measured:
     return Measured(recall(ask, queries, truth), 1000 * float(np.median(seconds)), len(queries))
 
 
-def recall(ask: Ask, queries: Floats, truth: Integers) -> float:
-    """The share of the true best rows that are found."""
+def recall(ask: SearchFunction, queries: Floats, truth: Integers) -> float:
+    """The share of the exact best rows that are found."""
     if not truth.size:
-        return 1.0  # nothing is to be found
+        return 1.0  # there is nothing to find
     found = ask(queries, truth.shape[1])
-    # A row number and its query as one number, so that one look-up serves all.
+    # A row number and its query as one number, so that one lookup serves all.
     base = 1 + max(int(truth.max(initial=0)), int(found.max(initial=0)))
     own = np.arange(len(queries))[:, None] * base
     return float(np.isin(own + truth, (own + found)[found >= 0]).mean())
 
 
 def candidates(count: int, dim: int, memory: int) -> list[str]:
-    """Specs for so many vectors that fit the memory, in the order in which they are to be tried.
+    """Specs that fit the memory, in the order in which to try them.
 
     The order is that of speed as ``scripts/benchmarks/search/tuned.py --families`` measures it:
     with 30,000 vectors like CLIP's, text queries at a recall of 0.91 take 0.5 ms with an IVF of
-    product-quantised rows, 12 ms with ``HNSW32``. All but ``Flat`` and ``HNSW32`` are refined from
-    disk. RaBitQ is not among them: of the ten best of 20,000, its 160 candidates held 6.4 at best,
-    those of a product quantiser of the same size 6.8.
+    product-quantised rows, 12 ms with ``HNSW32``. All but ``Flat`` and ``HNSW32`` are re-ranked from
+    disk. RaBitQ is left out: of the ten best of 20,000, its 160 candidates held 6.4 at best, those of a product quantiser of the same size 6.8.
 
     Args:
         count: how many vectors.
         dim: their width.
-        memory: bytes that the index may take.
+        memory: the most bytes for the index.
 
     Raises:
         SpecError: not even the smallest codes fit.
@@ -136,7 +133,7 @@ def candidates(count: int, dim: int, memory: int) -> list[str]:
     coarse = 4 * dim * (lists + 16)  # and the codebooks
     specs, least = [], coarse
     for parts_of_row in (dim // 2, dim // 4, dim // 8):
-        # Fast-scan codes stand in blocks of 32 rows, of which each list leaves half a one empty.
+        # Fast-scan codes are in blocks of 32 rows; each list leaves half a block empty.
         least = coarse + (count + 16 * lists) * parts_of_row // 2 + 8 * count
         if least <= memory and dim % parts_of_row == 0:
             specs += [f"IVF{lists},PQ{parts_of_row}x4fs", f"PQ{parts_of_row}x4fs"]
@@ -154,58 +151,60 @@ def candidates(count: int, dim: int, memory: int) -> list[str]:
     return specs
 
 
-def choose_knobs(
+def choose_search_parameters(
     index: Any, vectors: NDArray[Any] | None, queries: Floats, truth: Integers, wanted: float
 ) -> dict[str, int]:
-    """The knobs at which an index answers fastest with the recall wanted, else with its highest.
+    """The fastest search parameters that reach a recall; if none does, those with the highest.
 
-    For each number of candidates the least effort that reaches the recall is found by bisection,
-    because more effort never finds less; of those the fastest is taken.
+    For each number of candidates, bisection finds the least effort that reaches the recall, because
+    more effort never finds less; the fastest of these wins.
 
     Args:
-        index: a trained and filled FAISS index, whose ids are row numbers.
-        vectors: its exact vectors, float32 [n, dim], where they are not in the index.
+        index: a trained and filled FAISS index whose ids are row numbers.
+        vectors: its exact vectors, float32 [n, dim], if they are not in the index.
         queries: float32 [m, dim].
         truth: int64 [m, k], the exact best rows of each.
         wanted: recall, from 0 to 1.
     """
     name, values = effort(index)
     best: tuple[float, float, dict[str, int]] = (-1.0, 0.0, {})
-    for refine in REFINES if vectors is not None else (1,):
+    for factor in RERANK_FACTORS if vectors is not None else (1,):
 
-        def settings(place: int, refine: int = refine) -> dict[str, int]:
-            chosen = {REFINE: refine} if vectors is not None else {}
-            return chosen | ({name: values[place]} if name else {})
+        def settings(place: int, factor: int = factor) -> dict[str, int]:
+            own = {RERANK: factor} if vectors is not None else {}
+            return own | ({name: values[place]} if name else {})
 
         def reached(place: int) -> float:
-            knobs = settings(place)
-            return min(wanted, recall(asker(index, vectors, knobs), queries, truth))
+            parameters = settings(place)
+            return min(wanted, recall(search_with(index, vectors, parameters), queries, truth))
 
         place = bisect_left(range(len(values) - 1), wanted, key=reached)
-        knobs = settings(place)
-        found = measure(asker(index, vectors, knobs), queries, truth)
+        parameters = settings(place)
+        found = measure(search_with(index, vectors, parameters), queries, truth)
         best = max(
-            best, (min(wanted, found.recall), -found.milliseconds, knobs), key=itemgetter(0, 1)
+            best, (min(wanted, found.recall), -found.milliseconds, parameters), key=itemgetter(0, 1)
         )
     return best[2]
 
 
-def asker(index: Any, vectors: NDArray[Any] | None, knobs: dict[str, int]) -> Ask:
-    """What asks an index with these knobs; they stay set."""
-    refine, own = split_knobs(knobs)
-    set_knobs(index, own)
+def search_with(
+    index: Any, vectors: NDArray[Any] | None, parameters: dict[str, int]
+) -> SearchFunction:
+    """A search of an index with these parameters, which stay set."""
+    factor, own = split_search_parameters(parameters)
+    set_search_parameters(index, own)
 
     def ask(queries: Floats, k: int) -> Integers:
         if vectors is None:
             return search_index(index, queries, k)[1]
-        wide = min(k * refine, index.ntotal)
-        return rescored(index.search(queries, wide)[1], vectors, queries, k)[1]
+        wide = min(k * factor, index.ntotal)
+        return rerank(index.search(queries, wide)[1], vectors, queries, k)[1]
 
     return ask
 
 
 def effort(index: Any) -> tuple[str | None, list[int]]:
-    """The knob that trades speed for recall, and values to try, ascending; None where none does."""
+    """The parameter that trades speed for recall and its values, ascending; None: no parameter."""
     for part in parts(index):
         if isinstance(part, faiss.IndexIVF):
             return "nprobe", [2**n for n in range(part.nlist.bit_length() - 1)] + [part.nlist]
@@ -218,67 +217,67 @@ def effort(index: Any) -> tuple[str | None, list[int]]:
 class _Attempt:
     spec: str
     built: Built
-    knobs: dict[str, int]
+    parameters: dict[str, int]
     measured: Measured
 
     def to_dict(self) -> dict[str, Any]:
         size, _ = self.built.parts.files[self.built.parts.index]
-        return {"spec": self.spec, "bytes": size, **self.knobs, **self.measured.to_dict()}
+        return {"spec": self.spec, "bytes": size, **self.parameters, **self.measured.to_dict()}
 
 
 def build_tuned(
     store: EmbeddingStore,
     path: str | Path,
-    questions: Questions,
-    wish: Wish,
+    queries: SampleQueries,
+    target: TuningTarget,
     *,
     replace: bool = False,
 ) -> VectorIndex:
-    """Build the first of the specs that fit the memory which finds what is wanted.
+    """Build the first spec that fits the memory and reaches the recall; else the closest one.
 
-    One half of the questions chooses the knobs, the other measures what stands in the manifest.
-    Where no spec reaches the recall, the one that comes closest is built.
+    One half of the queries chooses the search parameters, the other gives the recall and time that
+    the manifest records.
 
     Args:
         store: the vectors.
-        path: where the index shall stand.
-        questions: captions to tune with.
-        wish: recall and memory.
-        replace: allow a finished index to stand there; it stays until the new one is finished.
+        path: directory of the index.
+        queries: captions to tune with.
+        target: recall and memory.
+        replace: allow a finished index there; it is replaced once the new one is complete.
 
     Raises:
-        SpecError: the memory is too little.
+        SpecError: the memory is too small.
         ArtifactError: ``path`` is taken, the store is damaged, or the disk is full.
     """
     path = Path(path)
-    truth = search_exact(questions.captions, (block for block, _ in store.shards()), K)[1]
-    specs = candidates(len(store), store.dim, wish.bytes)
+    truth = search_exact(queries.captions, (block for block, _ in store.shards()), K)[1]
+    specs = candidates(len(store), store.dim, target.bytes)
     with ArtifactWriter(path, "index", replace=replace) as artifact:
         tried: list[_Attempt] = []
         for spec in specs:
             try:
-                tried.append(_attempt(artifact.temp, store, spec, path, questions, truth, wish))
+                tried.append(_attempt(artifact.temp, store, spec, path, queries, truth, target))
             except SpecError:
                 if spec == specs[-1] and not tried:
                     raise
                 continue
-            if tried[-1].measured.recall >= wish.recall:
+            if tried[-1].measured.recall >= target.recall:
                 break
-        chosen = max(tried, key=lambda one: min(wish.recall, one.measured.recall))
+        chosen = max(tried, key=lambda one: min(target.recall, one.measured.recall))
         if chosen is not tried[-1]:
-            chosen = _attempt(artifact.temp, store, chosen.spec, path, questions, truth, wish)
+            chosen = _attempt(artifact.temp, store, chosen.spec, path, queries, truth, target)
         measured = chosen.measured.to_dict()
         tuning = {
-            "wanted": wish.recall,
-            "memory": wish.bytes,
-            "source": questions.source,
+            "wanted": target.recall,
+            "memory": target.bytes,
+            "source": queries.source,
             **measured,
             "tried": [one.to_dict() for one in tried],
         }
         detail = describe(chosen.spec, chosen.built)
-        detail |= {"search": chosen.knobs, "tuning": tuning, "measured": measured}
+        detail |= {"search": chosen.parameters, "tuning": tuning, "measured": measured}
         try:
-            keep_questions(artifact.temp, _halves(questions.captions)[1])
+            write_sample_queries(artifact.temp, _halves(queries.captions)[1])
             source = {**store.manifest.source, "store": str(store.path)}
             artifact.finish(Manifest("index", store.model, len(store), source, detail))
         except OSError as error:
@@ -291,31 +290,33 @@ def _attempt(
     store: EmbeddingStore,
     spec: str,
     path: Path,
-    questions: Questions,
+    queries: SampleQueries,
     truth: Integers,
-    wish: Wish,
+    target: TuningTarget,
 ) -> _Attempt:
-    """Build one spec in a folder, which is emptied first, and tune it."""
+    """Build one spec in a folder, which is emptied first, and choose its search parameters."""
     shutil.rmtree(folder)
     folder.mkdir()
     built = write_segment(folder, store, spec, path)
     name = built.parts.vectors
     vectors = None if name is None else np.load(folder / name, mmap_mode="r", allow_pickle=False)
-    halves = list(zip(_halves(questions.captions), _halves(truth), strict=True))
-    knobs = choose_knobs(built.index, vectors, *halves[0], wish.recall)
-    return _Attempt(spec, built, knobs, measure(asker(built.index, vectors, knobs), *halves[1]))
+    halves = list(zip(_halves(queries.captions), _halves(truth), strict=True))
+    parameters = choose_search_parameters(built.index, vectors, *halves[0], target.recall)
+    return _Attempt(
+        spec, built, parameters, measure(search_with(built.index, vectors, parameters), *halves[1])
+    )
 
 
 def _halves(rows: NDArray[Any]) -> list[NDArray[Any]]:
-    """One half to choose by, one to measure."""
+    """One half to choose with, one to measure with."""
     return [rows[::2], rows[1::2]]
 
 
 def remeasure(index: VectorIndex, queries: Floats) -> Measured:
-    """What queries find in an index as it stands now, with all that was added and removed.
+    """Recall and time of an index in its present state, after all additions and removals.
 
     Args:
-        index: any index that keeps its vectors.
+        index: any index that stores its vectors.
         queries: float32 [m, dim].
     """
     truth = index.places[search_exact(queries, (block for block, _ in index.shards()), K)[1]]

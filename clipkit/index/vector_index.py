@@ -27,12 +27,12 @@ from clipkit.data.images import Decode, read_image
 from clipkit.errors import ArtifactError, CaptionError, DataError, ImageError, ModelError
 from clipkit.index.build import Built, Rows, cannot_write, write_segment
 from clipkit.index.calibration import Calibration
-from clipkit.index.faiss_factory import default_knobs, set_knobs
+from clipkit.index.faiss_factory import default_search_parameters, set_search_parameters
 from clipkit.index.filters import rows_where
 from clipkit.index.hits import Hit, Hits, Record
 from clipkit.index.roots import roots_of
-from clipkit.index.search import split_knobs
-from clipkit.index.segments import ID, Mask, Segment, parts_of, search_segments, unfit
+from clipkit.index.search import split_search_parameters
+from clipkit.index.segments import ID, Mask, Segment, mismatch, parts_of, search_segments
 from clipkit.store.embedding_store import EXACT, EmbeddingStore, ExternalVectors
 from clipkit.store.shards import SCHEMA, Vectors, json_value, together
 
@@ -747,7 +747,7 @@ def describe(spec: str, built: Built) -> dict[str, Any]:
     """What the manifest says of an index of one segment."""
     return {
         "spec": spec,
-        "search": default_knobs(built.index),
+        "search": default_search_parameters(built.index),
         "trained_on": built.trained_on,
         "generation": 0,
         "next_id": built.next_id,
@@ -766,9 +766,11 @@ def _open_segments(
         for parts in parts_of(manifest, path)
     ]
     if not segments or sum(map(len, segments)) != manifest.count:
-        raise unfit(path, f"{sum(map(len, segments))} vectors", manifest.count)
-    segments[0].refine, knobs = split_knobs(manifest.detail.get("search", {}))
-    set_knobs(segments[0].index, knobs)
+        raise mismatch(path, f"{sum(map(len, segments))} vectors", manifest.count)
+    segments[0].rerank_factor, parameters = split_search_parameters(
+        manifest.detail.get("search", {})
+    )
+    set_search_parameters(segments[0].index, parameters)
     return segments
 
 

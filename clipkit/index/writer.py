@@ -36,7 +36,7 @@ from clipkit.store.shards import Vectors, check_vectors
 Live = NDArray[np.bool_] | None
 """bool [rows], False where a row is removed; None where none is."""
 _OURS = re.compile(
-    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|questions\.npy)\.tmp"
+    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|sample_queries\.bin)\.tmp"
 )
 GROWTH = 2
 """A later segment is joined with what is added unless it has more than so many times its rows."""

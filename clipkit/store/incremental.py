@@ -13,7 +13,7 @@ from clipkit.store.shards import SCHEMA, Record, Vectors
 _FACTS = pa.schema([SCHEMA.field(name) for name in ("size", "mtime_ns", "content_hash")])
 
 
-class KnownVectors:
+class StoredVectors:
     """The rows of a finished store, by key and by content; none where there is no store yet.
 
     Args:

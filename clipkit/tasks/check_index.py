@@ -10,7 +10,7 @@ import numpy as np
 from clipkit.errors import ArtifactError
 from clipkit.index.build import sealed
 from clipkit.index.exact import search_exact, take_rows
-from clipkit.index.sample_queries import kept_questions
+from clipkit.index.sample_queries import read_sample_queries
 from clipkit.index.tuning import exact_milliseconds, remeasure
 from clipkit.index.vector_index import VectorIndex
 from clipkit.store.shards import UNIT_TOLERANCE, Vectors
@@ -158,12 +158,12 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
 
 
 def _ask(index: VectorIndex, report: IndexReport) -> None:
-    """Ask the captions that are kept beside the index what they asked when it was made."""
+    """Search with the captions stored beside the index, and compare with the recorded figures."""
     recorded = index.manifest.detail.get("measured", {})
     report.recorded_recall = recorded.get("recall")
     report.recorded_milliseconds = recorded.get("milliseconds")
     try:
-        captions = kept_questions(index.path, index.dim)
+        captions = read_sample_queries(index.path, index.dim)
     except ArtifactError as error:
         report.not_measured = str(error)
         return

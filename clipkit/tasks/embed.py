@@ -14,7 +14,7 @@ from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
 from clipkit.models.embed_source import encoded_batches
 from clipkit.store.embedding_store import EmbeddingStore, Owner, StoreWriter, decode_of
-from clipkit.store.incremental import KnownVectors
+from clipkit.store.incremental import StoredVectors
 from clipkit.store.shards import Vectors, digest
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def embed(
         EmbeddingStore.create(out, encoder.model, decode=decode, replace=True) as writer,
         tqdm(total=total, unit="img", desc="embedding", disable=None) as bar,
     ):
-        known = KnownVectors(writer.path, writer.owner)
+        known = StoredVectors(writer.path, writer.owner)
         walk = _Walk(source, writer, known, bar, skip_limit)
         try:
             for vectors, rows in encoded_batches(
@@ -121,7 +121,7 @@ class _Walk:
     """One pass over a source, sorting its rows into held, known, to encode, and skipped."""
 
     def __init__(
-        self, source: Source, writer: StoreWriter, known: KnownVectors, bar: Any, skip_limit: float
+        self, source: Source, writer: StoreWriter, known: StoredVectors, bar: Any, skip_limit: float
     ) -> None:
         self.source, self.writer, self.known, self.bar = source, writer, known, bar
         self.skip_limit = skip_limit

@@ -6,14 +6,25 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.artifacts import ArtifactWriter, is_complete, partial_path, read_manifest
+from clipkit.artifacts import (
+    MANIFEST,
+    ArtifactWriter,
+    is_complete,
+    partial_path,
+    read_manifest,
+    write_json,
+)
 from clipkit.data.images import Decode
 from clipkit.data.source import Source
 from clipkit.errors import ArtifactError
-from clipkit.index.calibration import Calibration
+from clipkit.index.calibration import Calibration, calibrate
 from clipkit.index.faiss_factory import new_index
-from clipkit.index.sample_queries import make_questions, write_calibration
-from clipkit.index.tuning import AUTO, Measured, Wish, build_tuned, remeasure
+from clipkit.index.sample_queries import (
+    SampleQueries,
+    encode_sample_queries,
+    write_sample_queries,
+)
+from clipkit.index.tuning import AUTO, Measured, TuningTarget, build_tuned, remeasure
 from clipkit.index.vector_index import VectorIndex, load_text_encoder
 from clipkit.index.writer import IndexWriter
 from clipkit.store.embedding_store import EmbeddingStore
@@ -68,7 +79,7 @@ def compact_index(index: str | Path | VectorIndex) -> VectorIndex:
         return writer.commit(compact=True)
 
 
-WISH = Wish()
+TARGET = TuningTarget()
 
 
 def build_index(
@@ -77,7 +88,7 @@ def build_index(
     encoder: "Encoder | None" = None,
     *,
     spec: str = "Flat",
-    wish: Wish = WISH,
+    target: TuningTarget = TARGET,
     decode: Decode | None = None,
 ) -> VectorIndex:
     """Build an index of a store, or of images, which are embedded into ``OUT.store`` first.
@@ -91,7 +102,7 @@ def build_index(
             of the store, or the default model for images.
         spec: FAISS factory string; ``"auto"`` chooses one and its search parameters by the measured
             recall of text queries.
-        wish: the recall and memory that ``"auto"`` aims at.
+        target: the recall and memory that ``"auto"`` aims at.
         decode: how images are read, as of ``embed``; ignored for a store.
 
     Raises:
@@ -120,9 +131,9 @@ def build_index(
     else:
         text_encoder = encoder or load_text_encoder(store.model, f"the store {store.path}")
         tables = (table for _, table in store.shards())
-        questions = make_questions(tables, text_encoder.encode_text)
-        build_tuned(store, out, questions, wish, replace=True)
-        write_calibration(out, questions)
+        queries = encode_sample_queries(tables, text_encoder.encode_text)
+        build_tuned(store, out, queries, target, replace=True)
+        write_calibration(out, queries)
         index = VectorIndex.open(out)
     return index if encoder is None else index.with_encoder(encoder)
 
@@ -216,6 +227,38 @@ def calibrate_index(
     if not len(opened):
         raise ArtifactError(f"{path} is empty, expected images to measure scores of; add some")
     tables = (table for _, table in opened.shards())
-    questions = make_questions(tables, opened.text_encoder.encode_text)
-    measured = remeasure(opened, questions.captions)
-    return Calibrated(measured, write_calibration(path, questions, measured))
+    queries = encode_sample_queries(tables, opened.text_encoder.encode_text)
+    measured = remeasure(opened, queries.captions)
+    return Calibrated(measured, write_calibration(path, queries, measured))
+
+
+def write_calibration(
+    path: str | Path, queries: SampleQueries, measured: Measured | None = None
+) -> Calibration:
+    """Calibrate an index and store the result in its manifest, atomically.
+
+    Args:
+        path: the index, of at least one image.
+        queries: sample queries of the index's model.
+        measured: what the captions find; it is stored together with them. None: neither is.
+
+    Raises:
+        ArtifactError: not an index, damaged, without vectors, or another process is writing it.
+    """
+    path = Path(path)
+    with ArtifactWriter(path, "index", replace=True):
+        index = VectorIndex.open(path)
+        calibration = calibrate(
+            queries.captions,
+            queries.rows,
+            queries.nonsense,
+            lambda: (vectors for vectors, _ in index.shards()),
+            queries.source,
+        )
+        manifest = read_manifest(path, "index")
+        manifest.detail["calibration"] = calibration.to_dict()
+        if measured is not None:
+            write_sample_queries(path, queries.captions)
+            manifest.detail["measured"] = measured.to_dict()
+        write_json(path / MANIFEST, manifest.to_dict())
+    return calibration

@@ -21,7 +21,7 @@ from clipkit.data.images import Decode, Skipped, content_hash
 from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import ArtifactError, DataError
-from clipkit.index.incremental import HeldRows
+from clipkit.index.incremental import IndexedRows
 from clipkit.index.roots import (
     Root,
     Scope,
@@ -39,7 +39,7 @@ from clipkit.models.embed_source import encoded_batches
 from clipkit.models.loading import load_model_ref
 from clipkit.progress import print_status
 from clipkit.store.embedding_store import EmbeddingStore, StoreWriter
-from clipkit.store.incremental import KnownVectors
+from clipkit.store.incremental import StoredVectors
 from clipkit.store.shards import Record, Vectors, digest, shard_numbers
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Update:
 
     def __init__(self, writer: IndexWriter, scope: Scope, roots: list[Root]) -> None:
         self.writer, self.scope, self.roots = writer, scope, roots
-        self.held = HeldRows(writer.index)
+        self.held = IndexedRows(writer.index)
         self.changes = Changes()
         self.delta = writer.path.with_name(f".{writer.path.name}.delta")
         self._seen: set[str] = set()
@@ -168,7 +168,7 @@ class Update:
         workers: int | str,
         bar: Any,
     ) -> None:
-        leftover = KnownVectors(delta.path, delta.owner)
+        leftover = StoredVectors(delta.path, delta.owner)
 
         def known(row: Row) -> Vectors | None:
             """The vector of a row's content, if there is one; called by the decoding threads."""

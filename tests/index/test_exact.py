@@ -10,7 +10,7 @@ from clipkit.artifacts import ModelRef
 from clipkit.errors import ArtifactError
 from clipkit.index import exact
 from clipkit.index import search as flat
-from clipkit.index.exact import search_exact, search_halves, take_rows
+from clipkit.index.exact import search_exact, search_float16, take_rows
 from clipkit.index.search import plain_rows, search_index
 from clipkit.index.vector_index import VectorIndex
 from clipkit.store.embedding_store import EmbeddingStore
@@ -109,7 +109,7 @@ def test_scores_of_halves_are_exact_where_the_best_lie_apart_and_where_they_do_n
     asked = np.concatenate([unit_rows(30, DIM, seed=1), rows[7:8]])
     halves = rows.astype(np.float16)
     assert (search_exact(asked, [halves], 10)[1] != slow_search(asked, rows, 10)[1]).any()
-    scores, found = search_halves(asked, cut(halves, [1000]), rows, 10)
+    scores, found = search_float16(asked, cut(halves, [1000]), rows, 10)
     wanted, order = slow_search(asked, rows, 10)
     np.testing.assert_array_equal(scores, wanted)
     np.testing.assert_array_equal(found, order)
@@ -133,7 +133,7 @@ def test_a_batch_is_exact_in_an_index_of_halves(tmp_path):
 
 def test_halves_fewer_than_k():
     rows = unit_rows(6, DIM)
-    scores, found = search_halves(rows[:2], [rows.astype(np.float16)], rows, 10)
+    scores, found = search_float16(rows[:2], [rows.astype(np.float16)], rows, 10)
     assert found[:, 0].tolist() == [0, 1]
     assert scores.shape == (2, 6)
 

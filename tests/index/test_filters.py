@@ -153,7 +153,7 @@ def assert_exact(index, rows):
 @pytest.mark.parametrize("few", [0, 2**15])
 @pytest.mark.parametrize("spec", ["Flat", "IVF8,PQ4x4fs", "HNSW8", "SQfp16", "IDMap2,Flat"])
 def test_searching_among_chosen_rows_is_exact(tmp_path, monkeypatch, spec, few):
-    monkeypatch.setattr(segments_module, "FEW", few)
+    monkeypatch.setattr(segments_module, "MAX_MASKED", few)
     path = build(tmp_path, spec)
     with IndexWriter(path) as writer:
         writer.remove([RECORDS[3]["key"], RECORDS[40]["key"]])
@@ -161,7 +161,7 @@ def test_searching_among_chosen_rows_is_exact(tmp_path, monkeypatch, spec, few):
         writer.commit()
     index = VectorIndex.open(path)
     if few == 0 and "PQ" in spec:  # everything is asked for, so that nothing is lost by codes
-        index.segments[0].refine = 400
+        index.segments[0].rerank_factor = 400
         faiss.extract_index_ivf(index.segments[0].index).nprobe = 8
     for condition in ("year >= 2015", "year > 3000", "folder = 'work' and year < 2005"):
         rows = rows_where(index.segments, condition)

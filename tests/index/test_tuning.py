@@ -15,18 +15,18 @@ from clipkit.errors import SpecError
 from clipkit.index import tuning as tune
 from clipkit.index.exact import search_exact
 from clipkit.index.faiss_factory import new_index, train
-from clipkit.index.sample_queries import make_questions
-from clipkit.index.search import rescored
+from clipkit.index.sample_queries import encode_sample_queries
+from clipkit.index.search import rerank
 from clipkit.index.tuning import (
-    Wish,
-    asker,
+    TuningTarget,
     build_tuned,
     candidates,
-    choose_knobs,
+    choose_search_parameters,
     effort,
     measure,
     recall,
     remeasure,
+    search_with,
 )
 from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
@@ -80,7 +80,7 @@ def test_rescored_candidates_are_the_best_of_them():
     rows, queries = unit_rows(200, 8), unit_rows(5, 8, seed=1)
     offered = np.stack([np.random.default_rng(n).permutation(200)[:20] for n in range(5)])
     offered[2, 3:] = -1
-    scores, found = rescored(offered, rows, queries, 6)
+    scores, found = rerank(offered, rows, queries, 6)
     for query, candidates_, score, row in zip(queries, offered, scores, found, strict=True):
         among = [n for n in candidates_.tolist() if n >= 0]
         exact = {n: float(np.float32(rows[n].astype(np.float64) @ query)) for n in among}
@@ -107,8 +107,8 @@ def test_what_is_tried_first(count, dim, memory, first):
 def test_too_little_memory_is_refused():
     with pytest.raises(SpecError, match=r"at least 48 MiB.*but 10 MiB are allowed.*--memory"):
         candidates(1_000_000, 512, 10 * 2**20)
-    assert Wish(memory=5).bytes == 5
-    assert Wish().bytes > 2**28
+    assert TuningTarget(memory=5).bytes == 5
+    assert TuningTarget().bytes > 2**28
 
 
 def test_what_is_tried_fits_the_memory(monkeypatch):
@@ -136,34 +136,34 @@ def test_knobs_reach_the_recall_and_less_does_not(spec):
     truth = search_exact(texts, [images], 10)[1]
     index = built(spec, images)
     vectors = None if spec in ("HNSW8", "IVF64,Flat") else images
-    knobs = choose_knobs(index, vectors, texts, truth, 0.9)
-    reached = measure(asker(index, vectors, knobs), texts, truth)
+    parameters = choose_search_parameters(index, vectors, texts, truth, 0.9)
+    reached = measure(search_with(index, vectors, parameters), texts, truth)
     assert reached.recall >= 0.9
     assert reached.queries == 200
     assert reached.milliseconds > 0
     name, values = effort(index)
-    if name and knobs[name] > values[0]:
-        less = knobs | {name: values[values.index(knobs[name]) - 1]}
-        assert recall(asker(index, vectors, less), texts, truth) < 0.9
+    if name and parameters[name] > values[0]:
+        less = parameters | {name: values[values.index(parameters[name]) - 1]}
+        assert recall(search_with(index, vectors, less), texts, truth) < 0.9
 
 
 def test_what_cannot_be_reached_gives_the_most():
     images, texts = gap(3000, 100)
     truth = search_exact(texts, [images], 10)[1]
     index = built("IVF64,PQ8x4fs", images)
-    knobs = choose_knobs(index, images, texts, truth, 1.0)
-    assert knobs == {"refine": 64, "nprobe": 64}
+    parameters = choose_search_parameters(index, images, texts, truth, 1.0)
+    assert parameters == {"rerank": 64, "nprobe": 64}
     index = built("Flat", images)
-    assert choose_knobs(index, None, texts, truth, 1.0) == {}
+    assert choose_search_parameters(index, None, texts, truth, 1.0) == {}
 
 
-def test_refinement_from_disk_equals_faiss_holding_the_vectors(tmp_path):
+def test_reranking_from_disk_equals_faiss_holding_the_vectors(tmp_path):
     images, texts = gap(3000, 50)
     np.save(tmp_path / "vectors.npy", images)
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     index, refined = built("PQ32x4fs", images), built("PQ32x4fs,RFlat", images)
     refined.k_factor = 8
-    ask = asker(index, mapped, {"refine": 8})
+    ask = search_with(index, mapped, {"rerank": 8})
     np.testing.assert_array_equal(np.sort(ask(texts, 10)), np.sort(refined.search(texts, 10)[1]))
 
 
@@ -193,8 +193,8 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def questions(store):
-    chosen = make_questions((table for _, table in store.shards()), Told().encode_text)
+def queries(store):
+    chosen = encode_sample_queries((table for _, table in store.shards()), Told().encode_text)
     assert (chosen.source, len(chosen.captions)) == ("captions of the images", len(chosen.rows))
     return chosen
 
@@ -205,32 +205,32 @@ def large(monkeypatch):
     monkeypatch.setattr(tune, "SMALL", 0)
 
 
-def test_a_small_store_is_searched_exactly(store, questions, tmp_path):
-    index = build_tuned(store, tmp_path / "index", questions, Wish())
+def test_a_small_store_is_searched_exactly(store, queries, tmp_path):
+    index = build_tuned(store, tmp_path / "index", queries, TuningTarget())
     assert index.spec == "Flat"
     tuning = index.manifest.detail["tuning"]
-    assert (tuning["recall"], tuning["queries"]) == (1, len(questions.captions) // 2)
+    assert (tuning["recall"], tuning["queries"]) == (1, len(queries.captions) // 2)
     assert index.manifest.detail["search"] == {}
 
 
-def test_the_index_finds_what_its_manifest_says(store, questions, tmp_path, large):
-    index = build_tuned(store, tmp_path / "index", questions, Wish(recall=0.9))
+def test_the_index_finds_what_its_manifest_says(store, queries, tmp_path, large):
+    index = build_tuned(store, tmp_path / "index", queries, TuningTarget(recall=0.9))
     detail = index.manifest.detail
     assert index.spec == "IVF256,PQ32x4fs"
-    assert set(detail["search"]) == {"nprobe", "refine"}
+    assert set(detail["search"]) == {"nprobe", "rerank"}
     assert detail["tuning"]["recall"] > 0.85
-    again = remeasure(index, questions.captions[1::2])
+    again = remeasure(index, queries.captions[1::2])
     assert again.recall == pytest.approx(detail["tuning"]["recall"], abs=1e-4)
     # What the tuner asked is what a search asks.
     segment = index.segments[0]
-    ask = asker(segment.index, segment.vectors, detail["search"])
+    ask = search_with(segment.index, segment.vectors, detail["search"])
     hits = VectorIndex.open(tmp_path / "index").search_vectors(TEXTS[:50], 10)
     for found, row in zip(hits, ask(TEXTS[:50], 10), strict=True):
         assert [hit.id for hit in found] == row[row >= 0].tolist()
 
 
-def test_what_a_changed_index_finds_is_measured_as_it_stands(store, questions, tmp_path, large):
-    build_tuned(store, tmp_path / "index", questions, Wish(recall=0.9))
+def test_what_a_changed_index_finds_is_measured_as_it_stands(store, queries, tmp_path, large):
+    build_tuned(store, tmp_path / "index", queries, TuningTarget(recall=0.9))
     best = search_exact(TEXTS[:20], [IMAGES], 5)[1]
     gone = sorted({store.keys[n] for n in best.ravel()})
     with IndexWriter(tmp_path / "index") as writer:
@@ -242,9 +242,9 @@ def test_what_a_changed_index_finds_is_measured_as_it_stands(store, questions, t
 
 
 def test_the_next_spec_is_tried_where_one_does_not_reach_the_recall(
-    store, questions, tmp_path, large
+    store, queries, tmp_path, large
 ):
-    index = build_tuned(store, tmp_path / "index", questions, Wish(recall=1.0))
+    index = build_tuned(store, tmp_path / "index", queries, TuningTarget(recall=1.0))
     tried = index.manifest.detail["tuning"]["tried"]
     assert index.manifest.detail["tuning"]["recall"] == 1.0
     assert tried[0]["spec"] == "IVF256,PQ32x4fs"
@@ -252,40 +252,40 @@ def test_the_next_spec_is_tried_where_one_does_not_reach_the_recall(
     assert sorted(file.name for file in (tmp_path / "index").iterdir()) == sorted(
         [
             "manifest.json",
-            "questions.npy",
+            "sample_queries.bin",
             *(name for s in index.segments for name in s.parts.names),
         ]
     )
 
 
 def test_the_closest_is_built_where_none_reaches_the_recall(
-    store, questions, tmp_path, large, monkeypatch
+    store, queries, tmp_path, large, monkeypatch
 ):
     monkeypatch.setattr(
         "clipkit.index.tuning.candidates", lambda *_: ["PQ32x4fs", "PQ8x4fs", "IVF9999,Flat"]
     )
-    index = build_tuned(store, tmp_path / "index", questions, Wish(recall=1.0))
+    index = build_tuned(store, tmp_path / "index", queries, TuningTarget(recall=1.0))
     tuning = index.manifest.detail["tuning"]
     assert [one["spec"] for one in tuning["tried"]] == ["PQ32x4fs", "PQ8x4fs"]
     assert index.spec == "PQ32x4fs"
-    assert remeasure(index, questions.captions[1::2]).recall == pytest.approx(
+    assert remeasure(index, queries.captions[1::2]).recall == pytest.approx(
         tuning["recall"], abs=1e-4
     )
 
 
-def test_too_little_memory_leaves_nothing_behind(store, questions, tmp_path, large):
+def test_too_little_memory_leaves_nothing_behind(store, queries, tmp_path, large):
     with pytest.raises(SpecError, match="raise --memory"):
-        build_tuned(store, tmp_path / "index", questions, Wish(memory=1000))
+        build_tuned(store, tmp_path / "index", queries, TuningTarget(memory=1000))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refine_that_is_no_number_is_refused(store, questions, tmp_path, large):
-    build_tuned(store, tmp_path / "index", questions, Wish(recall=0.8))
+def test_a_rerank_factor_must_be_a_number(store, queries, tmp_path, large):
+    build_tuned(store, tmp_path / "index", queries, TuningTarget(recall=0.8))
     file = tmp_path / "index" / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["detail"]["search"]["refine"] = "many"
+    manifest["detail"]["search"]["rerank"] = "many"
     file.write_text(json.dumps(manifest))
-    with pytest.raises(SpecError, match="refine='many'"):
+    with pytest.raises(SpecError, match="rerank='many'"):
         VectorIndex.open(tmp_path / "index")
 
 

@@ -11,8 +11,8 @@ import pytest
 from clipkit.artifacts import ModelRef
 from clipkit.cli import main
 from clipkit.index import tuning as tune
-from clipkit.index.sample_queries import Questions
-from clipkit.index.tuning import Wish, build_tuned
+from clipkit.index.sample_queries import SampleQueries
+from clipkit.index.tuning import TuningTarget, build_tuned
 from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.store.embedding_store import EmbeddingStore
@@ -130,8 +130,8 @@ def tuned(tmp_path, monkeypatch):
         writer.append(images, records(len(images)))
         store = writer.finish({})
     nothing = np.empty(0, np.int64)
-    questions = Questions(texts, nothing, texts[:5], "captions")
-    build_tuned(store, tmp_path / "tuned", questions, Wish(recall=0.9))
+    queries = SampleQueries(texts, nothing, texts[:5], "captions")
+    build_tuned(store, tmp_path / "tuned", queries, TuningTarget(recall=0.9))
     return tmp_path / "tuned", images, texts[1::2]
 
 
@@ -170,8 +170,8 @@ def test_a_changed_index_is_measured_as_it_stands(tuned):
 def test_recall_that_has_dropped_calls_for_training_anew(tuned):
     path, images, texts = tuned
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["detail"]["search"]["refine"] > 1
-    manifest["detail"]["search"]["refine"] = 1
+    assert manifest["detail"]["search"]["rerank"] > 1
+    manifest["detail"]["search"]["rerank"] = 1
     (path / "manifest.json").write_text(json.dumps(manifest))
     report = check_index(path)
     assert report.text_recall == pytest.approx(by_hand(path, images, texts))
@@ -186,10 +186,10 @@ def test_why_captions_are_not_asked_is_said(index, tuned):
     assert report.text_recall is None
     assert "no captions are kept" in report.not_measured
     path, _, _ = tuned
-    (path / "questions.npy").write_bytes(b"\x93NUMPY")
+    (path / "sample_queries.bin").write_bytes(b"\x93NUMPY")
     report = check_index(path)
     assert (report.text_recall, report.problems) == (None, [])
-    assert "questions.npy cannot be read" in report.not_measured
+    assert "sample_queries.bin" in report.not_measured
     assert report.recorded_recall is not None
 
 
@@ -214,9 +214,9 @@ def test_figures_are_shown_as_what_they_are(tuned, capsys, monkeypatch):
 
 def test_what_a_killed_writer_left_is_swept_away_and_captions_stay(tuned):
     path, _, _ = tuned
-    (path / ".questions.npy.tmp").write_bytes(b"half")
+    (path / ".sample_queries.bin.tmp").write_bytes(b"half")
     with IndexWriter(path) as writer:
         writer.remove(["item-00000.png"])
         writer.commit(compact=True)
-    assert not (path / ".questions.npy.tmp").exists()
+    assert not (path / ".sample_queries.bin.tmp").exists()
     assert check_index(path).text_recall is not None

@@ -8,7 +8,7 @@ from clipkit.artifacts import MANIFEST, ModelRef
 from clipkit.cli import main
 from clipkit.errors import ArtifactError
 from clipkit.index.calibration import calibrate
-from clipkit.index.sample_queries import generic_captions, make_questions
+from clipkit.index.sample_queries import encode_sample_queries, generic_captions
 from clipkit.index.vector_index import VectorIndex
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.index import calibrate_index
@@ -123,7 +123,7 @@ def test_an_untrained_network_gives_no_probability(tiny_checkpoint):
 
     encoder = load_model(tiny_checkpoint)
     images = encoder.encode_images([Image.fromarray(soft(40, 30, seed)) for seed in range(100)])
-    told = make_questions([], encoder.encode_text)
+    told = encode_sample_queries([], encoder.encode_text)
     asked = told.captions, told.rows, told.nonsense
     assert not calibrate(*asked, lambda: [images], told.source).informative
     own = encoder.encode_text([f"{text} and more" for text in generic_captions()[:100]])

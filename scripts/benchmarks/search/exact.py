@@ -13,7 +13,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from clipkit.index.exact import search_exact, search_halves
+from clipkit.index.exact import search_exact, search_float16
 from scripts.benchmarks.common.timing import alternate, ratios, spread
 
 Found = tuple[np.ndarray, np.ndarray]
@@ -72,7 +72,7 @@ def run(rows: int, dim: int, queries: Sequence[int], k: int, rounds: int) -> Non
             methods: dict[str, Callable[[], Found]] = {
                 "FAISS Flat": lambda batch=batch: flat.search(batch, k),
                 "clipkit": lambda batch=batch: search_exact(batch, [mapped], k),
-                "clipkit, float16": lambda batch=batch: search_halves(batch, [halves], mapped, k),
+                "clipkit, float16": lambda batch=batch: search_float16(batch, [halves], mapped, k),
                 "NumPy": lambda batch=batch: brute_force(batch, mapped, k),
             }
             measure(methods, count, rounds)

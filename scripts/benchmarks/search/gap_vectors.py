@@ -107,7 +107,7 @@ def facts(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
         result |= {f"variance of {name} in {n}": values[:n].sum() / values.sum() for n in (8, 64)}
     near = np.sort(images[:500] @ images.T, axis=1)[:, -2]
     result["cosine to the nearest image"] = float(np.median(near))
-    for spec, knob, values in (
+    for spec, parameter, values in (
         ("IVF256,Flat", "nprobe", (1, 16, 64)),
         ("HNSW32", "efSearch", (16, 64, 256)),
         ("PQ64x4fs,RFlat", "k_factor_rf", (1, 8, 32)),
@@ -116,10 +116,10 @@ def facts(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
         index.train(images)
         index.add(images)
         for value in values:
-            faiss.ParameterSpace().set_index_parameter(index, knob, value)
+            faiss.ParameterSpace().set_index_parameter(index, parameter, value)
             found = index.search(texts, 10)[1]
             hits = [len({*a} & {*b}) for a, b in zip(found.tolist(), best.tolist(), strict=True)]
-            result[f"recall@10 of {spec}, {knob} {value}"] = float(np.mean(hits)) / 10
+            result[f"recall@10 of {spec}, {parameter} {value}"] = float(np.mean(hits)) / 10
     return result
 
 

@@ -33,13 +33,13 @@ class Peer:
     Attributes:
         index: a FAISS index with the search parameters of the peer.
         key: its factory string.
-        knobs: its search parameters.
+        parameters: its search parameters.
         seconds: time to build and tune, including the start of the process.
     """
 
     index: Any
     key: str
-    knobs: str
+    parameters: str
     seconds: float
 
 
@@ -82,7 +82,7 @@ def _built(name: str, command: list[Any], out: Path, limit: float) -> Peer | str
         return f"{name} failed after {seconds:.0f} s: {reason}"
     index = faiss.read_index(str(out))
     facts = json.loads(infos.read_text(encoding="utf-8"))
-    knobs = str(facts.get("index_param", ""))
-    if knobs:
-        faiss.ParameterSpace().set_index_parameters(index, knobs)
-    return Peer(index, str(facts["index_key"]), knobs, seconds)
+    parameters = str(facts.get("index_param", ""))
+    if parameters:
+        faiss.ParameterSpace().set_index_parameters(index, parameters)
+    return Peer(index, str(facts["index_key"]), parameters, seconds)

@@ -32,8 +32,15 @@ from clipkit.index.faiss_factory import (
     train,
     training_rows_needed,
 )
-from clipkit.index.search import REFINE, plain_rows
-from clipkit.index.tuning import Measured, asker, candidates, choose_knobs, effort, measure
+from clipkit.index.search import RERANK, plain_rows
+from clipkit.index.tuning import (
+    Measured,
+    candidates,
+    choose_search_parameters,
+    effort,
+    measure,
+    search_with,
+)
 from scripts.benchmarks.search.build import write_shards
 from scripts.benchmarks.search.gap_vectors import GapVectors
 from scripts.benchmarks.search.peers import Peer, autofaiss, clip_retrieval
@@ -67,9 +74,9 @@ class Built:
         self.name, self.index, self.vectors, self.seconds = name, index, vectors, seconds
         self.bytes = len(faiss.serialize_index(index))
 
-    def at(self, knobs: dict[str, int], queries: np.ndarray, truth: np.ndarray) -> Measured:
+    def at(self, parameters: dict[str, int], queries: np.ndarray, truth: np.ndarray) -> Measured:
         """Recall and latency with these search parameters."""
-        return measure(asker(self.index, self.vectors, knobs), queries, truth)
+        return measure(search_with(self.index, self.vectors, parameters), queries, truth)
 
 
 def build(spec: str, vectors: np.ndarray) -> Built:
@@ -98,8 +105,10 @@ def families(vectors: np.ndarray, texts: np.ndarray, specs: Sequence[str] | None
     for family in specs or FAMILIES:
         built = build(family.format(**sizes), vectors)
         for recall in (0.9, 0.95, 0.99):
-            knobs = choose_knobs(built.index, built.vectors, texts[::2], truth[::2], recall)
-            show("clipkit", built, str(knobs), built.at(knobs, texts[1::2], truth[1::2]))
+            parameters = choose_search_parameters(
+                built.index, built.vectors, texts[::2], truth[::2], recall
+            )
+            show("clipkit", built, str(parameters), built.at(parameters, texts[1::2], truth[1::2]))
 
 
 def against(
@@ -125,15 +134,17 @@ def against(
     ours = build(candidates(*vectors.shape, memory)[0], vectors)
     curve: Curve = []
     for recall in RECALLS:
-        knobs = choose_knobs(ours.index, ours.vectors, texts[::2], truth[::2], recall)
-        curve.append((f"{knobs}, tuned for {recall}", ours.at(knobs, queries, expected)))
+        parameters = choose_search_parameters(
+            ours.index, ours.vectors, texts[::2], truth[::2], recall
+        )
+        curve.append((f"{parameters}, tuned for {recall}", ours.at(parameters, queries, expected)))
         show("clipkit", ours, *curve[-1])
-    knob, values = effort(ours.index)
+    parameter, values = effort(ours.index)
     for refine in RERANKED if ours.vectors is not None else (1,):
         for value in values:
-            knobs = {REFINE: refine} if ours.vectors is not None else {}
-            knobs |= {knob: value} if knob else {}
-            curve.append((str(knobs), ours.at(knobs, queries, expected)))
+            parameters = {RERANK: refine} if ours.vectors is not None else {}
+            parameters |= {parameter: value} if parameter else {}
+            curve.append((str(parameters), ours.at(parameters, queries, expected)))
     for name, run in (("autofaiss", autofaiss), ("clip-retrieval", clip_retrieval)):
         python = pythons[name]
         if python is None:
@@ -150,15 +161,16 @@ def _compare(
     name: str, peer: Peer, curve: Curve, queries: np.ndarray, expected: np.ndarray
 ) -> None:
     built = Built(peer.key, peer.index, None, peer.seconds)
-    own = measure(asker(built.index, None, {}), queries, expected)
-    points: Curve = [(f"{peer.knobs}, its own choice", own)]
-    knob, values = effort(built.index)
-    if knob is not None:
+    own = measure(search_with(built.index, None, {}), queries, expected)
+    points: Curve = [(f"{peer.parameters}, its own choice", own)]
+    parameter, values = effort(built.index)
+    if parameter is not None:
         points += [
-            (f"{knob}={value}", built.at({knob: value}, queries, expected)) for value in values
+            (f"{parameter}={value}", built.at({parameter: value}, queries, expected))
+            for value in values
         ]
-    for knobs, found in points:
-        show(name, built, knobs, found)
+    for parameters, found in points:
+        show(name, built, parameters, found)
         print(f"{'':10} {against_curve(found, [one for _, one in curve])}")
 
 
@@ -175,11 +187,11 @@ def against_curve(theirs: Measured, ours: Sequence[Measured]) -> str:
     return f"clipkit in that time: {at_time}; at that recall: {at_recall}"
 
 
-def show(name: str, built: Built, knobs: str, found: Measured) -> None:
+def show(name: str, built: Built, parameters: str, found: Measured) -> None:
     """Print a line of the table."""
     print(
         f"{name:14} {built.name:38} {built.bytes / 2**20:7.0f} MiB  built in {built.seconds:5.0f} s"
-        f"  recall@10 {found.recall:.3f}  {found.milliseconds:7.2f} ms per query  {knobs}",
+        f"  recall@10 {found.recall:.3f}  {found.milliseconds:7.2f} ms per query  {parameters}",
         flush=True,
     )
 

@@ -116,8 +116,9 @@ def candidates(count: int, dim: int, memory: int) -> list[str]:
 
     The order is that of speed as ``scripts/benchmarks/search/tuned.py --families`` measures it:
     with 30,000 vectors like CLIP's, text queries at a recall of 0.91 take 0.5 ms with an IVF of
-    product-quantised rows, 12 ms with ``HNSW32``. All but ``Flat`` and ``HNSW32`` are re-ranked from
-    disk. RaBitQ is left out: of the ten best of 20,000, its 160 candidates held 6.4 at best, those of a product quantiser of the same size 6.8.
+    product-quantised rows, 12 ms with ``HNSW32``. All but ``Flat`` and ``HNSW32`` are re-ranked
+    from disk. RaBitQ is left out: of the ten best of 20,000, its 160 candidates held 6.4 at best,
+    those of a product quantiser of the same size 6.8.
 
     Args:
         count: how many vectors.

@@ -20,9 +20,9 @@ def demo(
     """
     from clipkit.demo.run import demo as run
 
-    result = run(out, minutes=minutes, tell=note)
+    result = run(out, minutes=minutes, report=note)
     print_table(
-        ("measured on the unseen style", "model", "chance"),
+        ("results on the held-out style", "model", "chance"),
         [(name, f"{m:.3f}", f"{result.chance[name]:.4f}") for name, m in result.metrics.items()],
     )
     print_facts([("page", result.page)])

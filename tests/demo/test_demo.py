@@ -1,20 +1,27 @@
-"""The demo: its data by value, its page as HTML, and the whole walk on a handful of drawings."""
+"""The demo: its data by value, its page as HTML, and a whole run on a handful of drawings."""
 
 import importlib.util
 import io
+import json
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from clipkit.artifacts import is_complete
+from clipkit.artifacts import Manifest, ModelRef, is_complete
 from clipkit.config import load_config
 from clipkit.data.open_source import open_source, row_image
 from clipkit.demo import emoji
 from clipkit.demo.emoji import Drawing, EmojiFacts, caption_of, find_drawings, label_of, write_sets
-from clipkit.demo.page import Classified, Found, Page, Picture, render_page
-from clipkit.display.html import Figure
+from clipkit.demo.page import (
+    ClassifyExample,
+    DemoReport,
+    NamedImage,
+    SearchExample,
+    render_demo,
+)
+from clipkit.demo.run import demo, recipe
 from clipkit.errors import ArtifactError, DataError, MissingExtraError
 from tests.helpers.pages import read_page
 
@@ -33,7 +40,7 @@ def draw(path, colour, shape, size=(72, 72)):
 
 @pytest.fixture
 def drawings(tmp_path, monkeypatch):
-    """Eight concepts in three styles; the red circle is one and the same picture in all."""
+    """Eight concepts in three styles; the red circle is the same image in all."""
     folder, found = tmp_path / "drawings", []
     folder.mkdir()
     for number, style in enumerate(("Apple", "Google", "Twitter")):
@@ -89,7 +96,7 @@ def test_missing_packages_are_named_with_their_command(monkeypatch):
 def test_an_empty_package_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "_names", lambda: {"1F600": "grinning face"})
     monkeypatch.setattr(emoji, "_package_folder", lambda package: tmp_path)
-    with pytest.raises(DataError, match="holds no drawings"):
+    with pytest.raises(DataError, match="has no drawings"):
         find_drawings()
 
 
@@ -108,7 +115,7 @@ def test_the_real_drawings():
 
 
 def test_sets_by_value(drawings, tmp_path):
-    # One more twin in the unseen style, one drawing of another size, one with a name of its own.
+    # One more duplicate in the held-out style, a drawing of another size, and a unique name.
     red = next(d for d in drawings if d.style == "Google" and d.name == "red circle")
     large = draw(tmp_path / "large.png", (90, 90, 90), "square", (150, 100))
     drawings += [
@@ -118,7 +125,7 @@ def test_sets_by_value(drawings, tmp_path):
     facts = write_sets(tmp_path / "train.parquet", tmp_path / "unseen.parquet")
     # Both other red circles equal Google's and are dropped, so that the name is new.
     assert facts == EmojiFacts(
-        train=15, unseen=9, dropped=2, new_names=2, near=0, twins=2, labelled=8
+        train=15, unseen=9, dropped=2, new_names=2, near_duplicates=0, duplicates=2, labelled=8
     )
     train, unseen = (open_source(tmp_path / f"{name}.parquet") for name in ("train", "unseen"))
     assert {key.split("/")[0] for key in train.rows["key"]} == {"Apple", "Twitter"}
@@ -144,48 +151,52 @@ def test_near_copies_are_counted(drawings, tmp_path):
         picture.save(tmp_path / "nearly.png")
     drawings.append(Drawing("Twitter", "CCCC", "black square", tmp_path / "nearly.png"))
     facts = write_sets(tmp_path / "train.parquet", tmp_path / "unseen.parquet")
-    assert (facts.near, facts.dropped) == (1, 2)
+    assert (facts.near_duplicates, facts.dropped) == (1, 2)
 
 
-def test_page_is_well_formed_and_escaped():
+def test_page_is_well_formed_and_escaped(tmp_path):
     stream = io.BytesIO()
     Image.new("RGB", (2, 2)).save(stream, "PNG")
     evil = '<script>alert("1")</script> & "more"'
-    picture = Picture(stream.getvalue(), evil)
-    page = Page(
-        title=evil,
-        lead=evil,
-        figures=[Figure(evil, 0.4567, 0.0003), Figure("other", 1.0, 0.05)],
-        curve=[(0.1, 5.0), (1.0, 2.0), (2.0, 1.0)],
-        guessing_loss=5.5,
-        searches=[Found(evil, [(picture, 0.75)])],
-        classified=[Classified(picture, "cat", [("cat", 0.9), (evil, 0.1)])],
-        commands=[(evil, f"clipkit search {evil}")],
-        notes=[evil],
-        footer=evil,
+    image = NamedImage(stream.getvalue(), evil)
+    out = tmp_path / evil.replace("/", "")
+    run = out / "run"
+    run.mkdir(parents=True)
+    model = ModelRef("tiny", "random", "0" * 16, 4)
+    manifest = Manifest("run", model, 3, detail={"seconds": 120.0})
+    (run / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    lines = [{"step": n, "loss": 5.0 - n, "seconds": 60.0 * n, "guess": 5.5} for n in (1, 2)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    names += ["zeroshot_mean_per_class", "zeroshot_top1"]
+    report = DemoReport(
+        metrics=dict.fromkeys(names, 0.4567),
+        chance=dict.fromkeys(names, 0.0003) | {"zeroshot_top1": 0.05},
+        searches=[SearchExample(evil, [(image, 0.75)])],
+        classified=[ClassifyExample(image, "cat", [("cat", 0.9), (evil, 0.1)])],
     )
-    text, checker = read_page(render_page(page))
-    assert text.count(evil) >= 10
+    facts = EmojiFacts(100, 8, dropped=2, new_names=1, near_duplicates=3, duplicates=4, labelled=5)
+    page = render_demo(out, recipe(out / "a", out / "b", 1.0), facts, report)
+    text, checker = read_page(page)
+    assert text.count(evil) >= 3
     assert len(checker.addresses) == 2
-    for shown in ("45.7%", "0.03%", "100.0%", "5.0%", "0.75", "90%", "guessing", "min"):
+    for shown in ("45.7%", "0.03%", "5.0%", "0.75", "90%", "chance", "min", "2.0 minutes"):
         assert shown in text
 
 
 def test_the_whole_walk(drawings, tmp_path, monkeypatch):
-    from clipkit.demo.run import demo, recipe
-
     out, told = tmp_path / "demo", []
     with monkeypatch.context() as patch:
         patch.setattr("clipkit.tasks.train.catch_interrupts", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            demo(out, minutes=0.05, tell=told.append)
+            demo(out, minutes=0.05, report=told.append)
     assert "stopped at step 1" in told[-1]
     assert not is_complete(out / "run")
 
     told.clear()
-    result = demo(out, minutes=0.05, tell=told.append)
-    assert "again" in told[0]
-    assert "going on" in told[1]
+    result = demo(out, minutes=0.05, report=told.append)
+    assert "reusing" in told[0]
+    assert "resuming" in told[1]
     assert is_complete(out / "run")
     assert result.page == out / "index.html"
     assert result.metrics.keys() == result.chance.keys()
@@ -201,10 +212,10 @@ def test_the_whole_walk(drawings, tmp_path, monkeypatch):
     assert load_config(out / "demo.toml") == recipe(*sets, minutes=0.05)
 
     told.clear()
-    assert demo(out, minutes=0.05, tell=told.append).metrics == result.metrics
+    assert demo(out, minutes=0.05, report=told.append).metrics == result.metrics
     assert "trained model" in told[1]
     with pytest.raises(ArtifactError, match=r"0\.05 minutes .* expected 1 minutes"):
-        demo(out, minutes=1, tell=told.append)
+        demo(out, minutes=1, report=told.append)
 
 
 @contextmanager

@@ -1,12 +1,18 @@
-"""Batch normalisation at rest, folded into the convolution before it.
+"""Faster convolutional image towers on a CPU: folded batch norms, fused activations, bf16.
 
-Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", section 3.2, equation 14.
+Three steps, each checked on probe images:
 
-Convolutions of a tower that encodes on a CPU: with their activations, in bf16 where that holds.
+1. fold each batch norm into the convolution before it (Jacob et al. 2018, "Quantization and
+   Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2,
+   equation 14);
+2. compute each convolution and its activation in one pass, by the oneDNN operators that
+   torch.compile calls (they are private to torch; without them a tower keeps its own modules);
+3. round to bf16 all but the first convolutions.
 
-Fusing is exact. Rounding is not: the first layers of a trained network take differences of values
-that are alike, and rounding those spoils what all the others read. So they are left exact.
+On two cores of an EPYC, photos through an EfficientNet-Lite2 take 1 / 1.9 of open_clip's time in
+fp32 and 1 / 2.7 in bf16 (1 / 1.6 of its time in batches of 4), with a worst cosine of 0.9994 for
+400 photos; `python -m scripts.benchmarks.encoding.encoder PAIRS.parquet --only images --weights
+WEIGHTS`.
 """
 
 from collections import Counter
@@ -23,58 +29,81 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from clipkit.models.dual_encoder import DualEncoder
 
 TOLERANCE = 1e-4
-"""Largest change of a probe's vector, over its length; rounding alone comes to 1e-6."""
+"""Largest change of a probe's vector, relative to its length; rounding alone gives 1e-6."""
+MIN_COSINE = 0.9995
+"""Cosine that the vector of every probe image must keep in bf16. With ImageNet weights of
+EfficientNet-Lite0, 1 and 2, the worst of 150 to 400 photos then keeps 0.9994. With all convolutions
+rounded, the worst of 48 keeps only 0.996 to 0.988."""
+EXACT_STEP = 3
+"""Convolutions that are added to the exact ones at a time."""
+MAX_EXACT_SHARE = 0.25
+"""Largest share of a tower's convolutions that stay exact."""
+DISCS = 40
+"""Discs in a probe image."""
+
+ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+}
+"""Activations that oneDNN fuses with a convolution: its name and arguments for each."""
+OPERATORS = ("_convolution_pointwise", "_linear_pointwise")
 
 
 @torch.no_grad()
 def fold_batch_norms(visual: Any) -> None:
-    """Fold what follows a convolution into it, in place, and leave out a pass over the pixels.
+    """Fold each batch norm into the convolution before it, in place.
 
-    Which norm follows which convolution is seen by running a probe of noise, and so is that the
-    tower still makes the same vector of it; if not, it is left as it was.
+    A forward pass of a noise image shows which norm follows which convolution. If the vector of
+    that image changes, the tower is left unchanged.
 
     Args:
         visual: open_clip's image tower in evaluation mode.
     """
-    probe = noise(visual)
+    probe = noise_image(visual)
     wanted: Tensor = visual(probe)
-    pairs: list[tuple[nn.Conv2d, Any]] = followed(visual, probe, (nn.BatchNorm2d, BatchNormAct2d))
+    pairs: list[tuple[nn.Conv2d, Any]] = convolutions_before(
+        visual, probe, (nn.BatchNorm2d, BatchNormAct2d)
+    )
     names = {module: name for name, module in visual.named_modules()}
     before = [(conv.weight, conv.bias) for conv, _ in pairs]
     for conv, norm in pairs:
         conv.weight, conv.bias = _folded(conv, norm)
         activation = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        replace(visual, names[norm], activation)
-    if not same(visual(probe), wanted):
+        replace_module(visual, names[norm], activation)
+    if not same_vector(visual(probe), wanted):
         for (conv, norm), (weight, bias) in zip(pairs, before, strict=True):
             conv.weight, conv.bias = weight, bias
-            replace(visual, names[norm], norm)
+            replace_module(visual, names[norm], norm)
 
 
-def noise(visual: Any) -> Tensor:
-    """One picture of a tower's size, float32 [1, 3, height, width], beside its weights."""
-    size = visual.image_size  # of a ResNet a single number
+def noise_image(visual: Any) -> Tensor:
+    """A noise image of a tower's size on its device, float32 [1, 3, height, width]."""
+    size = visual.image_size  # an int for ResNets
     height, width = (size, size) if isinstance(size, int) else size
     probe = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     return probe.to(next(visual.parameters()).device)
 
 
-def same(vector: Tensor, wanted: Tensor) -> bool:
-    """Whether a probe's vector differs by rounding alone."""
+def same_vector(vector: Tensor, wanted: Tensor) -> bool:
+    """Whether the vectors of a probe differ by rounding only."""
     return bool((vector - wanted).norm() <= TOLERANCE * wanted.norm())
 
 
-def followed(
+def convolutions_before(
     visual: nn.Module, probe: Tensor, kinds: tuple[type[nn.Module], ...]
 ) -> list[tuple[nn.Conv2d, nn.Module]]:
-    """The convolutions whose output goes into one of some modules as it is, and that module.
+    """Pairs of a convolution and the one module that reads its unmodified output.
 
     Args:
         visual: an image tower.
         probe: an image for it.
-        kinds: of the modules; each that is found is used once, as its convolution is.
+        kinds: types of the reading modules.
+
+    Returns:
+        pairs in which both modules are used exactly once.
     """
-    # Outputs are kept, so that no id comes twice; their versions show what is added in place.
+    # Holding the outputs keeps their ids unique; their versions reveal changes in place.
     made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
     found: list[tuple[nn.Conv2d, nn.Module]] = []
     uses: Counter[nn.Module] = Counter()
@@ -102,8 +131,8 @@ def followed(
     return [pair for pair in found if uses[pair[0]] == uses[pair[1]] == readers[pair[0]] == 1]
 
 
-def replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one of that name."""
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule of that name."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, module)
 
@@ -117,39 +146,16 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Par
     )
 
 
-LEAST = 0.9995
-"""Cosine with its vector in fp32 that each probe picture's must keep in bf16. With the weights
-of EfficientNet-Lite0, 1 and 2 for ImageNet the worst of 150 to 400 photos then keeps 0.9994, and if
-all convolutions are rounded the worst of 48 keeps 0.996 to 0.988."""
-STEP = 3
-"""Convolutions that are left exact more at a time, where that was not enough."""
-FIRST = 0.25
-"""Share of a tower's convolutions that may be left exact."""
-
-DISCS = 40
-"""In a probe picture."""
-
-ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
-    nn.ReLU: ("relu", []),
-    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-    nn.SiLU: ("swish", []),
-}
-"""What oneDNN computes while it has a convolution's output at hand, and its arguments."""
-
-
-OPERATIONS = ("_convolution_pointwise", "_linear_pointwise")
-
-
 class FusedConvolution(nn.Conv2d):
-    """A convolution and the activation behind it in one pass, in the precision of its weights.
+    """A convolution and its activation in one pass, in the precision of its weights.
 
     Args:
-        conv: whose weights are taken.
-        activation: what follows it; None: nothing.
+        conv: the convolution, whose weights are shared.
+        activation: the activation after it, or None.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module | None) -> None:
-        of: Any = conv  # torch's own types of sizes do not fit one another
+        of: Any = conv  # torch declares these sizes with types that do not match its constructor
         super().__init__(
             of.in_channels,
             of.out_channels,
@@ -167,16 +173,16 @@ class FusedConvolution(nn.Conv2d):
         self.pointwise = ones == ((1, 1), (1, 1), 1, (0, 0))
 
     def round(self) -> None:
-        """Round the weights to bf16; of the bias only where oneDNN takes no other."""
+        """Round the weights to bf16, and the bias only where oneDNN requires it."""
         self.weight.data = self.weight.data.bfloat16()
         if self.bias is not None and not self.pointwise:
             self.bias.data = self.bias.data.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, channels, height, width], best channels-last, to the same of the weights' type."""
+        """[n, channels, height, width], channels-last, to the same in the dtype of the weights."""
         x = x.to(self.weight.dtype)
         made: Tensor
-        if self.pointwise:  # a product of matrices, to which a bias may be added in float32
+        if self.pointwise:  # a matrix product, which accepts a float32 bias
             weight = self.weight.flatten(1)
             rows = x.permute(0, 2, 3, 1)
             made = torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, *self.fused, "")
@@ -192,38 +198,38 @@ class FusedConvolution(nn.Conv2d):
 
 @torch.no_grad()
 def fuse_activations(visual: nn.Module) -> bool:
-    """Put a ``FusedConvolution`` in the place of each convolution of a tower on a CPU, in place.
+    """Replace each convolution of a tower on a CPU by a ``FusedConvolution``, in place.
 
     Args:
-        visual: open_clip's image tower in evaluation mode, its batch norms folded.
+        visual: open_clip's image tower in evaluation mode, with folded batch norms.
 
     Returns:
-        whether it was done. Where the machine has no oneDNN, a convolution is of a kind of its
-        own, or a probe's vector is another, the tower is left as it was.
+        whether it was done. The tower is left unchanged without oneDNN, with a subclass of
+        ``Conv2d`` that is unknown here, or if the vector of a probe changes.
     """
     names = {module: name for name, module in visual.named_modules()}
     convs = [module for module in names if isinstance(module, nn.Conv2d)]
     if not has_onednn() or not all(map(_is_plain, convs)):
         return False
-    probe = noise(visual)
+    probe = noise_image(visual)
     wanted: Tensor = visual(probe)
-    after = dict(followed(visual, probe, tuple(ACTIVATIONS)))
+    after = dict(convolutions_before(visual, probe, tuple(ACTIVATIONS)))
     for conv in convs:
-        replace(visual, names[conv], FusedConvolution(conv, after.get(conv)))
+        replace_module(visual, names[conv], FusedConvolution(conv, after.get(conv)))
     for activation in after.values():
-        replace(visual, names[activation], nn.Identity())
-    if same(visual(probe), wanted):
+        replace_module(visual, names[activation], nn.Identity())
+    if same_vector(visual(probe), wanted):
         return True
     for module in (*convs, *after.values()):
-        replace(visual, names[module], module)
+        replace_module(visual, names[module], module)
     return False
 
 
 def has_onednn() -> bool:
-    """Whether torch was built with the library whose operations the fused modules call."""
+    """Whether torch has the oneDNN operators that the fused modules call."""
     built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    # They are torch's own affair, made for its compiler: another version may have others.
-    return built and all(hasattr(torch.ops.mkldnn, name) for name in OPERATIONS)
+    # Other versions of torch may lack these private operators.
+    return built and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
@@ -233,18 +239,20 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 @torch.no_grad()
 def round_tower(network: DualEncoder, *, only_if_close: bool) -> None:
-    """Round what an image tower's products read, in place, but for its first convolutions.
+    """Round an image tower to bf16, in place, except for its first convolutions.
 
-    How many of those stay exact is the least with which the vectors of probe pictures stay what
-    they are: of an EfficientNet-Lite2 with ImageNet's weights six of 58, for 7 % of the time.
+    The first layers of a trained network subtract similar values, so rounding them spoils every
+    layer after them. The fewest convolutions stay exact that keep the vectors of the probe images:
+    6 of 58 in an EfficientNet-Lite2 with ImageNet weights, at a cost of 7 % of the time.
 
     Args:
-        network: whose image tower's convolutions are fused.
-        only_if_close: leave it in fp32 where no number is enough; else it is the largest.
+        network: its image tower has fused convolutions.
+        only_if_close: return to fp32 if even the largest number of exact convolutions is too few;
+            otherwise keep that number.
     """
     visual = network.clip.visual
-    pictures = probe_pictures(visual)
-    wanted = network.encode_images(pictures)
+    images = probe_images(visual)
+    wanted = network.encode_images(images)
     kinds = nn.Conv2d | nn.Linear | nn.MultiheadAttention
     layers = [module for module in visual.modules() if isinstance(module, kinds)]
     exact = {layer: [(p, p.data) for p in layer.parameters()] for layer in layers}
@@ -255,12 +263,12 @@ def round_tower(network: DualEncoder, *, only_if_close: bool) -> None:
             layer.to(torch.bfloat16)
     network.precisions["image"] = "bf16"
     convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-    most = int(FIRST * len(convs))
-    for number in range(0, most + 1, STEP):
+    most = int(MAX_EXACT_SHARE * len(convs))
+    for number in range(0, most + 1, EXACT_STEP):
         for layer in convs[:number]:
             _restore(exact[layer])
-        found = network.encode_images(pictures)
-        if F.cosine_similarity(found, wanted).min() >= LEAST:
+        found = network.encode_images(images)
+        if F.cosine_similarity(found, wanted).min() >= MIN_COSINE:
             return
     if only_if_close:
         network.precisions["image"] = "fp32"
@@ -273,24 +281,24 @@ def _restore(parameters: list[tuple[nn.Parameter, Tensor]]) -> None:
         parameter.data = data
 
 
-def probe_pictures(visual: Any) -> Tensor:
-    """Discs that cover one another, float32 [3, 3, height, width], about as photos are normalised.
+def probe_images(visual: Any) -> Tensor:
+    """Overlapping discs, float32 [3, 3, height, width], in the value range of normalised photos.
 
-    Such pictures have the edges and the plain areas of photos (Lee, Mumford & Huang 2001,
-    "Occlusion models for natural images", section 3); of plain areas rounding leaves least.
+    They have the edges and the flat areas of photos (Lee, Mumford & Huang 2001, "Occlusion models
+    for natural images", section 3); rounding hurts flat areas most.
     """
-    height, width = noise(visual).shape[2:]
+    height, width = noise_image(visual).shape[2:]
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.zeros(3, 3, height, width)
+    images = torch.zeros(3, 3, height, width)
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     small, large = height / 50, height / 2
-    for picture in pictures:
-        # Radii whose density falls with their cube, the largest first.
+    for image in images:
+        # The density of radii falls with their cube; the largest come first.
         share = torch.rand(DISCS, generator=generator)
         radii = (share * (small**-2 - large**-2) + large**-2).rsqrt().sort(descending=True).values
         top, left = torch.rand(2, DISCS, generator=generator)
         grey = 1.4 * torch.rand(DISCS, 1, generator=generator) - 0.7
         colours = (grey + 0.15 * torch.randn(DISCS, 3, generator=generator)).clamp(-1, 1)
         for y, x, radius, colour in zip(top * height, left * width, radii, colours, strict=True):
-            picture[:, (rows - y) ** 2 + (columns - x) ** 2 < radius**2] = colour[:, None]
-    return pictures.contiguous(memory_format=torch.channels_last)
+            image[:, (rows - y) ** 2 + (columns - x) ** 2 < radius**2] = colour[:, None]
+    return images.contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clipkit.models.cpu_kernels import replace
+from clipkit.models.cpu_kernels import replace_module
 from clipkit.training.distributed import World
 
 
@@ -31,7 +31,7 @@ def share_statistics(network: nn.Module, world: World) -> None:
         return
     for name, module in [*network.named_modules()]:
         if isinstance(module, _BatchNorm):
-            replace(network, name, SharedNorm(module, world))
+            replace_module(network, name, SharedNorm(module, world))
 
 
 def count_rows(network: nn.Module, rows: int) -> None:

@@ -200,8 +200,8 @@ def test_a_tower_that_rounding_harms_stays_exact_unless_bf16_is_asked_for():
 
 def test_probe_pictures_are_the_same_each_time_and_differ():
     clip = clip_of(**RESNET)
-    pictures = module.probe_pictures(clip.visual)
-    torch.testing.assert_close(pictures, module.probe_pictures(clip.visual), rtol=0, atol=0)
+    pictures = module.probe_images(clip.visual)
+    torch.testing.assert_close(pictures, module.probe_images(clip.visual), rtol=0, atol=0)
     assert pictures.shape == (3, 3, 32, 32)
     assert pictures.abs().max() <= 1
     assert pictures.flatten(1).std(dim=1).min() > 0.1

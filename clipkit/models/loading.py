@@ -43,7 +43,13 @@ from clipkit.models.checkpoint import (
 from clipkit.models.dual_encoder import why_unsuitable
 from clipkit.models.encoder import Encoder
 from clipkit.models.inference_precision import DEFAULT_PRECISION, Precision, prepare
-from clipkit.models.text_encoder_numpy import EPSILON, KnownTower, note, recall, stamp
+from clipkit.models.text_encoder_numpy import (
+    EPSILON,
+    TextTowerFile,
+    file_stamp,
+    find_text_tower,
+    record_text_tower,
+)
 from clipkit.models.tokenizer import TruncationReport, tokenize
 from clipkit.models.transformer import runs_text_tower
 
@@ -112,7 +118,7 @@ def load_clip(model: str) -> tuple[Any, ModelRef]:
     label = name.removeprefix("local-dir:")
     digest = fingerprint(clip, dict(clip.visual.preprocess_cfg))
     reference = ModelRef(label, weights, digest, vector_dim(clip))
-    remember(reference, clip, file)
+    _record(reference, clip, file)
     return clip, reference
 
 
@@ -450,7 +456,7 @@ _TEXT_PARTS = (
 )
 
 
-def remember(model: ModelRef, clip: Any, file: Path) -> None:
+def _record(model: ModelRef, clip: Any, file: Path) -> None:
     """Record the file for ``load_query_encoder``, if it holds the text tower's weights as loaded.
 
     Args:
@@ -459,7 +465,7 @@ def remember(model: ModelRef, clip: Any, file: Path) -> None:
         file: the file of its weights.
     """
     text = getattr(clip, "text", clip)
-    if file.suffix != ".safetensors" or not runs_text_tower(text) or recall(model):
+    if file.suffix != ".safetensors" or not runs_text_tower(text) or find_text_tower(model):
         return
     blocks = text.transformer.resblocks
     activations = {_activation(block.mlp.gelu) for block in blocks}
@@ -469,14 +475,16 @@ def remember(model: ModelRef, clip: Any, file: Path) -> None:
     if not plain or len(activations) != 1 or len(heads) != 1:
         return
     try:
-        before = stamp(file)
+        before = file_stamp(file)
         prefix = _prefix(text, file)
-        unchanged = stamp(file) == before
+        unchanged = file_stamp(file) == before
     except (OSError, SafetensorError):
         return
     if prefix is not None and unchanged:
         activation = str(activations.pop())
-        note(model, KnownTower(str(file), before, prefix, heads.pop(), len(blocks), activation))
+        record_text_tower(
+            model, TextTowerFile(str(file), before, prefix, heads.pop(), len(blocks), activation)
+        )
 
 
 def _activation(module: nn.Module) -> str | None:

@@ -18,7 +18,12 @@ from clipkit.artifacts import ModelRef
 from clipkit.errors import ModelError
 from clipkit.models.checkpoint import CONFIG, WEIGHTS, Towers, save_checkpoint
 from clipkit.models.loading import load_model
-from clipkit.models.text_encoder_numpy import KnownTower, load_query_encoder, note, recall
+from clipkit.models.text_encoder_numpy import (
+    TextTowerFile,
+    find_text_tower,
+    load_query_encoder,
+    record_text_tower,
+)
 from clipkit.tasks.embed import embed
 from clipkit.user_cache import cache_folder
 from tests.helpers.clips import CAPTIONS
@@ -98,15 +103,15 @@ def test_weights_named_for_a_whole_model_are_found_in_a_custom_one(tmp_path):
 def test_only_an_unchanged_file_is_known(tmp_path):
     path = checkpoint(tmp_path / "step-1")
     file, model = path / WEIGHTS, load_model(path).model
-    assert recall(model) is not None
+    assert find_text_tower(model) is not None
     times = os.stat(file)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copying program may
-    assert recall(model) is None
+    assert find_text_tower(model) is None
     assert load_model(path).model != model
-    assert recall(model) is None
+    assert find_text_tower(model) is None
 
 
 def test_a_copy_in_place_of_the_file_is_read_anew(tmp_path):
@@ -114,9 +119,9 @@ def test_a_copy_in_place_of_the_file_is_read_anew(tmp_path):
     file, model = path / WEIGHTS, load_model(path).model
     shutil.copy2(file, tmp_path / "copy")
     (tmp_path / "copy").replace(file)
-    assert recall(model) is None
+    assert find_text_tower(model) is None
     assert load_model(path).model == model
-    assert recall(model) is not None
+    assert find_text_tower(model) is not None
 
 
 def test_a_model_of_another_name_is_loaded_whole(tmp_path):
@@ -124,8 +129,8 @@ def test_a_model_of_another_name_is_loaded_whole(tmp_path):
     shutil.copytree(tmp_path / "step-1", tmp_path / "other")
     again = load_model(tmp_path / "other").model
     assert again == clipkit.ModelRef(str(tmp_path / "other"), "", model.fingerprint, model.dim)
-    assert recall(again) is not None
-    assert recall(model) is None  # the note is of the one loaded last
+    assert find_text_tower(again) is not None
+    assert find_text_tower(model) is None  # the note is of the one loaded last
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"model": 3}', '{"tower": {"file": "x"}}'])
@@ -157,8 +162,8 @@ def test_a_cache_that_is_off_keeps_no_notes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIPKIT_CACHE", "off")
     model = ModelRef("m", "", "a" * 64, 3)
-    note(model, KnownTower("file", [], "", 1, 1, "gelu"))
-    assert recall(model) is None
+    record_text_tower(model, TextTowerFile("file", [], "", 1, 1, "gelu"))
+    assert find_text_tower(model) is None
     assert not list(tmp_path.iterdir())
 
 

@@ -122,7 +122,8 @@ class Predictions(Sequence[Prediction]):
         return data_frame({name: [row[name] for row in rows] for name in rows[0]} if rows else {})
 
     def _repr_html_(self) -> str:
-        title = f"{len(self.skipped)} images could not be read" if self.skipped else ""
+        count = len(self.skipped)
+        title = f"{count} image{'s' if count > 1 else ''} could not be read" if count else ""
         shown = ((_thumbnail(p), f"{p.label} {p.score:.0%}", _others(p)) for p in self.items)
         return gallery(title, shown, len(self.items))
 

@@ -168,7 +168,10 @@ def calibrate_rejection(
 
 def no_image(skipped: Sequence[object]) -> DataError:
     """The error if none of the images could be read."""
-    return DataError(f"none of the {len(skipped)} images could be read; see clipkit data check")
+    return DataError(
+        f"none of the images could be read ({len(skipped)} skipped); clipkit data check lists the "
+        "reasons"
+    )
 
 
 def _images(data: str | Path | Source) -> Source:

@@ -470,7 +470,7 @@ def test_images_of_several_sources_keep_apart(run, tiny_checkpoint, tmp_path):
     assert [item["key"] for item in objects(out)] == [str(one), f"{two}/x.png"]
     assert f"skipped {two}/bad.png: is empty (0 bytes)" in err
     _, err = run("classify", two / "bad.png", *words, code=1)
-    assert "none of the 1 images could be read" in err
+    assert "none of the images could be read (1 skipped)" in err
 
 
 def test_a_file_name_cannot_command_the_terminal(run, tiny_checkpoint, tmp_path):

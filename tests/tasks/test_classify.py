@@ -17,7 +17,7 @@ from clipkit.classifiers.zero_shot import ZeroShotClassifier, background_weights
 from clipkit.config import parse_config
 from clipkit.data.labels import Label, imagenet_labels, parents, parse_label
 from clipkit.data.prompts import BACKGROUND, read_labels, read_templates
-from clipkit.errors import ArtifactError, CaptionError
+from clipkit.errors import ArtifactError, CaptionError, DataError
 from clipkit.models.checkpoint import save_checkpoint
 from clipkit.training.build import build_towers
 from tests.helpers.models import tiny_model
@@ -342,3 +342,47 @@ def test_pictures_inside_a_table_are_copied_but_not_linked(run, tiny_checkpoint,
     assert "cannot link to ../red.png, which is inside a table or tar" in err
     assert not (tmp_path / "more").exists()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+# In Python
+
+
+def test_classify_takes_paths_and_labels(encoder, colour_folder, tmp_path, monkeypatch):
+    (colour_folder / "bad.png").write_bytes(b"")
+    found = clipkit.classify(colour_folder, LABELS, encoder, progress=False)
+    keys = sorted(path.name for path in colour_folder.glob("*.png") if path.name != "bad.png")
+    assert [one.key for one in found] == keys
+    assert [one.key for one in found.skipped] == ["bad.png"]
+    classifier = ZeroShotClassifier.from_labels(encoder, LABELS)
+    vectors = encoder.encode_images([colour_folder / key for key in keys])
+    for one, row in zip(found, classifier.probabilities(vectors), strict=True):
+        assert one.label == LABELS[row.argmax()]
+        assert one.score == pytest.approx(row.max(), abs=1e-5)
+    assert list(found.to_pandas()["label"]) == [one.label for one in found]
+
+    save_classifier(classifier, tmp_path / "c")
+    assert [
+        clipkit.classify(str(colour_folder), labels, model, progress=False).items
+        for labels, model in ((classifier, encoder), (tmp_path / "c", None))
+    ] == [found.items] * 2
+    image = colour_folder / "red-0.png"
+    monkeypatch.setattr("clipkit.classifiers.heads.load_model", lambda: encoder)
+    two = clipkit.classify([image, str(image)], LABELS, progress=False)
+    assert [one.key for one in two] == [str(image)] * 2
+    with pytest.raises(TypeError, match="labels is one string, 'dog'"):
+        clipkit.classify(colour_folder, "dog", encoder, progress=False)
+    with pytest.raises(DataError, match=r"none of the images could be read \(1 skipped\)"):
+        clipkit.classify(colour_folder / "bad.png", LABELS, encoder, progress=False)
+
+
+def test_rejection_and_independent_labels(encoder, colour_folder):
+    classifier = ZeroShotClassifier.from_labels(encoder, LABELS, background=True)
+    paths = sorted(colour_folder.glob("*.png"))
+    vectors = encoder.encode_images(paths)
+    found = clipkit.classify(colour_folder, LABELS, encoder, reject=True, progress=False)
+    shows = classifier.any_of(vectors)
+    assert [one.shows_any for one in found] == pytest.approx(shows.tolist(), abs=1e-5)
+    assert [one.rejected for one in found] == (shows < 0.5).tolist()
+    found = clipkit.classify(colour_folder, LABELS, encoder, each=True, progress=False)
+    best = classifier.each_alone(vectors).max(axis=1)
+    assert [one.shows_any for one in found] == pytest.approx(best.tolist(), abs=1e-5)

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import ArtifactError
+from clipkit.evaluation.calibration import expected_calibration_error
+from clipkit.evaluation.classification import auroc
 from clipkit.index.exact import Floats, Integers, search_exact, take_rows
 
 FOLDS = 5
@@ -141,7 +143,7 @@ def calibrate(
         background,
         _fit(margins, kind == 0),
         auroc(margins[kind == 0], margins[kind == (1 if len(absent) else 2)]),
-        expected_error(chance, kind == 0),
+        _balanced_error(chance, kind == 0),
         len(captions),
         source,
     )
@@ -166,19 +168,10 @@ def _best_near_and_far(
     return best[0], best[1]
 
 
-def auroc(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> float:
-    """How often a positive one lies above a negative one; ties count half (Mann–Whitney)."""
-    order = np.sort(negative)
-    below, upto = (np.searchsorted(order, positive, side) for side in ("left", "right"))
-    return float((below + upto).mean() / (2 * len(negative)))
-
-
-def expected_error(chance: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error with 15 bins of equal width, both classes weighing the same."""
+def _balanced_error(chance: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error with the same total weight for both classes."""
     weights = np.where(right, 0.5 / right.sum(), 0.5 / (~right).sum())
-    bins = np.minimum((chance * 15).astype(int), 14)
-    gaps = np.bincount(bins, weights * (right - chance), 15)
-    return float(np.abs(gaps).sum())
+    return float(expected_calibration_error(chance, right, weights[None])[0])
 
 
 def _fit(margins: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[float, float]:

@@ -113,3 +113,10 @@ def test_sums_per_item_add_up_to_the_metrics(example):
     assert sums["top1"].mean() == pytest.approx(found["top1"][0])
     assert sums["nll"].mean() == pytest.approx(found["nll"][0])
     assert sums["mean_per_class"].sum() / 5 == pytest.approx(found["mean_per_class"][0])
+
+
+def test_auroc_equals_comparing_all_pairs():
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, 9, 40) / 8, random.integers(0, 7, 30) / 8
+    pairs = (one[:, None] > other) + 0.5 * (one[:, None] == other)
+    assert auroc(one, other) == pytest.approx(pairs.mean())

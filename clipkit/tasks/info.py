@@ -1,6 +1,7 @@
-"""What a directory holds and what made it: ``clipkit info``."""
+"""What a directory holds and what built it: ``clipkit info``."""
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ class Info:
 
     Attributes:
         path: the directory.
-        facts: what the manifest says, as plain data.
-        files: size in bytes of each file, by its path relative to the directory.
+        facts: the manifest as plain data.
+        files: size of each file in bytes, by its path relative to the directory.
     """
 
     path: Path
@@ -23,18 +24,31 @@ class Info:
     files: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Plain data, for JSON."""
         return {"path": str(self.path), **self.facts, "files": self.files}
 
+    def lines(self) -> list[tuple[str, Any]]:
+        """Names and values for people; empty values and lists are left out."""
+        files = [(f"file {name}", f"{size:,} bytes") for name, size in self.files.items()]
+        return [("path", self.path), *_flatten(self.facts), *files]
 
-def describe(path: Path) -> Info:
-    """Read what a run, checkpoint, store or index says of itself.
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>"
+            for name, value in self.lines()
+        )
+        return f"<table>{rows}</table>"
 
-    A run that is not finished has no manifest yet; it is described by its last checkpoint.
+
+def info(path: str | Path) -> Info:
+    """Read the manifest and list the files of a run, checkpoint, store, index or classifier.
+
+    A run that is not finished has no manifest yet; its last checkpoint describes it.
 
     Raises:
         ArtifactError: there is no such directory, or it is not clipkit's.
     """
+    path = Path(path)
     if path.is_file():
         raise ArtifactError(f"{path} is a file, expected the directory of a run, store or index")
     files = {
@@ -46,17 +60,28 @@ def describe(path: Path) -> Info:
         return Info(path, _unfinished_run(path), files)
     facts = read_manifest(path).to_dict()
     if partial_path(path).is_dir():
-        facts["update"] = "interrupted; run the same command again to go on"
+        facts["update"] = "interrupted; run the same command again to continue"
     return Info(path, facts, files)
 
 
 def _unfinished_run(path: Path) -> dict[str, Any]:
-    # By the names alone, so that looking at a run needs no torch.
-    steps = [p for p in path.glob("step-*") if (p / MANIFEST).is_file()]
+    # By file names alone: describing a run must not load torch.
+    steps = [step for step in path.glob("step-*") if (step / MANIFEST).is_file()]
     if not steps:
         raise ArtifactError(f"{path} holds a run without a checkpoint; start it again")
-    last = max(steps, key=lambda p: int(p.name.removeprefix("step-")))
-    return read_manifest(last).to_dict() | {
-        "kind": "run",
-        "state": "not finished; --resume goes on",
-    }
+    last = max(steps, key=lambda step: int(step.name.removeprefix("step-")))
+    state = {"kind": "run", "state": "not finished; continue with --resume"}
+    return read_manifest(last).to_dict() | state
+
+
+def _flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested names joined by spaces."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += _flatten(value, "" if name == "detail" else f"{prefix}{name} ")
+        elif isinstance(value, float):
+            lines.append((f"{prefix}{name}", f"{value:.4g}"))
+        elif value not in (None, "") and not isinstance(value, list):
+            lines.append((f"{prefix}{name}", value))
+    return lines

@@ -146,9 +146,9 @@ RAISING = """
 import sys
 from clipkit.cli import main
 from clipkit.tasks import info
-def describe(path):
+def broken(path):
     raise {error}
-info.describe = describe
+info.info = broken
 sys.argv = ["clipkit", "info", "somewhere"]
 main()
 """

@@ -88,12 +88,3 @@ def test_help_imports_neither_torch_nor_faiss():
 def test_the_store_never_loads_torch():
     code = "import clipkit.store.embedding_store, clipkit.index.vector_index"
     assert "torch" not in loaded_by(code)
-
-
-def test_public_names_exist():
-    import clipkit
-
-    for name in clipkit.__all__:
-        assert getattr(clipkit, name) is not None
-    with pytest.raises(AttributeError):
-        _ = clipkit.no_such_name

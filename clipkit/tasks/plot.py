@@ -1,9 +1,11 @@
-"""Draw runs side by side, ``clipkit plot RUN…``, and how near images and captions are."""
+"""Plot training runs together, ``clipkit plot RUN…``, and similarities of images and captions."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
 
 from clipkit.data.images import read_image
 from clipkit.errors import ArtifactError, DataError
@@ -12,76 +14,82 @@ from clipkit.reports.plots import Drawing
 from clipkit.training.log import LOG_FILE, read_log
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from clipkit.models.encoder import Encoder
 
 
-THUMBNAIL = 160
-"""Longer side of the pictures above a similarity matrix, in pixels."""
+THUMBNAIL_SIDE = 160
+"""Longer side of the images above a similarity matrix, in pixels."""
 
 
 def plot_runs(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     by: Literal["step", "time"] = "step",
 ) -> Drawing:
-    """Draw the curves of runs over each other: loss, held-out recall, learning rate, throughput.
+    """Plot the curves of runs together: loss, held-out recall, learning rate, throughput.
 
     Args:
-        runs: directories of runs, finished, interrupted or under way.
+        runs: directories of runs, finished or not; one or several.
         out: the PNG to write, if any.
-        by: what runs to the right: steps, or minutes of training.
+        by: the x axis: steps, or minutes of training.
 
     Raises:
-        ArtifactError: one of them is no run or has no step yet; ``out`` is no name for a PNG.
+        ArtifactError: a directory is not a run or has no step yet; ``out`` is not a PNG file name.
     """
     if out is not None and (Path(out).suffix.lower() != ".png" or Path(out).is_dir()):
-        raise ArtifactError(f"{out} is no name for a picture, expected FILE.png")
-    if not runs:
-        raise ArtifactError("there is no run to draw, expected at least one directory")
+        raise ArtifactError(f"{out} is not a PNG file name, expected FILE.png")
+    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not folders:
+        raise ArtifactError("no run to plot, expected at least one directory")
     logs = {}
-    for run in map(Path, runs):
+    for run in map(Path, folders):
         lines = read_log(run)
         if not any("loss" in line for line in lines):
             raise ArtifactError(_why_not(run))
-        logs[_name(run, runs)] = lines
+        logs[_name(run, folders)] = lines
     drawing = plots.plot_runs(logs, by)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        drawing.save(Path(out))
+        drawing.save(out)
     return drawing
 
 
 def plot_similarity(
-    encoder: "Encoder", images: "Sequence[str | Path | Image.Image]", captions: Sequence[str]
+    images: "str | Path | Image.Image | Sequence[str | Path | Image.Image]",
+    captions: str | Sequence[str],
+    encoder: "Encoder | None" = None,
 ) -> Drawing:
-    """Draw the cosines of a few images with a few captions.
+    """Plot the cosine similarities of a few images and captions.
 
     Args:
-        encoder: the model.
-        images: files or pictures.
-        captions: any texts.
+        images: paths or PIL images; one or several.
+        captions: one or several.
+        encoder: the model; None loads the default model.
 
     Raises:
         DataError: there is no image or no caption.
         ImageError: a file cannot be read.
     """
-    if not images or not captions:
+    many = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+    texts = [captions] if isinstance(captions, str) else list(captions)
+    if not many or not texts:
         raise DataError(
-            f"there are {len(images)} images and {len(captions)} captions to draw, expected at "
-            "least one of each"
+            f"got {len(many)} images and {len(texts)} captions, expected at least one of each"
         )
-    pictures = [read_image(Path(one)) if isinstance(one, str | Path) else one for one in images]
-    cosines = encoder.encode_text(captions) @ encoder.encode_images(pictures).T
-    small = [picture.copy() for picture in pictures]
-    for picture in small:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return plots.plot_similarity(cosines, captions, small)
+    if encoder is None:
+        from clipkit.models.loading import load_model
+
+        encoder = load_model()
+    opened = [read_image(Path(one)) if isinstance(one, str | Path) else one for one in many]
+    cosines = encoder.encode_text(texts) @ encoder.encode_images(opened).T
+    small = [image.copy() for image in opened]
+    for image in small:
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return plots.plot_similarity(cosines, texts, small)
 
 
 def _name(run: Path, runs: Sequence[str | Path]) -> str:
-    """The directory's own name where no other run has it."""
+    """The name of the directory, or its path if another run has the same name."""
     names = [Path(os.path.abspath(other)).name for other in runs]
     name = Path(os.path.abspath(run)).name
     return name if names.count(name) == 1 else str(run)

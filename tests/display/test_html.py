@@ -122,15 +122,15 @@ def test_a_retrieval_has_no_confusion_matrix(colour_folder, tiny_checkpoint):
 
 def test_similarities_are_drawn_from_files_and_pictures(colour_folder, tmp_path):
     encoder = ColourEncoder()
-    few = clipkit.plot_similarity(encoder, [colour_folder / "red-0.png"], ["red"])
-    more = clipkit.plot_similarity(encoder, [square("red"), square("blue")], ["red", "blue"])
+    few = clipkit.plot_similarity([colour_folder / "red-0.png"], ["red"], encoder)
+    more = clipkit.plot_similarity([square("red"), square("blue")], ["red", "blue"], encoder)
     assert size_of(more._repr_png_())[0] > size_of(few._repr_png_())[0]
     values = [text.get_text() for text in more.figure.axes[1].texts]
     np.testing.assert_allclose([float(v) for v in values], [1, -1 / 3, -1 / 3, 1], atol=0.01)
     more.save(tmp_path / "similarity.png")
     assert size_of((tmp_path / "similarity.png").read_bytes()) == size_of(more._repr_png_())
-    with pytest.raises(DataError, match="0 images and 1 captions to draw"):
-        clipkit.plot_similarity(encoder, [], ["red"])
+    with pytest.raises(DataError, match="got 0 images and 1 captions, expected"):
+        clipkit.plot_similarity([], ["red"], encoder)
 
 
 def test_a_run_shows_what_it_came_to(colour_folder, tmp_path):

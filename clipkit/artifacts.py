@@ -222,11 +222,14 @@ class ArtifactWriter:
 
 
 class DirectoryLock:
-    """An advisory lock on a file; the kernel drops it when its process dies.
+    """An advisory lock on a file, which the kernel releases when its process dies.
+
+    The file is deleted on release, and a lock on a deleted file does not count. The package
+    ``filelock`` leaves its lock files behind, beside every artifact.
 
     Args:
-        file: the lock file, made if need be, with the directories above it.
-        guarded: the directory it stands for, named in the error.
+        file: the lock file, created with its parent directories if missing.
+        guarded: the directory that it locks, named in the error.
 
     Raises:
         ArtifactError: another process holds it, or it cannot be made.

@@ -5,7 +5,6 @@ Amounts of memory as people write them.
 clipkit embed and clipkit index build.
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -204,20 +203,20 @@ def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:
     print_result(facts, as_json)
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``500MB``, ``1.5 GiB`` or ``2g``.
 
     Raises:
-        BadParameter: it is none, which ends a command with exit code 2.
+        BadParameter: not a size, which ends a command with exit code 2.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?\s*", text.lower())
-    if not found or found[2] not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is no amount of memory, expected for example 500MB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise typer.BadParameter(
+            f"{text!r} is not an amount of memory, expected for example 500MB"
+        ) from None
 
 
 Decode = Annotated[

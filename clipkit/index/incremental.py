@@ -1,4 +1,4 @@
-"""The rows of an index, found by key and by content, to compare a folder with."""
+"""The rows of an index, found by key or by content, for comparing a folder with the index."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from clipkit.store.shards import SCHEMA, Record, Vectors
 
 
 class IndexedRows:
-    """What an index holds; rows are numbered in the order of its records."""
+    """The rows of an index, numbered in the order of its records."""
 
     def __init__(self, index: VectorIndex) -> None:
         self._index, self._facts = index, index.records()
@@ -26,7 +26,7 @@ class IndexedRows:
                 self._contents.setdefault(bytes.fromhex(content), row)
 
     def row(self, key: str) -> int | None:
-        """The row of a key; None where it is not held."""
+        """The row of a key; None if the index does not have it."""
         return self._rows.get(key)
 
     def id(self, row: int) -> int:
@@ -34,18 +34,18 @@ class IndexedRows:
         return int(self._ids[row])
 
     def fact(self, row: int, name: str) -> Any:
-        """A column of a row."""
+        """One value of a row's record."""
         return self._facts[name][row].as_py()
 
     def same_file(self, row: int, record: Record) -> bool:
-        """Whether size and time say that the file is as it was; bytes in a table have no time."""
+        """Whether size and modification time are unchanged; images inside a table have no time."""
         names = ("size", "mtime_ns")
         return bool(record["mtime_ns"]) and all(
             self.fact(row, name) == record[name] for name in names
         )
 
     def same_words(self, row: int, record: Record) -> bool:
-        """Whether captions, label and metadata are as they were."""
+        """Whether captions, label and metadata are unchanged."""
         captions = self.fact(row, "captions") or []
         if captions != record["captions"] or self.fact(row, "label") != record["label"]:
             return False
@@ -53,20 +53,20 @@ class IndexedRows:
         return all(self._same_value(row, name, record.get(name)) for name in names)
 
     def _same_value(self, row: int, name: str, value: Any) -> bool:
-        held = self.fact(row, name) if name in self._metadata else None
-        if held == value or held is None or value is None:
-            return bool(held == value)
-        try:  # what other sources hold may have made numbers texts, or days times
-            return bool(pa.scalar(value).cast(self._facts[name].type).as_py() == held)
+        indexed = self.fact(row, name) if name in self._metadata else None
+        if indexed == value or indexed is None or value is None:
+            return bool(indexed == value)
+        try:  # metadata of other sources may have turned numbers into text, or days into times
+            return bool(pa.scalar(value).cast(self._facts[name].type).as_py() == indexed)
         except pa.ArrowException:
             return False
 
     def same_content(self, content_hash: str) -> int | None:
-        """A row of the same content, whatever its key; None where there is none."""
+        """A row of the same content, whatever its key; None if there is none."""
         return self._contents.get(bytes.fromhex(content_hash))
 
     def as_is(self, record: Record) -> bool:
-        """Whether an image is held as it is now, as far as can be told without reading it."""
+        """Whether the index has this image unchanged, as far as is known without reading it."""
         row = self.row(record["key"])
         if row is None or not self.same_words(row, record):
             return False
@@ -77,10 +77,10 @@ class IndexedRows:
         )
 
     def vector(self, row: int) -> Vectors | None:
-        """Of a row, float32 [1, dim]; None where an older clipkit kept it only approximately."""
+        """The vector of a row, float32 [1, dim]; None if an older clipkit stored no exact one."""
         segment, place = self._index.locate(int(self._index.places[row]))
         return None if segment.vectors is None else np.array(segment.vectors[place : place + 1])
 
     def places(self, rows: list[int]) -> NDArray[np.int64]:
-        """Of rows, as ``IndexWriter.remove_rows`` takes them."""
+        """The places of rows, for ``IndexWriter.remove_rows``."""
         return self._index.places[np.array(rows, np.int64)]

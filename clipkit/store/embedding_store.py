@@ -1,10 +1,9 @@
-"""Whose work a half-written store is: the model that encodes it and how its pictures are read.
-
-EmbeddingStore: vectors of images at rest, beside their records.
+"""EmbeddingStore: the vectors of images on disk, beside their records.
 
 A store is a directory of shards, ``vectors-00000.npy`` beside ``records-00000.parquet`` in the same
-row order, with ``skipped.jsonl`` (what was left out and why) and ``manifest.json``. A finished
-shard is a finished unit of work: an interrupted writer goes on after the last one.
+row order, with ``skipped.jsonl`` (skipped items and the reasons) and ``manifest.json``. An
+interrupted writer continues after the last complete shard; ``partial.json`` in a half-written store
+names the model and the image decoder that it belongs to.
 """
 
 import json
@@ -48,7 +47,7 @@ from clipkit.store.shards import (
 
 OWNER = "partial.json"
 EXACT = "exact"
-"""How pictures were read before there was another way."""
+"""The decoder of stores that name none."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Owner:
     """What all vectors of a store have in common.
 
     Attributes:
-        model: what encodes them.
-        decode: how their pictures are read, "exact" or "fast".
+        model: the model that encodes them.
+        decode: how their images are read, "exact" or "fast".
     """
 
     model: ModelRef
@@ -65,7 +64,7 @@ class Owner:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Of the half-written store in ``folder``; None where that is not known."""
+        """The owner of the half-written store in ``folder``; None if it names none."""
         try:
             found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
             return cls(ModelRef(**found["model"]), found.get("decode", EXACT))
@@ -73,26 +72,26 @@ class Owner:
             return None
 
     def write(self, folder: Path) -> None:
-        """Say whose the half-written store in ``folder`` is."""
+        """Name this owner in the half-written store in ``folder``."""
         write_json(folder / OWNER, asdict(self))
 
     def require(self, other: Self, folder: Path) -> None:
-        """Refuse to go on with the store in ``folder``, which is of this owner, as another.
+        """Refuse to continue the store in ``folder``, of this owner, as another one.
 
         Raises:
-            ModelMismatchError: another model began it.
-            ArtifactError: its pictures were read in another way.
+            ModelMismatchError: another model started it.
+            ArtifactError: its images were read with another decoder.
         """
         if self.model.fingerprint != other.model.fingerprint:
             raise ModelMismatchError(
                 f"{folder} is a half-written store of {self.model}, but the model at hand is "
-                f"{other.model}; go on with that model or remove the directory"
+                f"{other.model}; continue with that model or remove the directory"
             )
         require_decode(f"{folder} is a half-written store", self.decode, other.decode)
 
 
 def require_decode(what: str, found: str, asked: str) -> None:
-    """Refuse to mix pictures read in two ways; raises ArtifactError."""
+    """Refuse to mix images of two decoders; raises ArtifactError."""
     if found != asked:
         raise ArtifactError(
             f"{what} made with --decode {found}, asked for is {asked}; leave --decode out, or name "
@@ -101,7 +100,7 @@ def require_decode(what: str, found: str, asked: str) -> None:
 
 
 def decode_of(path: Path) -> str | None:
-    """How pictures of the store at ``path`` were read, half-written or finished; None: no store."""
+    """How images of the store at ``path`` were read, half-written or finished; None: no store."""
     owner = Owner.read(partial_path(path))
     if owner is not None:
         return owner.decode
@@ -114,11 +113,11 @@ _SKIPPED = "skipped.jsonl"
 
 
 class EmbeddingStore:
-    """A finished store: vectors memory-mapped, records read when asked for.
+    """A finished store: vectors are memory-mapped, records are read on demand.
 
     Attributes:
         path: the directory.
-        manifest: what made it and from what.
+        manifest: its model and its source.
         model: the model that encoded it.
         dim: width of its vectors.
     """
@@ -130,10 +129,10 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a finished store; nothing but its manifest and its file names is read.
+        """Open a finished store; only its manifest and its file names are read.
 
         Raises:
-            ArtifactError: no store, half-written, or shards are missing.
+            ArtifactError: not a store, half-written, or shards are missing.
         """
         path = Path(path)
         store = cls(path, read_manifest(path, "store"))
@@ -154,19 +153,19 @@ class EmbeddingStore:
         shard_size: int = 4096,
         replace: bool = False,
     ) -> "StoreWriter":
-        """Start a store, or go on with the half-written one at ``path``.
+        """Start a store, or continue the half-written one at ``path``.
 
         Args:
-            path: where the store shall stand.
-            model: what encodes it.
-            decode: how its pictures are read, "exact" or "fast".
+            path: directory of the store.
+            model: the model that encodes it.
+            decode: how its images are read, "exact" or "fast".
             shard_size: rows of a shard; a crash can lose the open one and the one being written.
-            replace: allow a finished store to stand there; it stays until the new one is finished.
+            replace: allow a finished store there; it is replaced once the new one is complete.
 
         Raises:
-            ArtifactError: ``path`` is taken, another process writes there, or pictures of the
-                half-written one were read in another way.
-            ModelMismatchError: another model began the half-written one.
+            ArtifactError: ``path`` is taken, another process writes there, or the half-written
+                store uses another decoder.
+            ModelMismatchError: another model started the half-written store.
         """
         return StoreWriter(Path(path), model, decode, shard_size, replace)
 
@@ -231,7 +230,7 @@ class EmbeddingStore:
         return np.concatenate([empty, *(vectors for vectors, _ in self.shards())])
 
     def records(self) -> pa.Table:
-        """All records: key, size in bytes, mtime_ns, captions, label, content_hash, and others."""
+        """All records: key, size in bytes, mtime_ns, captions, label, content_hash, metadata."""
         return together(table for _, table in self.shards())
 
     @property
@@ -241,7 +240,7 @@ class EmbeddingStore:
         return keys
 
     def skipped(self) -> Iterator[tuple[str, str]]:
-        """Key and reason of everything that was left out."""
+        """Key and reason of every skipped item."""
         with (self.path / _SKIPPED).open(encoding="utf-8") as lines:
             for line in lines:
                 item = json.loads(line)
@@ -251,10 +250,10 @@ class EmbeddingStore:
 class StoreWriter:
     """Writes a store shard by shard; use it in a ``with`` statement.
 
-    Left by an exception it keeps what it has, so that the next writer of the same model goes on.
+    After an exception the complete shards stay, and the next writer of the same model continues.
 
     Attributes:
-        done: the keys already held, each with the ``digest`` of its record.
+        done: the keys already written, each with the ``digest`` of its record.
     """
 
     def __init__(
@@ -277,7 +276,7 @@ class StoreWriter:
             raise
 
     def _resume(self) -> None:
-        """Keep the sound shards of an interrupted writer of this model; clear away the rest."""
+        """Keep the intact shards of an interrupted writer of this model; delete the rest."""
         owner = Owner.read(self.temp)
         if owner:
             owner.require(self.owner, self.temp)
@@ -288,7 +287,7 @@ class StoreWriter:
             except ArtifactError:
                 break
             for record in table.to_pylist():
-                # A key comes twice where the writer before us renewed an outdated row.
+                # A key comes twice if the interrupted writer replaced an outdated row.
                 if record["key"] in self.done:
                     self.forget(record["key"])
                 self.done[record["key"]] = digest(record)
@@ -305,7 +304,7 @@ class StoreWriter:
 
         Raises:
             ArtifactError: wrong shape or type, not finite, not of unit length, a key that is
-                already held, or a shard cannot be written.
+                already stored, or a shard cannot be written.
         """
         vectors = np.asarray(vectors)
         check_vectors(vectors, records, self.owner.model.dim)
@@ -321,13 +320,13 @@ class StoreWriter:
             raise _cannot_write(self.path, error) from None
 
     def skip(self, key: str, reason: str) -> None:
-        """Note an item that is left out, and why."""
+        """Record a skipped item and the reason."""
         # ASCII escapes also carry file names that are not UTF-8.
         self._skipped.write(json.dumps({"key": key, "reason": reason}) + "\n")
         self._skips += 1
 
     def forget(self, key: str) -> None:
-        """Take back a row held from an earlier run, because its item has changed or is gone."""
+        """Drop a row of an earlier run, because its item has changed or is gone."""
         self._stale.add(self.done.pop(key))
 
     def _drop_stale(self) -> None:
@@ -356,7 +355,7 @@ class StoreWriter:
             )
         except OSError as error:
             raise _cannot_write(self.path, error) from None
-        # Only now: until the move is done, it tells a resuming writer whose work this is.
+        # Only now: until the move is done, a resuming writer needs it.
         (self.path / OWNER).unlink(missing_ok=True)
         self._finished = True
         return EmbeddingStore.open(self.path)
@@ -368,7 +367,7 @@ class StoreWriter:
         trace: TracebackType | None,
     ) -> None:
         if not self._finished:
-            # An orderly end, Ctrl-C too, keeps even the open shard; a full disk may forbid it.
+            # An orderly end, also Ctrl-C, writes even the open shard; a full disk may prevent it.
             for end in (self._shards.flush, self._skipped.close):
                 with suppress(OSError):
                     end()

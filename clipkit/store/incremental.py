@@ -1,4 +1,4 @@
-"""Vectors of a finished store, found again by the files they are of."""
+"""The vectors of a finished store, found by key or by content, for encoding only what is new."""
 
 from bisect import bisect_right
 from pathlib import Path
@@ -14,15 +14,15 @@ _FACTS = pa.schema([SCHEMA.field(name) for name in ("size", "mtime_ns", "content
 
 
 class StoredVectors:
-    """The rows of a finished store, by key and by content; none where there is no store yet.
+    """The rows of a finished store, by key and by content; empty if there is no store yet.
 
     Args:
-        path: where the store stands, if there is one.
-        owner: what its vectors must have in common with those at hand.
+        path: directory of the store, which need not exist.
+        owner: the model and the decoder that the store must have.
 
     Raises:
-        ModelMismatchError: another model made the store.
-        ArtifactError: its pictures were read in another way, or it is damaged.
+        ModelMismatchError: the store is of another model.
+        ArtifactError: the store uses another decoder, or is damaged.
     """
 
     def __init__(self, path: Path, owner: Owner) -> None:
@@ -54,7 +54,7 @@ class StoredVectors:
                 self._contents.setdefault(bytes.fromhex(content), row)
 
     def unchanged(self, record: Record) -> int | None:
-        """The row of the same key, size and modification time; None where there is none."""
+        """The row of the same key, size and modification time; None if there is none."""
         row = self._rows.get(record["key"])
         if row is None:
             return None
@@ -62,16 +62,16 @@ class StoredVectors:
         return row if tuple(facts) == (record["size"], record["mtime_ns"]) else None
 
     def same_content(self, content_hash: str) -> int | None:
-        """A row of the same content, whatever its key; None where there is none."""
+        """A row of the same content, whatever its key; None if there is none."""
         return self._contents.get(bytes.fromhex(content_hash))
 
     def content_hash(self, row: int) -> str | None:
-        """Of a row; None where an older clipkit wrote it."""
+        """The content hash of a row; None if an older clipkit wrote it."""
         found: str | None = self._facts["content_hash"][row].as_py()
         return found
 
     def vector(self, row: int) -> Vectors:
-        """Of a row, float32 [1, dim]."""
+        """The vector of a row, float32 [1, dim]."""
         shard = bisect_right(self._starts, row) - 1
         start = row - self._starts[shard]
         return np.asarray(self._vectors[shard][start : start + 1])

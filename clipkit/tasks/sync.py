@@ -1,6 +1,6 @@
-"""Bring one source into an index: what is new is encoded, what is known is found again.
+"""Keep an index up to date with its images: ``clipkit index add`` and ``clipkit index sync``.
 
-Keep an index in step with its images: ``clipkit index add`` and ``clipkit index sync``.
+Only new content is encoded; images of known content reuse their vectors.
 """
 
 import os
@@ -51,17 +51,17 @@ Shards = Iterable[tuple[Vectors, pa.Table]]
 
 @dataclass
 class Changes:
-    """What was done to an index.
+    """What ``add_images`` or ``sync_index`` changed.
 
     Attributes:
-        added: images that were not in it.
-        changed: images whose content, captions or label are other ones.
-        renamed: images that have another key.
-        removed: images that are no longer there.
-        unchanged: images that are as they were.
-        encoded: how many of all these went through the model.
-        skipped: images that cannot be read, and why.
-        prefix: what the keys of a folder that is new to the index begin with; empty for none.
+        added: images that are new to the index.
+        changed: images with new content, captions or label.
+        renamed: images with a new key.
+        removed: images that no longer exist.
+        unchanged: all others.
+        encoded: how many images went through the model.
+        skipped: unreadable images and the reasons.
+        prefix: prefix of the keys of a folder that is new to the index; empty for none.
     """
 
     added: int = 0
@@ -74,7 +74,7 @@ class Changes:
     prefix: str = ""
 
     def add(self, other: "Changes") -> None:
-        """Count what was done to another folder of the index as well."""
+        """Add the counts of another folder of the index."""
         for name in ("added", "changed", "renamed", "removed", "unchanged", "encoded", "skipped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -84,7 +84,7 @@ class Update:
 
     def __init__(self, writer: IndexWriter, scope: Scope, roots: list[Root]) -> None:
         self.writer, self.scope, self.roots = writer, scope, roots
-        self.held = IndexedRows(writer.index)
+        self.indexed = IndexedRows(writer.index)
         self.changes = Changes()
         self.delta = writer.path.with_name(f".{writer.path.name}.delta")
         self._seen: set[str] = set()
@@ -94,7 +94,7 @@ class Update:
     def encode(
         self, source: Source, encoder: "Encoder | None", workers: int | str
     ) -> EmbeddingStore:
-        """Put what is new or changed into a store beside the index, which goes on if it is there.
+        """Write new and changed images into a store beside the index, or continue that store.
 
         Raises:
             DataError: the source holds no image.
@@ -129,17 +129,17 @@ class Update:
     def _rows(
         self, source: Source, delta: StoreWriter, wanted: set[str], bar: Any
     ) -> Iterator[Row]:
-        """The rows whose image must be read; ``wanted`` takes the keys of these."""
+        """The rows whose image must be read; their keys are added to ``wanted``."""
         for row in source.rows:
             key = self.scope.key(row["key"])
             if key in self._seen:
                 taken = Skipped(key, "its key is taken by an earlier image")
                 self.changes.skipped.append(taken)
                 continue
-            self._refuse_stranger(key, source.spec)
+            self._refuse_foreign_key(key, source.spec)
             self._seen.add(key)
-            record, at = {**row_record(row), "key": key}, self.held.row(key)
-            if self.held.as_is(record):
+            record, at = {**row_record(row), "key": key}, self.indexed.row(key)
+            if self.indexed.as_is(record):
                 self.changes.unchanged += 1
                 bar.update()
                 continue
@@ -152,7 +152,7 @@ class Update:
                 delta.forget(key)
             yield {**row, "key": key, "record": record, "at": at, "same": None, "known": False}
 
-    def _refuse_stranger(self, key: str, source: str) -> None:
+    def _refuse_foreign_key(self, key: str, source: str) -> None:
         found = owner(self.roots, key)
         if found != self.scope.root:
             raise ArtifactError(
@@ -171,12 +171,12 @@ class Update:
         leftover = StoredVectors(delta.path, delta.owner)
 
         def known(row: Row) -> Vectors | None:
-            """The vector of a row's content, if there is one; called by the decoding threads."""
+            """The stored vector of a row's content, if any; called by the decoding threads."""
             content = row["record"]["content_hash"] = content_hash(row_source(row))
             at = row["at"]
-            if at is None or self.held.fact(at, "content_hash") != content:
-                at = self.held.same_content(content)
-            vector = None if at is None else self.held.vector(at)
+            if at is None or self.indexed.fact(at, "content_hash") != content:
+                at = self.indexed.same_content(content)
+            vector = None if at is None else self.indexed.vector(at)
             row["same"] = at
             if vector is None and (place := leftover.same_content(content)) is not None:
                 vector = leftover.vector(place)
@@ -198,12 +198,13 @@ class Update:
         except KeyboardInterrupt:
             bar.close()
             print_status(
-                f"stopped: {len(delta.done)} images are kept; run the same command again to go on"
+                f"stopped: {len(delta.done)} images are saved; "
+                "run the same command again to continue"
             )
             raise
 
     def _store(self, vectors: Vectors, rows: list[Row], delta: StoreWriter) -> None:
-        """Put encoded rows into the store, but for those that are in the index as they are."""
+        """Write encoded rows into the store, except those that the index has unchanged."""
         self.changes.encoded += sum(not row["known"] for row in rows)
         fresh = []
         for number, row in enumerate(rows):
@@ -211,8 +212,8 @@ class Update:
             if (
                 at is not None
                 and row["same"] == at
-                and self.held.same_words(at, record)
-                and self.held.fact(at, "mtime_ns") == record["mtime_ns"]
+                and self.indexed.same_words(at, record)
+                and self.indexed.fact(at, "mtime_ns") == record["mtime_ns"]
             ):
                 self.changes.unchanged += 1
             else:
@@ -228,7 +229,7 @@ class Update:
         self.changes.skipped += [Skipped(*item) for item in named if item[0] not in self._seen]
 
     def gone(self, source: Source) -> list[int]:
-        """Rows of the index whose image is no longer there; those out of sight for now stay."""
+        """Rows of the index whose image no longer exists; rows in unreadable folders stay."""
         start = self.scope.key("")
         hidden = tuple(self.scope.key(item.key) for item in source.skipped)
         below = tuple(f"{key}/" for key in hidden)
@@ -241,16 +242,16 @@ class Update:
 
         return [
             row
-            for row, key in enumerate(self.held.keys)
+            for row, key in enumerate(self.indexed.keys)
             if key.startswith(start) and is_gone(key) and owner(self.roots, key) == self.scope.root
         ]
 
     def shards_of(self, store: EmbeddingStore) -> Iterator[tuple[Vectors, pa.Table]]:
-        """What of a store is not in the index as it is, with the keys of the index.
+        """The rows of a store that the index does not have unchanged, under keys of the index.
 
         Raises:
-            ModelMismatchError: another model made the store.
-            ArtifactError: its pictures were read in another way, or a key would be another root's.
+            ModelMismatchError: the store is of another model.
+            ArtifactError: the store uses another decoder, or a key would be another root's.
         """
         index = self.writer.index
         index.model.require(
@@ -266,35 +267,35 @@ class Update:
         for vectors, table in store.shards():
             keys = [self.scope.key(key) for key in table["key"].to_pylist()]
             for key in keys:
-                self._refuse_stranger(key, str(store.path))
+                self._refuse_foreign_key(key, str(store.path))
             place = table.column_names.index("key")
             table = table.set_column(place, "key", pa.array(keys, pa.string()))
-            fresh = [not self.held.as_is(record) for record in table.to_pylist()]
+            fresh = [not self.indexed.as_is(record) for record in table.to_pylist()]
             self.changes.unchanged += fresh.count(False)
             yield vectors[fresh], table.filter(pa.array(fresh))
 
     def apply(self, shards: Shards, gone: list[int]) -> None:
-        """Change the index in one step: rows in; old rows of their keys, and ``gone``, out."""
+        """Add rows, and remove the old rows of their keys and ``gone``, in one atomic commit."""
         lost: dict[str, list[int]] = defaultdict(list)
         for row in gone:
-            lost[self.held.fact(row, "content_hash")].append(row)
+            lost[self.indexed.fact(row, "content_hash")].append(row)
         out = list(gone)
         for vectors, table in shards:
             ids = [self._id(record, lost, out) for record in table.to_pylist()]
             self.writer.append(np.asarray(vectors), table.append_column(ID, pa.array(ids, ID.type)))
         self.changes.removed = len(gone) - self.changes.renamed
-        self.writer.remove_rows(self.held.places(out))
+        self.writer.remove_rows(self.indexed.places(out))
         source = {**self.writer.index.manifest.source, **self._fingerprint}
         self.writer.commit(source=with_roots(source, self.roots))
 
     def _id(self, record: Record, lost: dict[str, list[int]], out: list[int]) -> int | None:
-        """The id that an image has had so far, None for a new one; ``out`` takes its old row."""
-        at, content = self.held.row(record["key"]), record["content_hash"]
+        """The id of an image in the index, None for a new one; its old row is added to ``out``."""
+        at, content = self.indexed.row(record["key"]), record["content_hash"]
         if at is not None:
             out.append(at)
-            same = content is not None and self.held.fact(at, "content_hash") == content
-            if same and self.held.same_words(at, record):
-                self.changes.unchanged += 1  # but for its time
+            same = content is not None and self.indexed.fact(at, "content_hash") == content
+            if same and self.indexed.same_words(at, record):
+                self.changes.unchanged += 1  # only the modification time changed
             else:
                 self.changes.changed += 1
         elif content is not None and lost[content]:
@@ -302,10 +303,10 @@ class Update:
             self.changes.renamed += 1
         else:
             self.changes.added += 1
-        return None if at is None else self.held.id(at)
+        return None if at is None else self.indexed.id(at)
 
     def clear(self) -> None:
-        """Delete the store beside the index, whose rows are in the index now."""
+        """Delete the store beside the index, whose rows the index now has."""
         shutil.rmtree(self.delta, ignore_errors=True)
 
 
@@ -318,10 +319,9 @@ def sync_index(
 ) -> Changes:
     """Bring an index up to date with its images: new, changed, renamed and deleted ones.
 
-    An image of the same key, size and modification time is not read; one of the same content as
-    one that is held, under whatever key, keeps its vector and, if it was renamed, its id. All
-    others are encoded, and what is encoded survives an interruption. The index changes in one step
-    for each of its folders.
+    Images with the same key, size and modification time are not read. Images whose content the
+    index has, under any key, keep their vector and, if they were renamed, their id. All others are
+    encoded; encoded images survive an interruption. The index changes atomically for each folder.
 
     Args:
         index: the index.
@@ -357,16 +357,16 @@ def add_images(
     prefix: str | None = None,
     workers: int | str = "auto",
 ) -> Changes:
-    """Add images, or an embedding store, to an index; those it holds are brought up to date.
+    """Add images, or an embedding store, to an index; images that it has are brought up to date.
 
-    Images that lie in a folder of the index get keys relative to that; those of another place get
-    a prefix before their keys, so that no key means two images.
+    Images in a folder of the index get keys relative to that folder; others get a prefix before
+    their keys, so that keys stay unique.
 
     Args:
         index: the index.
         data: a store, or whatever ``open_source`` opens.
         encoder: as for ``sync_index``.
-        prefix: what the keys of a place that is new to the index begin with; None: its name.
+        prefix: prefix of the keys of a folder that is new to the index; None: its name.
         workers: as for ``sync_index``.
 
     Raises:
@@ -412,7 +412,7 @@ def _open(data: str | Path | Source | EmbeddingStore) -> Source | EmbeddingStore
 
 
 def _root(source: Source) -> Root:
-    """The root of a source that is open; of a single image the folder that it lies in."""
+    """The root of an open source; for a single image the folder that contains it."""
     spec = source.spec if source.kind == "hub" else os.path.abspath(source.spec)
     if source.kind == "image":
         return Root("", str(source.root), True)
@@ -420,7 +420,7 @@ def _root(source: Source) -> Root:
 
 
 def _scope_of(source: Source, roots: list[Root], path: Path) -> tuple[Scope, list[Root]]:
-    """Where a source lies in an index, and the index's roots, of which one may have moved."""
+    """The scope of a source in an index, and the index's roots, one of which may have moved."""
     wanted = _root(source)
     scope = find_scope(roots, wanted) if source.kind != "image" else None
     if scope is not None:

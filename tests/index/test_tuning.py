@@ -321,7 +321,7 @@ def test_the_command(monkeypatch, capsys, colour_folder, tiny_checkpoint, tmp_pa
     assert "--spec auto" in err
     code, _, err = command(monkeypatch, capsys, *words, "--spec", "auto", "--memory", "much")
     assert code == 2
-    assert "'much' is no amount of memory" in err
+    assert "'much' is not an amount of memory" in err
 
 
 @pytest.mark.parametrize(
@@ -333,6 +333,6 @@ def test_amounts_of_memory(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-1GB", "1ZB", "1 i", "1e9"])
-def test_what_is_no_amount_of_memory(text):
+def test_malformed_amounts_of_memory_are_refused(text):
     with pytest.raises(BadParameter):
         parse_size(text)

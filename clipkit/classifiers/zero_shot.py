@@ -20,7 +20,7 @@ from clipkit.models.tokenizer import CONTEXT, ROOM, encode, shorten
 from clipkit.user_cache import key_of, user_cache
 
 Vectors = NDArray[np.float32]
-KEPT = 0.95
+ACCEPTED = 0.95
 """The share of images with a label that a calibrated rejection accepts."""
 EVEN = 0.5
 """Judged by itself, a label is shown if it is more probable than the background captions."""
@@ -242,26 +242,26 @@ class ZeroShotClassifier(Classifier):
         found = rank(self.each_alone(vectors), self.labels, keys, k)
         return Predictions(tuple(map(judged, found)), self.model)
 
-    def calibrate(self, vectors: Vectors, kept: float = KEPT) -> None:
+    def calibrate(self, vectors: Vectors, accepted: float = ACCEPTED) -> None:
         """Set the threshold by images that show one of the labels.
 
-        At least the share ``kept`` of further images like these is accepted, whatever the model
+        At least the share ``accepted`` of further images like these is accepted, whatever the model
         (split conformal prediction, Vovk et al. 2005, section 2.2).
 
         Args:
             vectors: float32 [n, dim].
-            kept: the share of such images to accept, in (0, 1).
+            accepted: the share of such images to accept, in (0, 1).
 
         Raises:
             CaptionError: too few images for this share, or no background captions.
         """
         scores = np.sort(self.any_of(vectors))
-        place = int((1 - kept) * (len(scores) + 1) + 1e-9)
+        place = int((1 - accepted) * (len(scores) + 1) + 1e-9)
         if place < 1:
-            least = int(np.ceil(1 / (1 - kept) - 1e-9)) - 1
+            least = int(np.ceil(1 / (1 - accepted) - 1e-9)) - 1
             raise CaptionError(
                 f"rejection was calibrated with {len(scores)} images, expected at least {least} to "
-                f"accept {kept:.0%}; add images that show one of the labels"
+                f"accept {accepted:.0%}; add images that show one of the labels"
             )
         self.threshold = float(scores[place - 1])
 

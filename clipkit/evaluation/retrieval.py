@@ -408,8 +408,8 @@ class _Few:
         return cls(len(table), own, other, values)
 
     def at_least(self, low: Floats) -> "_Few":
-        kept = self.values >= low[self.own]
-        return _Few(self.rows, self.own[kept], self.other[kept], self.values[kept])
+        mask = self.values >= low[self.own]
+        return _Few(self.rows, self.own[mask], self.other[mask], self.values[mask])
 
     def count(self, high: Floats) -> tuple[Integers, Integers, Integers]:
         """See ``_count_all``."""

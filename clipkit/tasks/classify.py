@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from clipkit.classifiers.heads import Labels, Templates, load_classifier
 from clipkit.classifiers.predictions import Prediction, Predictions
-from clipkit.classifiers.zero_shot import KEPT, Classifier, ZeroShotClassifier
+from clipkit.classifiers.zero_shot import ACCEPTED, Classifier, ZeroShotClassifier
 from clipkit.data.images import Skipped
 from clipkit.data.open_source import Row, Source, open_source
 from clipkit.data.workers import worker_count
@@ -144,7 +144,7 @@ def calibrate_rejection(
     encoder: Encoder,
     classifier: Classifier,
     *,
-    kept: float = KEPT,
+    accepted: float = ACCEPTED,
     progress: bool = True,
 ) -> float:
     """Set the threshold for rejection by example images, and return it.
@@ -153,7 +153,7 @@ def calibrate_rejection(
         source: images that show one of the labels, whichever.
         encoder: the model.
         classifier: a zero-shot classifier with background captions; its threshold is set.
-        kept: the share of such images to accept.
+        accepted: the share of such images to accept.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -162,7 +162,7 @@ def calibrate_rejection(
     """
     zero_shot = _with_background(classifier)
     pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
-    zero_shot.calibrate(pairs.images, kept)
+    zero_shot.calibrate(pairs.images, accepted)
     return zero_shot.threshold
 
 

@@ -120,7 +120,7 @@ def test_classification_is_equal(peer):
 
 
 def test_it_counts_an_image_without_a_caption_as_a_failure(peer):
-    """Nothing could be found for it: 0 of 0 right captions is no number, and not above 0."""
+    """Nothing could be found for it: 0 of 0 right captions is NaN, and not above 0."""
     images = unit_rows(40, 32)
     owners = np.arange(30)  # the last ten have none
     theirs = peer(images=images, texts=images[:30], owners=owners)

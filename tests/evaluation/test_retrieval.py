@@ -156,12 +156,12 @@ def test_weights_count_an_image_with_its_captions_so_often():
     ranks = np.repeat(found["text_to_image"].ranks, weights[owners])
     assert figures["text_to_image_r5"] == pytest.approx((ranks < 5).mean())
     assert figures["text_to_image_median_rank"] == np.median(ranks + 1)
-    asked = found["image_to_text"].queries
-    assert len(asked) < 12  # an image without a caption does not ask
-    ranks = np.repeat(found["image_to_text"].ranks, weights[asked])
+    queries = found["image_to_text"].queries
+    assert len(queries) < 12  # an image without a caption is not a query
+    ranks = np.repeat(found["image_to_text"].ranks, weights[queries])
     assert figures["image_to_text_r1"] == pytest.approx((ranks < 1).mean())
     assert figures["image_to_text_median_rank"] == np.median(ranks + 1)
-    precision = np.repeat(found["image_to_text"].average_precision, weights[asked])
+    precision = np.repeat(found["image_to_text"].average_precision, weights[queries])
     assert figures["image_to_text_map"] == pytest.approx(precision.mean())
 
 

@@ -68,11 +68,11 @@ def test_the_page_of_a_retrieval(run, colour_folder, tiny_checkpoint, tmp_path):
     (colour_folder / "red-1.txt").write_text("<b>not bold</b>\n")
     (colour_folder / "red-2.txt").unlink()
     words = [colour_folder, "--model", tiny_checkpoint, "--html", tmp_path / "page.html"]
-    told = run("eval", "retrieval", *words)
+    shown = run("eval", "retrieval", *words)
     html = (tmp_path / "page.html").read_text()
     page = read(html)
     text = " ".join(page.text)
-    for name, value in told.items():
+    for name, value in shown.items():
         if name.strip().endswith(("_r1", "_r5", "_map")):
             assert f"{float(value.split()[0]):.0%}" in text.replace(".0%", "%") or re.search(
                 rf"{float(value.split()[0]) * 100:.1f}%", text
@@ -92,12 +92,12 @@ def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):
             pixels = generator.integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "albums" / name / f"{number}.png")
     words = ["--model", tiny_checkpoint, "--labels", ",".join([*COLOURS, "grey"])]
-    told = run(
+    shown = run(
         *["eval", "zero-shot", tmp_path / "albums", *words, "--html", tmp_path / "page.html"]
     )
     page = read((tmp_path / "page.html").read_text())
     text = " ".join(page.text)
-    top1 = float(told["top1"].split()[0])
+    top1 = float(shown["top1"].split()[0])
     assert f"{top1:.1%} of the predictions are correct; a uniform predictor reaches 25.0%" in text
     assert "labels without an image: 1 of 4 (grey)" in text
     wrong = round(24 * (1 - top1))

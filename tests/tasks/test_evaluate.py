@@ -70,9 +70,9 @@ def test_duplicates_in_the_gallery_are_noted_and_tie(encoder, colour_folder):
     report = evaluate_retrieval(open_source(colour_folder), encoder, progress=False)
     assert report.counts["equal_images"] == 3
     assert "images with the same vector as an earlier one: 3" in report.notes[1]
-    asked = [report.outcome.captions.index(f"copy number {number}") for number in range(3)]
+    queries = [report.outcome.captions.index(f"copy number {number}") for number in range(3)]
     found = report.outcome.results["text_to_image"]
-    assert (found.ranks[np.isin(found.queries, asked)] >= 3).all()
+    assert (found.ranks[np.isin(found.queries, queries)] >= 3).all()
 
 
 def test_caption_files_without_an_image_are_noted(encoder, colour_folder):

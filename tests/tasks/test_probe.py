@@ -24,10 +24,10 @@ def albums(tmp_path):
 def test_a_draw_takes_the_shots_of_each_class_without_repetition():
     pool = Labelled(unit_rows(200, 16), np.arange(200) % 5)
     for shots, others in ((1, 1), (3, 3), (16, 4)):
-        learned, held_out = draw(pool, shots, seed=1)
-        assert (np.bincount(learned.targets) == shots).all()
+        train, held_out = draw(pool, shots, seed=1)
+        assert (np.bincount(train.targets) == shots).all()
         assert (np.bincount(held_out.targets) == others).all()
-        both = np.concatenate([learned.vectors, held_out.vectors])
+        both = np.concatenate([train.vectors, held_out.vectors])
         assert len(np.unique(both, axis=0)) == len(both)
     other = draw(pool, 3, seed=2)[0]
     assert not np.array_equal(other.vectors, draw(pool, 3, seed=1)[0].vectors)

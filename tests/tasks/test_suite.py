@@ -32,7 +32,7 @@ templates = "simple"
 
 [[set]]
 name = "captions"
-data = "hf:org/told/en:validation"
+data = "hf:org/captioned/en:validation"
 task = "retrieval"
 equal_captions = "apart"
 
@@ -46,7 +46,7 @@ split = "dev"
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The same twelve pictures with classes, with captions, as class folders and as tars."""
-    items, folder = [], tmp_path / "told"
+    items, folder = [], tmp_path / "captioned"
     folder.mkdir()
     for place in range(12):
         name, content = LABELS[place % 3], png(picture(LABELS[place % 3], place))
@@ -63,7 +63,7 @@ def hub(tmp_path, monkeypatch):
     for file, features, column in (
         ("org/photos/data/test-00000-of-00001.parquet", classes, {"label": labels}),
         (
-            "org/told/en/validation-00000-of-00001.parquet",
+            "org/captioned/en/validation-00000-of-00001.parquet",
             texts,
             {"caption": [one[1] for one in items]},
         ),
@@ -82,14 +82,14 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "labels.txt").write_text("blue: blue, azure\nred\ngreen\n")
     (tmp_path / "suite.toml").write_text(SUITE)
     load = datasets.load_dataset
-    asked = []
+    loaded = []
 
     def local(name, config, *, split, streaming):
-        asked.append((name, config, split))
+        loaded.append((name, config, split))
         return load(str(tmp_path / "hub" / name / (config or "")), split=split, streaming=streaming)
 
     monkeypatch.setattr("datasets.load_dataset", local)
-    return asked
+    return loaded
 
 
 def test_a_suite_of_hub_sets_measures_what_the_same_pictures_in_folders_do(
@@ -103,38 +103,38 @@ def test_a_suite_of_hub_sets_measures_what_the_same_pictures_in_folders_do(
     printed = capsys.readouterr()
     assert not end.value.code, printed.err
     found = {one["set"]: one for one in map(json.loads, printed.out.splitlines())}
-    assert set(hub) == {("org/photos", None, "test"), ("org/told", "en", "validation")}
+    assert set(hub) == {("org/photos", None, "test"), ("org/captioned", "en", "validation")}
 
     encoder = clipkit.load_model(tiny_checkpoint)
-    albums, told = (open_source(tmp_path / name) for name in ("albums", "told"))
+    albums, captioned = (open_source(tmp_path / name) for name in ("albums", "captioned"))
     labels = clipkit.data.prompts.read_labels(str(tmp_path / "labels.txt"))
     simple = clipkit.data.prompts.read_templates("simple")
-    apart = evaluate_retrieval(told, encoder, equal_captions="apart", progress=False)
+    apart = evaluate_retrieval(captioned, encoder, equal_captions="apart", progress=False)
     wanted = {
         "classes": evaluate_zero_shot(albums, encoder, sorted(LABELS), progress=False),
         "words": evaluate_zero_shot(albums, encoder, labels, simple, progress=False),
         "captions": apart,
-        "shards": evaluate_retrieval(told, encoder, progress=False),
+        "shards": evaluate_retrieval(captioned, encoder, progress=False),
     }
     assert list(found) == list(wanted)
     for name, report in wanted.items():
         values = {metric: one["value"] for metric, one in found[name]["metrics"].items()}
         assert values == pytest.approx(report.metrics, abs=1e-6, nan_ok=True), name
         assert found[name]["counts"]["images"] == 12
-    assert found["captions"]["data"] == "hf:org/told/en:validation"
+    assert found["captions"]["data"] == "hf:org/captioned/en:validation"
 
 
 def test_a_hub_set_that_is_there_is_not_measured_again(hub, tiny_checkpoint, tmp_path, monkeypatch):
-    encoder, told = clipkit.load_model(tiny_checkpoint), []
+    encoder, lines = clipkit.load_model(tiny_checkpoint), []
     sets = read_suite(tmp_path / "suite.toml")
-    out, report = tmp_path / "out", told.append
+    out, report = tmp_path / "out", lines.append
     first = evaluate_suite(sets, encoder, out, root=tmp_path, report=report, progress=False)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_zero_shot", None)
     monkeypatch.setattr("clipkit.tasks.suite.evaluate_retrieval", None)
     file = tmp_path / "suite.toml"
     again = evaluate_suite(str(file), encoder, out, report=report, progress=False)
     assert again == first
-    assert [line.split(": ")[1] for line in told] == ["evaluated"] * 4 + ["already evaluated"] * 4
+    assert [line.split(": ")[1] for line in lines] == ["evaluated"] * 4 + ["already evaluated"] * 4
     frame = first.to_pandas()
     assert list(frame["set"].unique()) == ["classes", "words", "captions", "shards"]
     top1 = frame[(frame["set"] == "words") & (frame["metric"] == "top1")]

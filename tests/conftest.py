@@ -87,21 +87,21 @@ def fails(monkeypatch):
     import torch
     from open_clip.constants import OPENAI_DATASET_MEAN
 
-    from clipkit.training.step import Learner
+    from clipkit.training.step import Trainer
 
     def fail(when):
-        take_step = Learner.take_step
+        take_step = Trainer.take_step
 
         def failing(self, *args):
             number = args[-2] + 1
-            if when(number, self.health.rate):
+            if when(number, self.recovery.lr_factor):
                 self._mean.fill_(math.nan)
             report = take_step(self, *args)
             self._mean.copy_(mean)
             return report
 
         mean = 255 * torch.tensor(OPENAI_DATASET_MEAN)[:, None, None]
-        monkeypatch.setattr(Learner, "take_step", failing)
+        monkeypatch.setattr(Trainer, "take_step", failing)
 
     return fail
 

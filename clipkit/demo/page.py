@@ -12,7 +12,7 @@ from clipkit.demo.emoji import LABELS, UNSEEN, EmojiFacts
 from clipkit.display.html import Figure, bar, bullets, commands, data_uri, document, figure_table
 from clipkit.display.svg import Scale, Series, chart
 from clipkit.reports.run import machine
-from clipkit.training.log import mean_guess, read_log
+from clipkit.training.log import mean_chance_loss, read_log
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def render_demo(out: Path, config: TrainConfig, facts: EmojiFacts, report: DemoR
     body = f"""<h2>Results on the held-out style</h2>
 {figure_table(figures)}
 <h2>Training loss</h2>
-{chart([curve], "min", Scale(low=0.0), level=("chance", mean_guess(losses)))}
+{chart([curve], "min", Scale(low=0.0), level=("chance", mean_chance_loss(losses)))}
 <h2>Text search</h2>
 <p class="soft">The best drawings of the held-out style for each query, with their scores. A drawing
 whose name is the query is green.</p>

@@ -1,7 +1,4 @@
-"""The page of a training run: pure functions from facts to HTML.
-
-The report of a run, ``report.html``: from what a run knows to its page.
-"""
+"""The report of a training run, ``report.html``: collect its facts and render them as a page."""
 
 import json
 import math
@@ -24,8 +21,8 @@ from clipkit.display.html import Figure, bullets, commands, document, figure_tab
 from clipkit.display.svg import Scale, Series, chart
 from clipkit.models.checkpoint import run_checkpoints
 from clipkit.models.tokenizer import CONTEXT, shorten
-from clipkit.training.log import mean_guess
-from clipkit.training.loop import Outcome
+from clipkit.training.log import mean_chance_loss
+from clipkit.training.loop import RunSummary
 from clipkit.training.run_directory import SKIPPED_FILE
 
 Line = Mapping[str, Any]
@@ -33,23 +30,23 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunPage:
-    """All that the page of a run tells.
+    """Content of a run's report.
 
     Attributes:
-        title: its heading.
-        lead: the sentence below it.
-        tiles: what counts most, name and value.
-        notices: when something was doubtful, and what.
-        recall: what was measured last on the held-out pairs.
-        best: a sentence about the best measurement; empty if there was none.
-        lines: of the log.
-        guessing_loss: the loss of a model that guesses; None where it is not known.
-        data: sentences about what was trained on, cut and held out.
-        skipped: a few keys and reasons of images that were not used; the rest is in the file.
-        skipped_file: its name, for a link.
-        settings: name, value and default of each field that differs from it.
+        title: heading.
+        lead: sentence below the heading.
+        tiles: key figures, name and value.
+        notices: warnings: when, and what.
+        recall: last recall on the held-out pairs.
+        best: sentence about the best checkpoint; empty if there is none.
+        lines: training log.
+        chance_loss: loss of a uniform predictor; None if unknown.
+        data: sentences about training data, truncation and held-out pairs.
+        skipped: key and reason of the first skipped images; the file lists all.
+        skipped_file: name of that file, for a link.
+        settings: name, value and default of each field that is not at its default.
         commands: what to do with the run, and the command for it.
-        footer: machine, date, versions.
+        footer: machine, date and versions.
     """
 
     title: str
@@ -59,7 +56,7 @@ class RunPage:
     recall: Sequence[Figure]
     best: str
     lines: Sequence[Line]
-    guessing_loss: float | None
+    chance_loss: float | None
     data: Sequence[str]
     skipped: Sequence[tuple[str, str]]
     skipped_file: str
@@ -90,18 +87,18 @@ _CURVES = (
     ("logit scale (1 / temperature)", "scale", Scale()),
     ("gradient norm before clipping", "grad_norm", Scale(log=True)),
     ("samples per second", "samples_per_second", Scale(low=0.0)),
-    ("share of time waiting for data", "waiting_for_data", Scale(low=0.0, high=1.0)),
+    ("fraction of time waiting for data", "waiting_for_data", Scale(low=0.0, high=1.0)),
 )
 
 
 def render_run(page: RunPage) -> str:
-    """The page as one HTML file: no script, nothing fetched, light and dark."""
+    """The page as one self-contained HTML file without scripts, for light and dark mode."""
     return document(page.title, page.lead, _body(page), page.footer, _STYLE)
 
 
 def _body(page: RunPage) -> str:
     return f"""{_tiles(page.tiles)}
-<h2>What to look at</h2>
+<h2>Warnings</h2>
 {_notices(page.notices)}
 <h2>Held-out retrieval</h2>
 {_recall(page)}
@@ -110,9 +107,9 @@ def _body(page: RunPage) -> str:
 <h2>Data</h2>
 {bullets(page.data)}
 {_skipped(page)}
-<h2>Settings that differ from the defaults</h2>
+<h2>Settings other than defaults</h2>
 {_settings(page.settings)}
-<h2>How to use it</h2>
+<h2>Next steps</h2>
 {commands(page.commands)}"""
 
 
@@ -126,7 +123,7 @@ def _tiles(tiles: Sequence[tuple[str, str]]) -> str:
 
 def _notices(notices: Sequence[tuple[str, str]]) -> str:
     if not notices:
-        return '<p class="soft">Nothing doubtful was found, before the run or during it.</p>'
+        return '<p class="soft">No warnings.</p>'
     return "".join(
         f'<div class="notice"><b>{escape(when)}</b> {escape(text)}</div>' for when, text in notices
     )
@@ -135,7 +132,7 @@ def _notices(notices: Sequence[tuple[str, str]]) -> str:
 def _recall(page: RunPage) -> str:
     measured = [line for line in page.lines if "held_out" in line]
     if not measured:
-        return '<p class="soft">Nothing was measured on held-out pairs.</p>'
+        return '<p class="soft">Recall was not measured on held-out pairs.</p>'
     charts = "".join(
         f"<div><h3>{name}</h3>"
         + chart(
@@ -152,8 +149,8 @@ def _recall(page: RunPage) -> str:
         )
         + "</div>"
         for key, name in (
-            ("text_to_image", "a caption finds its image"),
-            ("image_to_text", "an image finds one of its captions"),
+            ("text_to_image", "text→image recall"),
+            ("image_to_text", "image→text recall"),
         )
     )
     best = f"<p>{escape(page.best)}</p>" if page.best else ""
@@ -162,7 +159,7 @@ def _recall(page: RunPage) -> str:
 
 def _curves(page: RunPage) -> str:
     losses = [line for line in page.lines if "loss" in line]
-    loss = Series("InfoNCE loss of a batch", [(line["step"], line["loss"]) for line in losses])
+    loss = Series("InfoNCE loss", [(line["step"], line["loss"]) for line in losses])
     small = "".join(
         f"<div><h3>{name}</h3>"
         + chart(
@@ -174,7 +171,7 @@ def _curves(page: RunPage) -> str:
         + "</div>"
         for name, key, scale in _CURVES
     )
-    level = ("guessing", page.guessing_loss)
+    level = ("chance", page.chance_loss)
     large = chart([loss], "step", Scale(low=0.0), level=level)
     return f'<h3>{loss.name}</h3>{large}<div class="charts">{small}</div>'
 
@@ -186,7 +183,7 @@ def _skipped(page: RunPage) -> str:
         f"<tr><td>{escape(key)}</td><td>{escape(reason)}</td></tr>" for key, reason in page.skipped
     )
     return (
-        f'<p class="soft">Images that were not used, the first of them; all are in '
+        f'<p class="soft">The first skipped images; the full list is in '
         f'<a href="{escape(page.skipped_file)}">{escape(page.skipped_file)}</a>:</p>'
         f'<div class="wide"><table class="settings"><tbody>{rows}</tbody></table></div>'
     )
@@ -194,12 +191,12 @@ def _skipped(page: RunPage) -> str:
 
 def _settings(settings: Sequence[tuple[str, str, str]]) -> str:
     if not settings:
-        return '<p class="soft">None do.</p>'
+        return '<p class="soft">None.</p>'
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td><td>{escape(default)}</td></tr>"
         for name, value, default in settings
     )
-    head = "<th>field</th><th>here</th><th>default</th>"
+    head = "<th>field</th><th>value</th><th>default</th>"
     return (
         f'<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -209,46 +206,47 @@ def _settings(settings: Sequence[tuple[str, str, str]]) -> str:
 REPORT_FILE = "report.html"
 _EXAMPLES = 8
 _DIRECTIONS = {
-    "text_to_image": "a caption finds its image",
-    "image_to_text": "an image finds one of its captions",
+    "text_to_image": "text→image",
+    "image_to_text": "image→text",
 }
 
 
 def run_page(
-    config: TrainConfig, outcome: Outcome, training: Source, held_out: Source | None
+    config: TrainConfig, summary: RunSummary, training: Source, held_out: Source | None
 ) -> RunPage:
-    """The page of a run.
+    """Collect the content of a run's report.
 
     Args:
         config: of the run, resolved.
-        outcome: what it came to.
-        training, held_out: what it was trained and measured on.
+        summary: state of the run.
+        training: training pairs.
+        held_out: held-out pairs; None if there are none.
     """
     pairs = None if training.streaming else len(training.rows)
     batch = min(config.train.batch_size, pairs or config.train.batch_size)
-    alarms = [
-        (f"step {line['step']:,}", line["alarm"]) for line in outcome.lines if "alarm" in line
+    warnings = [
+        (f"step {line['step']:,}", line["warning"]) for line in summary.lines if "warning" in line
     ]
     return RunPage(
-        title=f"Training run {outcome.path.name}",
-        lead=_lead(config, outcome, batch, pairs),
-        tiles=_run_tiles(outcome),
-        notices=[*(("before", finding) for finding in outcome.findings), *alarms],
-        recall=_recall_figures(outcome.recall, held_out),
-        best=_best(outcome),
-        lines=outcome.lines,
-        guessing_loss=mean_guess(outcome.lines),
-        data=_data(config, outcome, pairs, held_out),
-        skipped=list(outcome.skipped.items())[:_EXAMPLES],
+        title=f"Training run {summary.path.name}",
+        lead=_lead(config, summary, batch, pairs),
+        tiles=_run_tiles(summary),
+        notices=[*(("before", finding) for finding in summary.findings), *warnings],
+        recall=_recall_figures(summary.recall, held_out),
+        best=_best(summary),
+        lines=summary.lines,
+        chance_loss=mean_chance_loss(summary.lines),
+        data=_data(config, summary, pairs, held_out),
+        skipped=list(summary.skipped.items())[:_EXAMPLES],
         skipped_file=SKIPPED_FILE,
         settings=changed_settings(config),
-        commands=_commands(outcome),
-        footer=f"Made on {date.today():%d %B %Y} by {machine()}.",
+        commands=_commands(summary),
+        footer=f"Generated on {date.today():%d %B %Y} by {machine()}.",
     )
 
 
 def machine() -> str:
-    """Versions and hardware, in words."""
+    """Versions and hardware as text."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
         f"clipkit {__version__} with torch {torch.__version__} and Python "
@@ -283,11 +281,11 @@ def _shown(value: Any) -> str:
     return str(value) if value != "" else "none"
 
 
-def _lead(config: TrainConfig, outcome: Outcome, batch: int, pairs: int | None) -> str:
+def _lead(config: TrainConfig, summary: RunSummary, batch: int, pairs: int | None) -> str:
     amount = "a stream" if pairs is None else f"{pairs:,} images"
     return (
-        f"{outcome.state.capitalize()} after {outcome.step:,} steps of {batch:,} pairs in "
-        f"{_duration(outcome.seconds)}, on {amount} of {config.data.train}."
+        f"{summary.state.capitalize()} after {summary.step:,} steps of {batch:,} pairs in "
+        f"{_duration(summary.seconds)}, on {amount} of {config.data.train}."
     )
 
 
@@ -297,21 +295,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def _run_tiles(outcome: Outcome) -> list[tuple[str, str]]:
-    losses = [line for line in outcome.lines if "loss" in line]
-    tiles = [("steps", f"{outcome.step:,}")]
+def _run_tiles(summary: RunSummary) -> list[tuple[str, str]]:
+    losses = [line for line in summary.lines if "loss" in line]
+    tiles = [("steps", f"{summary.step:,}")]
     finite = [line["loss"] for line in losses if math.isfinite(line["loss"])]
     if losses:
         tiles += [
-            ("loss at the end", f"{finite[-1]:.3f}" if finite else "not finite"),
+            ("final loss", f"{finite[-1]:.3f}" if finite else "not finite"),
             ("samples per second", f"{_mean(losses, 'samples_per_second'):,.0f}"),
             ("waiting for data", f"{_mean(losses, 'waiting_for_data'):.0%}"),
         ]
-    if outcome.recall:
-        tiles.append(("caption → image R@1", f"{outcome.recall['text_to_image_r1']:.1%}"))
-    returns = sum("back_to" in line for line in outcome.lines)
-    tiles.append(("steps left out", f"{outcome.skipped_steps:,}"))
-    return [*tiles, ("times gone back", str(returns))] if returns else tiles
+    if summary.recall:
+        tiles.append(("text→image R@1", f"{summary.recall['text_to_image_r1']:.1%}"))
+    rollbacks = sum("rolled_back_to" in line for line in summary.lines)
+    tiles.append(("skipped steps", f"{summary.skipped_steps:,}"))
+    return [*tiles, ("rollbacks", str(rollbacks))] if rollbacks else tiles
 
 
 def _mean(lines: Sequence[dict[str, Any]], name: str) -> float:
@@ -324,7 +322,7 @@ def _recall_figures(recall: dict[str, float], held_out: Source | None) -> list[F
     images = None if held_out.streaming else len(held_out.rows)
     return [
         Figure(
-            f"{text}, {'first' if k == 1 else f'in the best {k}'}",
+            f"{text} R@{k}",
             recall[f"{key}_r{k}"],
             min(1.0, k / images) if images else 0.0,
         )
@@ -333,69 +331,69 @@ def _recall_figures(recall: dict[str, float], held_out: Source | None) -> list[F
     ]
 
 
-def _best(outcome: Outcome) -> str:
-    if not outcome.best:
+def _best(summary: RunSummary) -> str:
+    if not summary.best:
         return ""
     return (
-        f"The best {outcome.best['metric']} was {outcome.best['value']:.1%} at step "
-        f"{outcome.best['step']:,}; its checkpoint is kept and loads as {outcome.path.name}/best."
+        f"The best {summary.best['metric']} was {summary.best['value']:.1%} at step "
+        f"{summary.best['step']:,}; load its checkpoint as {summary.path.name}/best."
     )
 
 
 def _data(
-    config: TrainConfig, outcome: Outcome, pairs: int | None, held_out: Source | None
+    config: TrainConfig, summary: RunSummary, pairs: int | None, held_out: Source | None
 ) -> list[str]:
-    cut = outcome.cut
-    amount = "a stream, whose length is not known" if pairs is None else f"{pairs:,} images"
+    cut = summary.cut
+    amount = "a stream of unknown length" if pairs is None else f"{pairs:,} images"
     facts = [f"Trained on {config.data.train}: {amount}."]
     if held_out is None:
-        facts.append("Nothing was held out, so nothing was measured.")
+        facts.append("There is no held-out set, so recall was not measured.")
     else:
-        where = config.data.val or "taken from the same data"
+        where = config.data.val or "a random part of the same data"
         count = "" if held_out.streaming else f" {len(held_out.rows):,} images,"
-        facts.append(f"Held out:{count} {where}.")
+        facts.append(f"Held-out set:{count} {where}.")
     if cut.seen:
         facts.append(
-            f"{cut.cut:,} of {cut.seen:,} captions ({cut.share:.2%}) were longer than {CONTEXT} "
-            f"tokens; {cut.lost_tokens:,} tokens were not read."
+            f"{cut.cut:,} of {cut.seen:,} captions ({cut.share:.2%}) exceed {CONTEXT} tokens; "
+            f"{cut.lost_tokens:,} tokens were truncated."
         )
     facts += [
-        f"{case.needed} tokens, not read: “{shorten(case.lost, 120)}”" for case in cut.worst[:3]
+        f"{case.needed} tokens, truncated: “{shorten(case.lost, 120)}”" for case in cut.worst[:3]
     ]
-    facts.append(f"{len(outcome.skipped):,} images were skipped.")
+    facts.append(f"{len(summary.skipped):,} images were skipped.")
     return facts
 
 
 def _quoted(text: str) -> str:
-    """A text as Python and TOML write it."""
+    """A string literal of Python and TOML."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _commands(outcome: Outcome) -> list[tuple[str, str]]:
-    name = outcome.path.name
+def _commands(summary: RunSummary) -> list[tuple[str, str]]:
+    name = summary.path.name
     run = shlex.quote(name)
     config = shlex.quote(f"{name}/config.toml")
-    goes_on = (
+    resume = (
         []
-        if outcome.state == "finished"
-        else [("Go on with it:", f"clipkit train {config} --out {run} --resume")]
+        if summary.state == "finished"
+        else [("Resume it:", f"clipkit train {config} --out {run} --resume")]
     )
-    saved = run_checkpoints(outcome.path)
-    if not saved:  # given up before there was anything to load
-        return goes_on
+    saved = run_checkpoints(summary.path)
+    if not saved:  # the run failed before the first checkpoint
+        return resume
     return [
-        *goes_on,
+        *resume,
         (
-            "Search pictures by text:",
-            f"clipkit index build PICTURES --out INDEX --model {run}\n"
+            "Search images by text:",
+            f"clipkit index build IMAGES --out INDEX --model {run}\n"
             'clipkit search INDEX "a red bicycle"',
         ),
         (
-            "Classify pictures:",
-            f'clipkit classify PICTURES --labels "cat,dog,tree" --model {run}',
+            "Classify images:",
+            f'clipkit classify IMAGES --labels "cat,dog,tree" --model {run}',
         ),
         (
-            "In Python, with clipkit and with open_clip alone:",
+            "Load it in Python, with clipkit or with open_clip alone:",
             f"encoder = clipkit.load_model({_quoted(name)})\n"
             "model, _, preprocess = open_clip.create_model_and_transforms("
             f"{_quoted(f'local-dir:{name}/{saved[-1].name}')})",

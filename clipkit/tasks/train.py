@@ -29,9 +29,9 @@ from clipkit.training.distributed import World, join_world
 from clipkit.training.frozen_towers import locked_features, uses_features
 from clipkit.training.loop import TrainingLoop
 from clipkit.training.precision import resolve_precision
-from clipkit.training.preflight import examine, gather
+from clipkit.training.preflight import collect_facts, preflight_warnings
 from clipkit.training.run_directory import CONFIG_FILE, open_run, require_tensorboard
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 
 
 @dataclass(frozen=True)
@@ -107,29 +107,29 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
         require_captions(held_out)
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     config = _with_precision(config, out, towers, world, resume)
-    learner = Learner(towers, config, world)
-    loader = pair_loader(config, training, learner.towers.image_size, cut, world)
+    trainer = Trainer(towers, config, world)
+    loader = pair_loader(config, training, trainer.towers.image_size, cut, world)
     steps = _steps_in_all(config.train, loader)
     stored = uses_features(config, training)
-    if stored and learner.sharded:
+    if stored and trainer.sharded:
         raise ConfigError(
             "train.fsdp deals the locked tower out, too, so that it cannot be run beforehand; set "
             "data.feature_views = 0, or leave train.fsdp out"
         )
     findings = []
     if world.is_main_process:
-        findings = examine(config, gather(config, training, held_out, steps, cut))
+        findings = preflight_warnings(config, collect_facts(config, training, held_out, steps, cut))
     with open_run(out, config, world, resume=resume) as run:
         for finding in findings:
             print_status(f"warning: {finding}")
         measured = HeldOut(held_out, loader.workers) if held_out else None
         for turn in (world.is_main_process, not world.is_main_process) if stored else ():
             if turn:  # first the one that writes, then those that only read
-                measured = _store_features(config, learner, loader, measured, run.path)
+                measured = _store_features(config, trainer, loader, measured, run.path)
             world.broadcast(None)
         if not loader.features:
             loader.cache = image_cache(config, loader, run.path)
-        loop = TrainingLoop(config, run, learner, loader, measured, steps, cut)
+        loop = TrainingLoop(config, run, trainer, loader, measured, steps, cut)
         with catch_interrupts(patient=world.size > 1) as interrupted:
             try:
                 loop.run_steps(interrupted)
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
                         loop.finish(model)  # the manifest comes last
             except (TrainingError, DataError):
                 if world.is_main_process:
-                    _write_report(loop, "given up", findings, curve=False)
+                    _write_report(loop, "failed", findings, curve=False)
                 raise
             except OSError as error:
                 if error.errno not in FULL:
@@ -165,21 +165,21 @@ def _write_report(
     loop: TrainingLoop, state: str, findings: Sequence[str], *, curve: bool = True
 ) -> None:
     """Write ``report.html``, ``skipped.jsonl``, which it links, and the loss curve."""
-    run, outcome = loop.run, loop.outcome(state, findings)
+    run, summary = loop.run, loop.summary(state, findings)
     if curve:
-        plot_run(outcome.lines, run.path.name).save(run.path / "curve.png")
-    run.list_skipped(outcome.skipped)
+        plot_run(summary.lines, run.path.name).save(run.path / "curve.png")
+    run.list_skipped(summary.skipped)
     held_out = loop.held_out.source if loop.held_out else None
-    page = run_page(loop.config, outcome, loop.loader.source, held_out)
+    page = run_page(loop.config, summary, loop.loader.source, held_out)
     write_text(run.path / REPORT_FILE, render_run(page))
 
 
 def _require_shareable(config: LoopConfig, world: World) -> None:
-    """Raise ConfigError for what cannot be done by so many processes."""
+    """Raise ConfigError for a configuration that this number of processes cannot run."""
     if config.batch_size % world.size:
         raise ConfigError(
-            f"train.batch_size is {config.batch_size}, which {world.size} processes cannot share "
-            "evenly; choose a multiple of their number"
+            f"train.batch_size is {config.batch_size}, expected a multiple of the number of "
+            f"processes ({world.size})"
         )
     if config.fsdp and config.compile and world.size > 1:
         raise ConfigError(
@@ -189,13 +189,13 @@ def _require_shareable(config: LoopConfig, world: World) -> None:
 
 
 def _store_features(
-    config: TrainConfig, learner: Learner, loader: PairLoader, held_out: HeldOut | None, run: Path
+    config: TrainConfig, trainer: Trainer, loader: PairLoader, held_out: HeldOut | None, run: Path
 ) -> HeldOut | None:
     """Run the locked tower once and let steps and measurements read what it made."""
     folder = Path(config.data.feature_dir) if config.data.feature_dir else run / "features"
-    network, towers = learner.network, learner.towers
+    network, towers = trainer.network, trainer.towers
     loader.features, captions = locked_features(network, towers, config, loader.source, folder)
-    learner.use_features(captions)
+    trainer.use_features(captions)
     if held_out is None or held_out.source.streaming:
         return held_out
     # What is measured on is neither augmented nor split.

@@ -1,4 +1,4 @@
-"""Many processes on one run: who they are, and what they tell each other."""
+"""The processes that train one model, and their collective operations."""
 
 import json
 import os
@@ -18,22 +18,23 @@ from torch.distributed.rendezvous import rendezvous
 
 from clipkit.errors import ClipkitError, ConfigError, TrainingError
 
-PATIENCE = timedelta(hours=6)
-"""How long a process waits for one that is measuring or saving. A dead one is noticed at once."""
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+"""Timeout for a process that evaluates or saves. A dead process is noticed at once."""
 
-TIME_TO_TELL = 10.0
-"""Seconds that others leave the process with the error: torchrun ends all when the first leaves."""
+ERROR_GRACE_SECONDS = 10.0
+"""How long the others wait so that one process can report its error: torchrun kills all processes
+as soon as the first exits."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together; alone, nothing is exchanged.
+    """The processes that train one model. All operations are local if there is only one.
 
     Attributes:
-        device: where this process computes.
-        rank: its number.
-        size: how many there are.
-        leaving: what is to be done before they part, unless an error parts them.
+        device: device of this process.
+        rank: number of this process.
+        size: number of processes.
+        leaving: cleanup before the process group is destroyed, unless an error ends it.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -43,21 +44,21 @@ class World:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes and is_main_process."""
+        """Whether this is the process that writes files and reports progress."""
         return self.rank == 0
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """What each process has to tell, in the order of ranks: values that JSON can hold."""
+        """Everyone's value, in the order of ranks. Values must be JSON-serialisable."""
         if self.size == 1:
             return [value]
-        # JSON and not pickle, which would run what another process sends.
+        # Not pickle, which can execute code on loading.
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         shares = self.shares(len(text))
         texts = torch.split(self.gather(text, shares), shares)
         return [json.loads(bytes(text.tolist())) for text in texts]
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process has to tell, for all; what the others hand in does not count."""
+        """The main process's value, in all processes; the others' values are ignored."""
         return self.all_gather_object(value if self.is_main_process else None)[0]
 
     def shares(self, count: int) -> list[int]:
@@ -65,11 +66,11 @@ class World:
         if self.size == 1:
             return [count]
         counts = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([count]))  # on the CPU, so that no GPU is waited for
+        dist.all_gather(counts, torch.tensor([count]))  # on the CPU, to avoid waiting for a GPU
         return [int(one) for one in counts]
 
     def gather(self, part: Tensor, shares: list[int]) -> Tensor:
-        """Everyone's rows one after the other: [n, …] to [N, …], without a graph."""
+        """Concatenate everyone's rows: [n, …] to [N, …], without gradients."""
         if self.size == 1:
             return part
         padded = part.new_zeros((max(shares), *part.shape[1:]))
@@ -79,7 +80,7 @@ class World:
         return torch.cat([one[:count] for one, count in zip(parts, shares, strict=True)])
 
     def scatter_sum(self, whole: Tensor, shares: list[int]) -> Tensor:
-        """Everyone's [N, …] summed, of which each process gets its own rows: the way back."""
+        """Sum everyone's [N, …]; each process gets its own rows. The adjoint of ``gather``."""
         if self.size == 1:
             return whole
         padded = whole.new_zeros((self.size, max(shares), *whole.shape[1:]))
@@ -90,13 +91,13 @@ class World:
         return own[: shares[self.rank]]
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Everyone's tensor summed, in place."""
+        """Sum everyone's tensor, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_logsumexp(self, tensor: Tensor) -> Tensor:
-        """The logarithm of everyone's exponentials summed, entry by entry."""
+        """Elementwise logsumexp over the processes."""
         if self.size == 1:
             return tensor
         highest = tensor.clone()
@@ -105,19 +106,19 @@ class World:
 
 
 ALONE = World()
-"""A process that shares its run with no other."""
+"""A single process."""
 
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the processes that torchrun has started, or stay alone, until the block ends.
+    """Join the processes that torchrun started, if any, until the block ends.
 
-    They talk through gloo on CPUs and NCCL on GPUs, one GPU to a process. Of errors only the first
-    is told, by the process that meets it: the others leave with ``SystemExit``.
+    They communicate through gloo on CPUs and NCCL on GPUs, with one GPU per process. Only the first
+    error is reported, by the process that raises it; the others exit with ``SystemExit``.
 
     Raises:
         ConfigError: there are more processes than GPUs on this machine.
-        TrainingError: the processes cannot find each other, or one of them has ended.
+        TrainingError: the processes cannot connect to each other, or one of them has ended.
     """
     cuda = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -128,10 +129,12 @@ def join_world() -> Iterator[World]:
     try:
         store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE, world_size=size, rank=rank, store=store)
+        dist.init_process_group(
+            backend, timeout=COLLECTIVE_TIMEOUT, world_size=size, rank=rank, store=store
+        )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"the {size} processes of this run cannot find each other ({_first_line(error)}); "
+            f"the {size} processes of this run cannot connect ({_first_line(error)}); "
             "start them with torchrun"
         ) from None
     world = World(device, rank, size)
@@ -146,12 +149,12 @@ def join_world() -> Iterator[World]:
         if not _is_first_to_end(store) and (lost or isinstance(error, ClipkitError)):
             with suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(TIME_TO_TELL)
+            time.sleep(ERROR_GRACE_SECONDS)
             raise SystemExit(1) from None
         if lost:
             raise TrainingError(
-                f"another process of this run ended ({_first_line(error)}); go on from the last "
-                "checkpoint with --resume, with any number of processes"
+                f"another process of this run ended ({_first_line(error)}); resume from the last "
+                "checkpoint with --resume and any number of processes"
             ) from None
         raise
     finally:
@@ -162,16 +165,16 @@ def _own_gpu() -> torch.device:
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ConfigError(
-            f"this machine has {count} GPUs, but process {number + 1} was started on it; start "
-            f"torchrun with --nproc-per-node {count}"
+            f"this machine has {count} GPUs, but {number + 1} or more processes; start torchrun "
+            f"with --nproc-per-node {count}"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether an error says that another process cannot be reached."""
-    # gloo raises plain RuntimeErrors, which begin with the place in its source.
+    """Whether an error means that another process cannot be reached."""
+    # gloo raises plain RuntimeErrors that begin with a location in its source.
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed" in text)
@@ -179,14 +182,14 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _is_first_to_end(store: Any) -> bool:
-    """Count this process among those that ended with an error; whether none did before."""
+    """Count this process as ended with an error; returns whether it is the first."""
     try:
         return bool(store.add("clipkit/ended", 1) == 1)
-    except RuntimeError:  # whoever kept the store is gone
+    except RuntimeError:  # the process that hosts the store is gone
         return True
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without the place in the source and without advice."""
+    """The first sentence of an error, without the location in the source."""
     line = str(error).partition("\n")[0].rpartition("] ")[2] if str(error).startswith("[/") else ""
     return (line or str(error).partition("\n")[0]).partition(". ")[0]

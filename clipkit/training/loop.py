@@ -1,16 +1,19 @@
-"""When a run measures, and when it saves.
+"""The training loop: the steps of a run, and the logging, evaluation and checkpoints between them.
 
-The steps of a training run, and what happens between them.
+Each process of a run executes the same loop; every decision that depends on the clock or on a
+signal is taken together, so that all processes stop at the same step.
 """
 
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from clipkit.artifacts import Manifest, ModelRef
@@ -22,22 +25,37 @@ from clipkit.models.checkpoint import save_checkpoint
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.progress import Meter, print_status, share_done
 from clipkit.training.data import HeldOut, other_data
-from clipkit.training.recovery import FIRST_BAD, go_back, place_to_return, require_finite_steps
+from clipkit.training.recovery import last_good_checkpoint, require_finite_steps, roll_back
 from clipkit.training.run_directory import RunDirectory
-from clipkit.training.step import Learner, StepReport
-from clipkit.training.warnings import Watch
+from clipkit.training.step import StepReport, Trainer
+from clipkit.training.warnings import RunMonitor
 
 STREAM_EPOCH = 1000
-"""Steps that count as an epoch of a stream, whose length is not known."""
+"""Steps that count as an epoch of a stream, whose length is unknown."""
+
+
+class StepOutcome(Enum):
+    """What the loop does after a step."""
+
+    CONTINUE = auto()
+    """Take the next step."""
+    FINISHED = auto()
+    """The run is complete."""
+    INTERRUPTED = auto()
+    """A process was asked to stop."""
+    NONFINITE_STEPS = auto()
+    """Too many consecutive steps had a non-finite loss or gradient: roll back."""
+    NONFINITE_MODEL = auto()
+    """The weights or the held-out vectors are not finite: roll back."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunSummary:
     """The state of a run when it ends or stops, for its report.
 
     Attributes:
         path: run directory.
-        state: how it ended: finished, interrupted or given up.
+        state: finished, interrupted or failed.
         step: last step taken.
         seconds: training time.
         findings: preflight warnings.
@@ -46,7 +64,7 @@ class Outcome:
         lines: training log.
         cut: captions truncated at 77 tokens.
         skipped: reason by key for each image that was not used.
-        skipped_steps: steps skipped for a non-finite gradient.
+        skipped_steps: steps skipped for a non-finite loss or gradient.
     """
 
     path: Path
@@ -62,92 +80,91 @@ class Outcome:
     skipped_steps: int
 
 
-class Timetable:
-    """What is due after a step, by plan or by the clock.
+class CheckpointSchedule:
+    """After which steps to evaluate and to save.
 
-    What is planned depends on the step alone, so that a run is the same however often it is
-    interrupted. A checkpoint between, which the clock or an interruption asks for, is an interim
-    one: the next one takes its place, and the run never goes back to it.
+    Planned checkpoints depend on the step alone, so an interrupted run takes the same ones as an
+    uninterrupted run. A checkpoint that the clock or an interruption causes is an interim one: the
+    next checkpoint replaces it, and a run never rolls back to it.
 
     Args:
         config: of the run.
-        epoch: steps in an epoch; None for a stream.
-        steps: of the whole run; 0 where only the clock ends it.
-        seconds: that the run took to its last checkpoint.
+        epoch: steps per epoch; None for a stream.
+        steps: total steps; 0 if only the clock ends the run.
+        seconds: training time at the last checkpoint.
     """
 
     def __init__(self, config: LoopConfig, epoch: int | None, steps: int, seconds: float) -> None:
         self._config = config
         self._epoch = epoch or min(steps or STREAM_EPOCH, STREAM_EPOCH)
-        self._saved, self._planned = seconds, -1
+        self._saved_at, self._planned_step = seconds, -1
 
-    def measures(self, step: int) -> bool:
-        """Whether the held-out pairs are to be measured on after a step."""
-        return self._falls_on(step, self._config.eval_every_epochs)
+    def evaluates(self, step: int) -> bool:
+        """Whether to evaluate on the held-out pairs after a step."""
+        return self._is_due(step, self._config.eval_every_epochs)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is planned after a step."""
         every = self._config.keep_every_steps
-        return self._falls_on(step, self._config.save_every_epochs) or (
+        return self._is_due(step, self._config.save_every_epochs) or (
             every > 0 and step % every == 0
         )
 
-    def is_late(self, seconds: float) -> bool:
-        """Whether the last checkpoint lies too long ago."""
-        return seconds - self._saved >= 60 * self._config.save_every_minutes > 0
+    def is_overdue(self, seconds: float) -> bool:
+        """Whether ``save_every_minutes`` have passed since the last checkpoint."""
+        return seconds - self._saved_at >= 60 * self._config.save_every_minutes > 0
 
-    def note(self, step: int, seconds: float, planned: bool) -> bool:
-        """Take note of a checkpoint; whether it is an interim one."""
-        self._saved = seconds
-        self._planned = step if planned else self._planned
-        return step != self._planned
+    def record(self, step: int, seconds: float, planned: bool) -> bool:
+        """Record a checkpoint; returns whether it is an interim one."""
+        self._saved_at = seconds
+        self._planned_step = step if planned else self._planned_step
+        return step != self._planned_step
 
-    def _falls_on(self, step: int, epochs: float) -> bool:
+    def _is_due(self, step: int, epochs: float) -> bool:
         return epochs > 0 and step % max(1, round(epochs * self._epoch)) == 0
 
 
 class TrainingLoop:
-    """The steps of a run, with what is logged, measured and saved between them.
+    """The steps of a run, with logging, evaluation and checkpoints in between.
 
     Args:
         config: of the run, resolved.
-        run: its directory; a checkpoint in it is where the run goes on.
-        learner: what is trained.
-        loader: what it is trained on.
-        held_out: what it is measured on, if anything.
-        steps: of the whole run; 0 where only the clock ends it.
-        cut: what is cut of the captions; a stream's are counted as they come.
+        run: its directory. A checkpoint in it is resumed.
+        trainer: the model and its optimizer.
+        loader: training batches.
+        held_out: pairs to evaluate on; None for no evaluation.
+        steps: total steps; 0 if only the clock ends the run.
+        cut: counts truncated captions; a stream's are counted during training.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         run: RunDirectory,
-        learner: Learner,
+        trainer: Trainer,
         loader: PairLoader,
         held_out: HeldOut | None,
         steps: int,
         cut: TruncationReport,
     ) -> None:
-        self.config, self.run, self.learner, self.loader = config, run, learner, loader
-        self.world = learner.world
+        self.config, self.run, self.trainer, self.loader = config, run, trainer, loader
+        self.world = trainer.world
         self.held_out, self.steps, self.cut = held_out, steps, cut
         self.cut_by_all = cut
-        self.step = self.epoch = self.batch = 0
-        state = learner.restore(run.checkpoint) if run.checkpoint else {}
-        self._stand(state)
+        state = trainer.restore(run.checkpoint) if run.checkpoint else {}
+        self._set_position(state)
         self.seconds = state.get("seconds", 0.0)
-        epoch = loader.batches_per_epoch
-        self.timetable = Timetable(config.train, epoch, steps, self.seconds)
+        self.schedule = CheckpointSchedule(
+            config.train, loader.batches_per_epoch, steps, self.seconds
+        )
         self.finished = self._progress() >= 1
         run.rewind(state.get("logged", 0))
-        if found := other_data(state, loader.source):
-            self._alarm("data", found)
-        self.watch = Watch(config, steps, run.lines())
+        if changed := other_data(state, loader.source):
+            self._warn("data", changed)
+        self.monitor = RunMonitor(config, steps, run.lines())
 
-    def _stand(self, state: dict[str, Any]) -> None:
-        """Stand where a training state says; at the start for an empty one."""
-        self.broken = False
+    def _set_position(self, state: dict[str, Any]) -> None:
+        """Continue from a training state; from the start if it is empty."""
         self.step, self.epoch, self.batch = (state.get(k, 0) for k in ("step", "epoch", "batch"))
         self.recall: dict[str, float] = state.get("recall", {})
         self.best: dict[str, Any] = state.get("best", {})
@@ -157,9 +174,9 @@ class TrainingLoop:
             self.cut.include(state["cut"])
 
     def run_steps(self, interrupted: list[int]) -> None:
-        """Take the steps that are left, until the end or until something is ``interrupted``.
+        """Train until the run is finished, or until ``interrupted`` is not empty.
 
-        At the end the run is measured; one that was killed after its last checkpoint is there.
+        A finished run ends with an evaluation. A run killed after its last checkpoint has had it.
         """
         if self.finished:
             return
@@ -171,128 +188,160 @@ class TrainingLoop:
             disable=None if self.world.is_main_process else True,
             desc="training",
         ) as bar:
-            while not self._take_steps(bar, interrupted):
-                state, sentence = go_back(self.run, self.learner, self.step, self.broken)
-                self._alarm("return", sentence, back_to=state.get("step", 0))
-                self._stand(state)
+            while True:
+                outcome = self._take_steps(bar, interrupted)
+                if outcome in (StepOutcome.FINISHED, StepOutcome.INTERRUPTED):
+                    return
+                self._roll_back(outcome)
                 bar.update(self.step - bar.n)
 
-    def _take_steps(self, bar: Any, interrupted: list[int]) -> bool:
-        """Take steps until the run ends (True), or until too many in a row were bad (False)."""
-        meter, health = Meter(), self.learner.health
+    def _take_steps(self, bar: Any, interrupted: list[int]) -> StepOutcome:
+        """Take steps until one has an outcome other than CONTINUE."""
+        meter, recovery = Meter(), self.trainer.recovery
         for batch in meter.waiting(self._batches()):
-            report = self.learner.take_step(batch, self.step, self._progress(ahead=1))
+            report = self.trainer.take_step(batch, self.step, self._progress(ahead=1))
             self.step += 1
-            # All end at the same step: by the clock of the first, or when one is interrupted.
-            told = self.world.all_gather_object(
-                (time.perf_counter() - self._started, bool(interrupted), len(batch))
-            )
-            self.seconds, stop = told[0][0], any(stop for _, stop, _ in told)
-            self.finished = self._progress() >= 1
-            meter.samples += sum(pairs for *_, pairs in told)
+            stop = self._synchronise(meter, len(batch), bool(interrupted))
             bar.update()
-            # Interrupted or not, a run logs and measures at the same steps.
             if self.finished or self.step % self.config.train.log_every_steps == 0:
                 bar.set_postfix_str(self._log(report, batch, meter))
-            if health.bad_in_a_row == health.skipped_steps == 1:
-                self._alarm("skipped", FIRST_BAD.format(step=self.step))
+            if recovery.consecutive_skipped == recovery.skipped_steps == 1:
+                self._warn(
+                    "skipped",
+                    f"the loss or its gradient is not finite, so step {self.step} was skipped; "
+                    "`skipped_steps` counts such steps",
+                )
             if self.finished:
-                break
-            if health.bad_in_a_row >= self.config.train.max_nonfinite_steps:
-                return False
-            self._between_steps()
-            if stop or self.broken:
-                break
-        if self.finished:
-            require_finite_steps(health, f"no finite loss or gradient in {self.step} steps")
-            self._measure()
-            self.broken = self.broken or not self.learner.is_finite()
-        return not self.broken
+                return self._finish_steps()
+            if recovery.consecutive_skipped >= self.config.train.max_nonfinite_steps:
+                return StepOutcome.NONFINITE_STEPS
+            # A run evaluates and saves at the same steps whether or not it is interrupted.
+            outcome = self._after_step()
+            if outcome is not StepOutcome.CONTINUE:
+                return outcome
+            if stop:
+                return StepOutcome.INTERRUPTED
+        raise AssertionError("batches never end")
 
     def _batches(self) -> Iterator[PairBatch]:
-        """Batches from where the run stands, epoch after epoch."""
+        """Batches from the present position, epoch after epoch."""
         while True:
             for batch in self.loader.batches(self.epoch, self.batch):
                 self.batch += 1
                 yield batch
             if not self.batch:
                 raise DataError(
-                    f"{self.config.data.train} holds no pair to train on (a share of "
-                    f"{self.config.data.val_fraction:g} was held out); see clipkit data check"
+                    f"{self.config.data.train} has no pairs left to train on (a fraction of "
+                    f"{self.config.data.val_fraction:g} is held out); run clipkit data check"
                 )
             self.epoch, self.batch = self.epoch + 1, 0
 
+    def _synchronise(self, meter: Meter, pairs: int, interrupted: bool) -> bool:
+        """Agree on time, pairs and interruption; returns whether any process was interrupted.
+
+        All processes go by the clock of the main process, in one all-reduce of three numbers. It
+        runs on the CPU, so that no GPU is waited for.
+        """
+        seconds = time.perf_counter() - self._started if self.world.is_main_process else 0.0
+        numbers = torch.tensor([seconds, interrupted, pairs], dtype=torch.float64)
+        self.seconds, stop, all_pairs = self.world.add(numbers).tolist()
+        meter.samples += int(all_pairs)
+        self.finished = self._progress() >= 1
+        return bool(stop > 0)
+
     def _progress(self, ahead: int = 0) -> float:
-        """Share of the run done, or that it will be with so many steps more."""
+        """Completed fraction of the run, now or ``ahead`` steps later."""
         minutes = self.config.train.minutes
         return share_done(self.step + ahead, self.steps, self.seconds, minutes)
 
     def _log(self, report: StepReport, batch: PairBatch, meter: Meter) -> str:
-        """Write a line of the log; the same in short for the progress bar."""
+        """Write a line of the log; returns a summary of it for the progress bar."""
         speed, waited = meter.read()
         line = {
             "step": self.step,
             "epoch": self.epoch,
             "loss": report.loss,
-            "guess": self.learner.guess(batch),
+            "chance_loss": self.trainer.chance_loss(batch),
             "grad_norm": report.grad_norm,
             "lr": report.lr,
-            "scale": float(self.learner.network.scale.detach()),
+            "scale": float(self.trainer.network.scale.detach()),
             "seconds": round(self.seconds, 3),
             "samples_per_second": round(speed, 1),
             "waiting_for_data": round(waited, 4),
         }
         self.run.log(line)
-        for about, alarm in self.watch.see(line):
-            self._alarm(about, alarm)
+        for kind, warning in self.monitor.update(line):
+            self._warn(kind, warning)
         return f"loss {report.loss:.3f}, {speed:.0f} samples/s"
 
-    def _alarm(self, about: str, sentence: str, **more: int) -> None:
-        """Tell a person, and the log."""
+    def _warn(self, kind: str, warning: str, **more: int) -> None:
+        """Print a warning and write it to the log."""
         if self.world.is_main_process:
-            print_status(f"warning: step {self.step}: {sentence}")
-        self.run.log({"step": self.step, "about": about, "alarm": sentence, **more})
+            print_status(f"warning: step {self.step}: {warning}")
+        self.run.log({"step": self.step, "kind": kind, "warning": warning, **more})
 
-    def _between_steps(self) -> None:
-        is_best = self.timetable.measures(self.step) and self._measure()
-        planned = is_best or self.timetable.saves(self.step)
-        self.broken = self.broken or (planned and not self.learner.is_finite())
-        # An interim checkpoint is of the run as it is, so that it goes on as if never stopped.
-        if not self.broken and (planned or self.timetable.is_late(self.seconds)):
+    def _after_step(self) -> StepOutcome:
+        """Evaluate and save if due."""
+        best = False
+        if self.schedule.evaluates(self.step):
+            if not self._evaluate():
+                return StepOutcome.NONFINITE_MODEL
+            best = self.best.get("step") == self.step
+        planned = best or self.schedule.saves(self.step)
+        if planned and not self.trainer.is_finite():
+            return StepOutcome.NONFINITE_MODEL
+        # An interim checkpoint saves the run as it is, so that it resumes as if never stopped.
+        if planned or self.schedule.is_overdue(self.seconds):
             self._save(planned)
+        return StepOutcome.CONTINUE
 
-    def _measure(self) -> bool:
-        """Recall on the held-out pairs, into the log; whether it is the best so far.
+    def _finish_steps(self) -> StepOutcome:
+        """Evaluate after the last step."""
+        require_finite_steps(
+            self.trainer.recovery, f"no finite loss or gradient in {self.step} steps"
+        )
+        if not self._evaluate() or not self.trainer.is_finite():
+            return StepOutcome.NONFINITE_MODEL
+        return StepOutcome.FINISHED
 
-        A model whose vectors are not finite is ``broken``, and its run has to go back.
-        """
+    def _roll_back(self, outcome: StepOutcome) -> None:
+        """Return to the last good checkpoint after a non-finite outcome."""
+        if outcome is StepOutcome.NONFINITE_STEPS:
+            count = self.trainer.recovery.consecutive_skipped
+            reason = f"no finite loss or gradient in the {count} steps up to step {self.step}"
+        else:
+            reason = f"the model's weights or its vectors are not finite after step {self.step}"
+        state, warning = roll_back(self.run, self.trainer, reason)
+        self._warn("rollback", warning, rolled_back_to=state.get("step", 0))
+        self._set_position(state)
+
+    def _evaluate(self) -> bool:
+        """Measure recall on the held-out pairs and log it; False if the vectors are not finite."""
         if self.held_out is None:
-            return False
+            return True
         recall = {}
-        # The others wait, unless their parts of the weights are needed.
-        if self.world.is_main_process or self.learner.sharded:
-            pairs = self.held_out.encode(self.learner.towers.encoder(self.learner.network))
+        # The other processes wait, unless their shards of the weights are needed.
+        if self.world.is_main_process or self.trainer.sharded:
+            pairs = self.held_out.encode(self.trainer.towers.encoder(self.trainer.network))
             if np.isfinite(pairs.images).all() and np.isfinite(pairs.captions).all():
                 recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
         recall = self.world.broadcast(recall)
-        self.broken = not recall
-        if self.broken:
+        if not recall:
             return False
         self.recall = recall
         self.run.log({"step": self.step, "epoch": self.epoch, "held_out": self.recall})
         metric = self.config.train.best_metric
-        if not metric or self.recall[metric] <= self.best.get("value", -math.inf):
-            return False
-        self.best = {"step": self.step, "metric": metric, "value": self.recall[metric]}
+        if metric and self.recall[metric] > self.best.get("value", -math.inf):
+            self.best = {"step": self.step, "metric": metric, "value": self.recall[metric]}
         return True
 
     def _save(self, planned: bool) -> ModelRef | None:
-        """Write a checkpoint, planned or interim; None on processes that do not write."""
-        interim = self.timetable.note(self.step, self.seconds, planned)
+        """Write a checkpoint, planned or interim; returns None except on the main process."""
+        interim = self.schedule.record(self.step, self.seconds, planned)
         self.cut_by_all = TruncationReport()
-        for told in self.world.all_gather_object(asdict(self.cut)):
-            self.cut_by_all.include(told)
-        state = self.learner.state() | {
+        for counts in self.world.all_gather_object(asdict(self.cut)):
+            self.cut_by_all.include(counts)
+        state = self.trainer.state() | {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
@@ -301,11 +350,11 @@ class TrainingLoop:
             "best": self.best,
             "logged": self.run.logged,
             "source": self.loader.source.fingerprint,
-            # What a stream left out so far it would learn again only by reading it all again.
+            # A resumed stream would have to be read again to find what was skipped.
             "data": self.loader.state() | {"skipped": self.skipped()},
             "cut": asdict(self.cut_by_all),
         }
-        towers = self.learner.whole_towers()
+        towers = self.trainer.whole_towers()
         if not self.world.is_main_process:
             return None
         model = save_checkpoint(
@@ -320,22 +369,22 @@ class TrainingLoop:
                 "interim": interim,
             },
         )
-        self.run.prune({self.best.get("step"), place_to_return(self.run, self.learner.health)})
+        self.run.prune({self.best.get("step"), last_good_checkpoint(self.run, self.trainer)})
         return model
 
     def skipped(self) -> dict[str, str]:
-        """Why images could not be used, by key: found on opening the source, or on reading it."""
+        """Why images were skipped, by key: found on opening the source or on reading it."""
         found = {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
         return dict(sorted(found.items()))
 
-    def outcome(self, state: str, findings: Sequence[str]) -> Outcome:
+    def summary(self, state: str, findings: Sequence[str]) -> RunSummary:
         """The state of the run, for its report.
 
         Args:
             state: how the run ended.
             findings: preflight warnings.
         """
-        return Outcome(
+        return RunSummary(
             path=self.run.path,
             state=state,
             step=self.step,
@@ -346,11 +395,11 @@ class TrainingLoop:
             lines=self.run.lines(),
             cut=self.cut_by_all,
             skipped=self.skipped(),
-            skipped_steps=self.learner.health.skipped_steps,
+            skipped_steps=self.trainer.recovery.skipped_steps,
         )
 
     def save(self) -> ModelRef | None:
-        """Write the last checkpoint; None on processes that do not write."""
+        """Write the last checkpoint; returns None except on the main process."""
         return self._save(planned=self.finished)
 
     def finish(self, model: ModelRef) -> None:
@@ -360,7 +409,7 @@ class TrainingLoop:
             "held_out": self.recall,
             "best": self.best,
             "seconds": round(self.seconds, 1),
-            "skipped_steps": self.learner.health.skipped_steps,
+            "skipped_steps": self.trainer.recovery.skipped_steps,
             "skipped_images": len(self.skipped()),
             "cut_captions": asdict(self.cut_by_all),
         }

@@ -229,17 +229,18 @@ def info_nce(
     return loss
 
 
-def guessing_loss(
+def chance_loss(
     groups: Tensor,
     *,
     weights: Tensor | None = None,
     duplicates: Literal["mask", "positive", "ignore"] = "mask",
     world: World = ALONE,
 ) -> float:
-    """``info_nce`` of a model that tells no pair from another: all logits are equal.
+    """``info_nce`` of a uniform predictor, whose logits are all equal.
 
-    Each pair chooses among as many as are not masked for it. Targets, however many, change nothing:
-    the mean of equal logarithms is the same. Arguments as of ``info_nce``, on the CPU.
+    Each pair has as many candidates as are not masked for it. The number of targets does not
+    matter, because the mean of equal logarithms is the same. Arguments as for ``info_nce``, on the
+    CPU.
     """
     shares = world.shares(len(groups))
     repeated = _repeated(groups, world, shares) if duplicates == "mask" else None

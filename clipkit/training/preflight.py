@@ -1,4 +1,4 @@
-"""What is doubtful about a training run before it starts, each in a sentence for a person."""
+"""Preflight checks: warnings about a training run's configuration and data before it starts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,23 +16,23 @@ SANE_RATES = {
     "lamb": (1e-5, 5e-2),
     "muon": (1e-5, 0.1),
 }
-"""Peak learning rates by optimiser, from fine-tuning to the largest that are in use."""
+"""Range of usual peak learning rates by optimizer, from fine-tuning to the largest in use."""
 LONG_WARMUP = 0.5
-"""Share of a run from which on a warm-up leaves little of it."""
+"""Fraction of a run above which a warm-up is too long."""
 MUCH_CUT = 0.01
-"""Share of captions cut from which on it is worth a setting."""
+"""Fraction of truncated captions that is worth a warning."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run before it starts.
+    """Facts about a run before it starts.
 
     Attributes:
-        pairs: images to train on; None for a stream.
-        steps: of the whole run; 0 where only the clock ends it.
-        captions: different captions to train on; None for a stream.
-        cut: what 77 tokens cut of them; nothing is known of a stream.
-        shared: what is held out and trained on; None where that was not looked at.
+        pairs: number of training images; None for a stream.
+        steps: total steps; 0 if only the clock ends the run.
+        captions: number of distinct training captions; None for a stream.
+        cut: truncated captions; empty for a stream.
+        shared: held-out images that are also trained on; None if not checked.
     """
 
     pairs: int | None
@@ -42,14 +42,14 @@ class Facts:
     shared: Shared | None
 
 
-def gather(
+def collect_facts(
     config: TrainConfig,
     training: Source,
     held_out: Source | None,
     steps: int,
     cut: TruncationReport,
 ) -> Facts:
-    """Look at what a run is about to be trained on."""
+    """Collect the facts about a run's training data."""
     if training.streaming:
         return Facts(None, steps, None, cut, None)
     distinct = {
@@ -62,8 +62,8 @@ def gather(
     return Facts(len(training.rows), steps, len(distinct), cut, shared)
 
 
-def examine(config: TrainConfig, facts: Facts) -> list[str]:
-    """What is doubtful: what was found, why it matters, and which field to turn."""
+def preflight_warnings(config: TrainConfig, facts: Facts) -> list[str]:
+    """Warnings, each with what was found, why it matters and which field to change."""
     return [*_schedule(config, facts), *_batch(config, facts), *_data(config, facts)]
 
 
@@ -71,22 +71,22 @@ def _schedule(config: TrainConfig, facts: Facts) -> Iterator[str]:
     optim = config.optim
     low, high = SANE_RATES.get(optim.name, (0.0, float("inf")))
     if not low <= optim.lr <= high:
-        what = "nothing is learned in any time" if optim.lr < low else "training blows up"
+        effect = "the model learns too slowly" if optim.lr < low else "training diverges"
         yield (
-            f"optim.lr is {optim.lr:g}, and with {optim.name} rates between {low:g} and {high:g} "
-            f"are in use: {'below' if optim.lr < low else 'above'} them {what}; set optim.lr"
+            f"optim.lr is {optim.lr:g}, expected {low:g} to {high:g} for {optim.name}: "
+            f"{'below' if optim.lr < low else 'above'} this range {effect}; set optim.lr"
         )
     if optim.warmup >= LONG_WARMUP:
         steps = f" ({round(optim.warmup * facts.steps)} of {facts.steps} steps)"
         yield (
             f"the warm-up takes {optim.warmup:.0%} of the run{steps if facts.steps else ''}, so "
-            "that it ends about when the learning rate has come up; lower optim.warmup, a share "
-            "of the run, or train longer (train.epochs)"
+            "little of it has the full learning rate; lower optim.warmup, a fraction of the run, "
+            "or train longer (train.epochs)"
         )
     if facts.steps == 1 and not learning_rate(1.0, optim):
         yield (
-            "the run is one step, the last one, for which the schedule gives a learning rate of "
-            "0, so that nothing is learned; raise train.epochs, or lower train.batch_size"
+            "the run has a single step, and the schedule ends at a learning rate of 0, so nothing "
+            "is learned; raise train.epochs, or lower train.batch_size"
         )
 
 
@@ -94,21 +94,20 @@ def _batch(config: TrainConfig, facts: Facts) -> Iterator[str]:
     size = config.train.batch_size
     if facts.pairs is not None and facts.pairs < size:
         yield (
-            f"train.batch_size is {size}, and there are {facts.pairs} pairs to train on: every "
-            "step takes all of them, so that an epoch is one step; lower train.batch_size, or "
-            "raise train.epochs"
+            f"train.batch_size is {size}, but there are {facts.pairs} pairs to train on, so an "
+            "epoch is one step with all of them; lower train.batch_size, or raise train.epochs"
         )
     elif facts.captions == 1:
         yield (
-            f"all captions of the {facts.pairs} images are the same, so that nothing tells them "
-            "apart and nothing can be learned; write captions that do"
+            f"all captions of the {facts.pairs} images are the same, so nothing can be learned; "
+            "write captions that distinguish the images"
         )
     elif facts.captions is not None and facts.captions < size:
         yield (
-            f"there are {facts.captions} different captions among {facts.pairs} images, fewer than "
-            f"train.batch_size ({size}): pairs with equal captions are no negatives of each other "
-            "(train.duplicates), so that a larger batch adds none; lower train.batch_size, or "
-            "write captions that say more"
+            f"{facts.pairs} images have {facts.captions} different captions, fewer than "
+            f"train.batch_size ({size}). Pairs with equal captions are not each other's negatives "
+            "(train.duplicates), so a larger batch adds none; lower train.batch_size, or write "
+            "more specific captions"
         )
 
 
@@ -118,24 +117,24 @@ def _data(config: TrainConfig, facts: Facts) -> Iterator[str]:
     locked = "image" in config.model.lock
     if locked and config.data.feature_views == 1 and config.augment != plain:
         yield (
-            "[augment] says how pictures are changed, and those of the locked image tower are "
-            "encoded once, as evaluation sees them; store several changed views with "
-            "data.feature_views, or leave [augment] out"
+            "[augment] has no effect on a locked image tower, which encodes each image once, "
+            "without augmentation; cache several augmented views with data.feature_views, or "
+            "remove [augment]"
         )
     if shared and shared.keys:
-        held, twin = shared.keys[0]
+        held, duplicate = shared.keys[0]
         extent = (
             "" if shared.looked_at == shared.training else f" (a sample of {shared.looked_at:,})"
         )
         yield (
-            f"{len(shared.keys)} of {shared.held_out} held-out images are byte for byte among the "
-            f"{shared.training:,} images to train on{extent}, for example {held} = {twin}: recall "
-            "on them says how well they are remembered; take them out of data.train or of "
-            "data.val, and look for copies stored anew with clipkit data check --against"
+            f"{len(shared.keys)} of {shared.held_out} held-out images are byte-identical to some "
+            f"of the {shared.training:,} training images{extent}, e.g. {held} = {duplicate}, "
+            "so recall measures memorisation; remove them from data.train or data.val, and find "
+            "re-encoded copies with clipkit data check --against"
         )
     if cut.share >= MUCH_CUT and config.data.long_captions == "cut":
         yield (
             f"{cut.share:.1%} of the captions ({cut.cut:,} of {cut.seen:,}) are longer than "
-            f"{CONTEXT} tokens and are cut, {cut.lost_tokens:,} tokens in all: what they say last "
-            'is never learned; data.long_captions = "split" reads all of it, in parts'
+            f"{CONTEXT} tokens and are truncated, by {cut.lost_tokens:,} tokens in all; "
+            'data.long_captions = "split" uses all of them, in parts'
         )

@@ -1,148 +1,82 @@
-"""What a run does about gradients that are not finite: it leaves steps out, then it goes back."""
+"""Recovery from non-finite weights and gradients: roll back to the last good checkpoint."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from clipkit.errors import TrainingError
 from clipkit.models.checkpoint import checkpoint_step, run_checkpoints
 from clipkit.training.run_directory import RunDirectory, planned_checkpoints
-
-if TYPE_CHECKING:
-    from clipkit.training.step import Learner
+from clipkit.training.step import RecoveryState, Trainer
 
 
-FIRST_BAD = (
-    "the loss or its gradient is not finite, so step {step} changed nothing and the run goes on; "
-    "`skipped_steps` counts such steps"
-)
+def roll_back(run: RunDirectory, trainer: Trainer, reason: str) -> tuple[dict[str, Any], str]:
+    """Restore the last good checkpoint of a run, with a lower learning rate.
 
-
-@dataclass
-class Health:
-    """How a run has fared, saved with each checkpoint.
-
-    Attributes:
-        skipped_steps: steps left out because their loss or gradient was not finite.
-        bad_in_a_row: the last so many steps were.
-        last_good: number of the last step that was not.
-        returns: how often the run went back.
-        rate: factor on the learning rate, lower after each return.
-    """
-
-    skipped_steps: int = 0
-    bad_in_a_row: int = 0
-    last_good: int = 0
-    returns: int = 0
-    rate: float = 1.0
-
-    def note(self, step: int, finite: bool) -> None:
-        """Count step number ``step``."""
-        if finite:
-            self.bad_in_a_row, self.last_good = 0, step
-        else:
-            self.bad_in_a_row += 1
-            self.skipped_steps += 1
-
-
-class Statistics:
-    """The running statistics of batch normalisation, which a step left out must not change.
-
-    Args:
-        network: whose.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._live: list[Tensor] = [buffer for norm in norms for buffer in norm.buffers()]
-        self._kept = [buffer.clone() for buffer in self._live]
-
-    def keep(self) -> None:
-        """Remember them as they are."""
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
-
-    def put_back(self) -> None:
-        """Make them what they were."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._kept)
-
-
-def go_back(
-    run: RunDirectory, learner: "Learner", step: int, broken: bool
-) -> tuple[dict[str, Any], str]:
-    """Take a run back to its last good checkpoint, with a lower learning rate.
-
-    A checkpoint from which no step with a finite gradient was taken may hold the very weights that
-    fail, so it is no good, and it is removed. Without a good one, the run goes back to its
-    initial weights. What follows is deterministic: the same batches, at the lower rate.
+    A checkpoint that no finite step followed may hold the very weights that fail: it is not good,
+    and it is removed. Without a good one, the run returns to its initial weights. What follows is
+    deterministic: the same batches, at the lower learning rate.
 
     Args:
         run: its directory.
-        learner: what is trained; its weights, optimiser and health are changed.
-        step: the last step taken.
-        broken: it is the weights, or the vectors of held-out pairs, that are not finite.
+        trainer: its weights, optimizer and recovery state are changed.
+        reason: what is not finite, for the messages.
 
     Returns:
-        the training state of that checkpoint (empty for the initial weights), and a sentence
-        about what was done.
+        the training state of the checkpoint (empty for the initial weights), and a warning that
+        says what was done.
 
     Raises:
-        TrainingError: the run was rolled back ``train.max_rollbacks`` times already, or never
-            had a finite gradient.
+        TrainingError: the run was rolled back ``train.max_rollbacks`` times already, or never had
+            a finite gradient.
     """
-    config, health = learner.config.train, learner.health
-    what = f"no finite loss or gradient in the {health.bad_in_a_row} steps up to step {step}"
-    if broken:
-        what = f"the model's weights or its vectors are not finite after step {step}"
-    require_finite_steps(health, what)
-    if health.returns >= config.max_rollbacks:
+    config, recovery = trainer.config.train, trainer.recovery
+    require_finite_steps(recovery, reason)
+    if recovery.rollbacks >= config.max_rollbacks:
         raise TrainingError(
-            f"{what}, after {health.returns} returns to an earlier state and with "
-            f"{health.rate:g} times the learning rate; lower optim.lr (it is "
-            f"{learner.config.optim.lr:g}) or set train.precision to fp32, and start a new run "
-            f"(with model.init_from={run.path} it goes on from the last checkpoint)"
+            f"{reason}, after {recovery.rollbacks} rollbacks and with {recovery.lr_factor:g} times "
+            f"the learning rate; lower optim.lr (now {trainer.config.optim.lr:g}) or set "
+            f"train.precision to fp32, and start a new run (model.init_from={run.path} continues "
+            "from the last checkpoint)"
         )
-    good = good_checkpoints(run, health)
+    good = _good_checkpoints(run, recovery)
     for path in run_checkpoints(run.path):
         if path not in good:
             run.remove(path)
-    name = learner.world.broadcast(good[-1].name if good else "")
-    state = learner.restore(run.path / name) if name else learner.start_over()
-    learner.health = replace(
-        health,
-        bad_in_a_row=0,
-        last_good=state.get("step", 0),
-        returns=health.returns + 1,
-        rate=health.rate * config.rollback_lr_factor,
+    name = trainer.world.broadcast(good[-1].name if good else "")
+    state = trainer.restore(run.path / name) if name else trainer.restart()
+    trainer.recovery = replace(
+        recovery,
+        consecutive_skipped=0,
+        last_finite_step=state.get("step", 0),
+        rollbacks=recovery.rollbacks + 1,
+        lr_factor=recovery.lr_factor * config.rollback_lr_factor,
     )
     place = f"step {state['step']}" if name else "the initial weights"
     return state, (
-        f"{what}: going back to {place}, from there on with {learner.health.rate:g} times the "
-        f"learning rate (return {learner.health.returns} of at most {config.max_rollbacks}); lower "
+        f"{reason}: rolling back to {place} with {trainer.recovery.lr_factor:g} times the learning "
+        f"rate (rollback {trainer.recovery.rollbacks} of at most {config.max_rollbacks}); lower "
         "optim.lr if this does not help"
     )
 
 
-def place_to_return(run: RunDirectory, health: Health) -> int | None:
-    """The step of the checkpoint that a run with bad steps may have to go back to."""
-    good = good_checkpoints(run, health) if health.bad_in_a_row else []
+def last_good_checkpoint(run: RunDirectory, trainer: Trainer) -> int | None:
+    """The step of the checkpoint that a run with skipped steps may have to roll back to."""
+    recovery = trainer.recovery
+    good = _good_checkpoints(run, recovery) if recovery.consecutive_skipped else []
     return checkpoint_step(good[-1]) if good else None
 
 
-def good_checkpoints(run: RunDirectory, health: Health) -> list[Path]:
-    """The planned checkpoints of a run from which a step with a finite gradient was taken."""
+def _good_checkpoints(run: RunDirectory, recovery: RecoveryState) -> list[Path]:
+    """The planned checkpoints of a run that a finite step followed."""
     planned = planned_checkpoints(run.path)
-    return [path for path in planned if checkpoint_step(path) < health.last_good]
+    return [path for path in planned if checkpoint_step(path) < recovery.last_finite_step]
 
 
-def require_finite_steps(health: Health, what: str) -> None:
-    """Raise TrainingError if not one step of a run had a finite gradient."""
-    if not health.last_good:
+def require_finite_steps(recovery: RecoveryState, reason: str) -> None:
+    """Raise TrainingError if no step of a run had a finite gradient."""
+    if not recovery.last_finite_step:
         raise TrainingError(
-            f"{what}, and none before, expected some from random weights; set train.precision to "
-            "fp32, lower optim.lr, or look for what is wrong with the pairs (clipkit data check)"
+            f"{reason}, and none before; set train.precision to fp32, lower optim.lr, or check the "
+            "pairs with clipkit data check"
         )

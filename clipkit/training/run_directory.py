@@ -1,6 +1,6 @@
 """The directory of a training run: config.toml, log.jsonl, step-N/, and a manifest at the end.
 
-A run's log as TensorBoard event files (extra ``tensorboard``).
+The log is also written as TensorBoard event files if ``train.tensorboard`` is set.
 """
 
 import json
@@ -27,55 +27,63 @@ from clipkit.models.checkpoint import checkpoint_step, is_step, run_checkpoints
 from clipkit.training.distributed import World
 from clipkit.training.log import LOG_FILE, log_line, read_log
 
-BOARD = "tensorboard"
-_SCALARS = ("loss", "guess", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
+TENSORBOARD_DIR = "tensorboard"
+_SCALARS = (
+    "loss",
+    "chance_loss",
+    "lr",
+    "scale",
+    "grad_norm",
+    "samples_per_second",
+    "waiting_for_data",
+)
 
 
 def require_tensorboard() -> Any:
-    """The class that writes event files; raises MissingExtraError where it is not installed."""
+    """TensorBoard's SummaryWriter; raises MissingExtraError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError(
-            "train.tensorboard is set and tensorboard is not installed; "
-            "pip install 'clipkit[tensorboard]', or leave train.tensorboard out"
+            "train.tensorboard is set, but tensorboard is not installed; "
+            "pip install 'clipkit[tensorboard]', or remove train.tensorboard"
         ) from None
     return SummaryWriter
 
 
-class Board:
-    """Event files in ``RUN/tensorboard``.
+class TensorBoardWriter:
+    """Writes the log of a run as event files in ``RUN/tensorboard``.
 
     Args:
         run: the directory of the run.
-        step: the last step that stands; what was written of later ones is withdrawn.
+        step: the last valid step; events of later steps are purged.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        self._folder = run / BOARD
+        self._folder = run / TENSORBOARD_DIR
         self._open(step)
 
     def _open(self, step: int) -> None:
-        # A reader drops what it has read of the steps from purge_step on.
+        # Readers discard events from purge_step on.
         self._writer = require_tensorboard()(str(self._folder), purge_step=step + 1)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write a line of log.jsonl; on disk when this returns, so that a kill loses nothing."""
+        """Write a line of log.jsonl, flushed to disk so that a crash loses nothing."""
         for name in _SCALARS:
             if name in line:
                 self._writer.add_scalar(name, line[name], line["step"])
         for name, value in line.get("held_out", {}).items():
             self._writer.add_scalar(f"held_out/{name}", value, line["step"])
         self._writer.flush()
-        if "back_to" in line:
+        if "rolled_back_to" in line:
             self.close()
-            self._open(line["back_to"])
+            self._open(line["rolled_back_to"])
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the event file."""
         self._writer.close()
 
 
@@ -90,20 +98,20 @@ CHANGEABLE = (
     "train.save_every_minutes",
     "train.tensorboard",
 )
-"""Fields that may be others when a run goes on: what it learns does not depend on them."""
+"""Fields that may change when a run is resumed, because the weights do not depend on them."""
 
 
 class RunDirectory:
-    """A run on disk, held by one process at a time.
+    """The directory of a run, locked by the process that writes it.
 
     Args:
         path: the directory.
         config: the resolved configuration of the run.
-        resume: go on with what is there.
+        resume: continue the run that is there.
 
     Raises:
-        ArtifactError: it holds checkpoints and ``resume`` is not set, it is no run, it cannot be
-            written, or another process holds it.
+        ArtifactError: it has checkpoints and ``resume`` is not set, it is not a run, it cannot be
+            written, or another process has locked it.
         ConfigError: ``resume`` is set and the run was started with another configuration.
     """
 
@@ -112,7 +120,7 @@ class RunDirectory:
         self.config = config
         if not is_utf8(path):
             raise ArtifactError(
-                f"the path {printable(path)} is not UTF-8, as manifests are; name another --out"
+                f"the path {printable(path)} is not UTF-8, as manifests are; choose another --out"
             )
         if resume:
             self._require_same_config()
@@ -129,36 +137,38 @@ class RunDirectory:
         steps = run_checkpoints(self.path)
         self.checkpoint = steps[-1] if steps else None
         self.logged = 0
-        self._board: Board | None = None
+        self._tensorboard: TensorBoardWriter | None = None
 
     def _clear(self) -> None:
-        """Remove what a kill left of checkpoints being written or removed, and of kept pictures."""
+        """Remove partial checkpoints and image caches that a crash left behind."""
         steps = [path for path in self.path.glob("step-*") if is_step(path)]
-        halves = [path for path in steps if not is_complete(path)]
-        for path in (*halves, *self.path.glob(".step-*.partial")):
+        partial = [path for path in steps if not is_complete(path)]
+        for path in (*partial, *self.path.glob(".step-*.partial")):
             shutil.rmtree(path)
         for pattern in (".step-*.lock", ".pictures-*"):
             for path in self.path.glob(pattern):
                 path.unlink()
 
     def _refuse_taken(self) -> None:
-        """Raise ArtifactError unless a run may start here: one without a checkpoint is no loss."""
+        """Raise ArtifactError unless a run may start here. One without a checkpoint is replaced."""
         steps = run_checkpoints(self.path)
         if steps:
             raise ArtifactError(
-                f"{self.path} already holds a run (its last checkpoint is {steps[-1].name}); go on "
-                "with --resume, or name another --out"
+                f"{self.path} already contains a run (its last checkpoint is {steps[-1].name}); "
+                "continue it with --resume, or choose another --out"
             )
         begun = (self.path / CONFIG_FILE).is_file()
-        if self.path.exists() and not begun and (not self.path.is_dir() or _shown(self.path)):
-            raise ArtifactError(f"{self.path} exists and is no clipkit run; name another --out")
+        if self.path.exists() and not begun and (not self.path.is_dir() or _visible(self.path)):
+            raise ArtifactError(
+                f"{self.path} exists and is not a clipkit run; choose another --out"
+            )
 
     def _require_same_config(self) -> None:
         file = self.path / CONFIG_FILE
         if not file.is_file():
             raise ArtifactError(
-                f"{self.path} holds no run to resume ({CONFIG_FILE} is missing); "
-                "start it without --resume"
+                f"{self.path} contains no run to resume ({CONFIG_FILE} is missing); "
+                "start one without --resume"
             )
         before, now = asdict(load_config(file)), asdict(self.config)
         changed = [
@@ -174,29 +184,29 @@ class RunDirectory:
             )
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to log.jsonl; a number that is not finite is null there."""
+        """Append one line to log.jsonl; non-finite numbers become null."""
         with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
             stream.write(log_line(line))
         self.logged += 1
-        if self._board:
-            self._board.add(line)
+        if self._tensorboard:
+            self._tensorboard.add(line)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl so far; a line torn by a crash is left out."""
+        """The lines of log.jsonl so far, without a line torn by a crash."""
         return read_log(self.path)
 
     def rewind(self, logged: int) -> None:
-        """Keep the first ``logged`` lines of the log: the steps after them will be taken again."""
+        """Keep the first ``logged`` lines of the log; the steps after them are repeated."""
         kept = self.lines()[:logged]
         write_text(self.path / LOG_FILE, "".join(map(log_line, kept)))
         self.logged = len(kept)
         if self.config.train.tensorboard:
-            self._board = Board(
+            self._tensorboard = TensorBoardWriter(
                 self.path, checkpoint_step(self.checkpoint) if self.checkpoint else -1
             )
 
     def list_skipped(self, skipped: dict[str, str]) -> None:
-        """Write skipped.jsonl: key and reason of each image that could not be used."""
+        """Write skipped.jsonl: key and reason of each skipped image."""
         lines = (
             json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
             for key, reason in skipped.items()
@@ -204,14 +214,14 @@ class RunDirectory:
         write_text(self.path / SKIPPED_FILE, "".join(lines))
 
     def step_path(self, step: int) -> Path:
-        """Where the checkpoint of a step stands."""
+        """The directory of a step's checkpoint."""
         return self.path / f"step-{step}"
 
     def prune(self, spared: Collection[int | None]) -> None:
-        """Remove the checkpoints that the run is not to keep.
+        """Remove the checkpoints that the configuration does not keep.
 
         Args:
-            spared: steps to keep beside the latest ones and those of ``keep_every_steps``.
+            spared: steps to keep in addition to ``keep_last`` and ``keep_every_steps``.
         """
         keep, every = self.config.train.keep_last, self.config.train.keep_every_steps
         paths = run_checkpoints(self.path)
@@ -224,7 +234,7 @@ class RunDirectory:
 
     def remove(self, checkpoint: Path) -> None:
         """Remove a checkpoint."""
-        (checkpoint / MANIFEST).unlink()  # from here on it is none, whatever happens
+        (checkpoint / MANIFEST).unlink()  # from here on it is incomplete, whatever happens
         shutil.rmtree(checkpoint)
 
     def finish(self, manifest: Manifest) -> None:
@@ -236,21 +246,21 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._board:
-            self._board.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         self._lock.release()
 
 
-class FollowedRun(RunDirectory):
-    """A run as the processes see it that do not write it.
+class ReadOnlyRunDirectory(RunDirectory):
+    """The directory of a run in processes other than the main one, which write nothing.
 
     Args:
         path: the directory.
         config: the resolved configuration of the run.
-        checkpoint: name of the checkpoint to go on from; None starts anew.
+        checkpoint: name of the checkpoint to resume from; None for a new run.
 
     Raises:
-        ArtifactError: the checkpoint is not to be seen from here.
+        ArtifactError: the checkpoint is not visible from this process.
     """
 
     def __init__(self, path: Path, config: TrainConfig, checkpoint: str | None) -> None:
@@ -258,32 +268,32 @@ class FollowedRun(RunDirectory):
         self.checkpoint = self.path / checkpoint if checkpoint else None
         if self.checkpoint and not self.checkpoint.is_dir():
             raise ArtifactError(
-                f"the checkpoint {self.checkpoint} is not to be seen from every process; put the "
-                "run on a disk that all machines share"
+                f"the checkpoint {self.checkpoint} is not visible from every process; put the run "
+                "on a file system that all machines share"
             )
 
-    def _leave_it(self, *_: Any) -> None:
-        """The first process does that."""
+    def _ignore(self, *_: Any) -> None:
+        """Do nothing: the main process writes."""
 
-    log = rewind = list_skipped = prune = remove = finish = _leave_it  # type: ignore[assignment]
+    log = rewind = list_skipped = prune = remove = finish = _ignore  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         pass
 
 
 def open_run(path: Path, config: TrainConfig, world: World, *, resume: bool) -> RunDirectory:
-    """The directory of a run that several processes share; raises what ``RunDirectory`` raises."""
+    """Open the directory of a run in all processes; raises what ``RunDirectory`` raises."""
     run = RunDirectory(path, config, resume=resume) if world.is_main_process else None
     checkpoint = world.broadcast(run.checkpoint.name if run and run.checkpoint else None)
-    return run or FollowedRun(path, config, checkpoint)
+    return run or ReadOnlyRunDirectory(path, config, checkpoint)
 
 
 def planned_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run in order, but for an interim one."""
+    """The checkpoints of a run in order, without an interim one."""
     paths = run_checkpoints(run)
     return [p for p in paths if not read_manifest(p, "checkpoint").detail.get("interim")]
 
 
-def _shown(folder: Path) -> list[Path]:
-    """What is in a directory but for hidden files, such as a lock left behind."""
+def _visible(folder: Path) -> list[Path]:
+    """The entries of a directory except hidden files, such as a stale lock."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]

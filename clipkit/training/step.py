@@ -1,10 +1,7 @@
-"""One optimisation step on one batch, and the state that the next one starts from.
+"""One optimization step on one batch: padding, forward and backward pass, clipping, update.
 
-Gradients across processes: summed, measured, clipped.
-
-Captions with random tokens left out, so that a text tower cannot learn them by heart.
-
-Blank pairs, for a process whose share of a batch is smaller than that of others.
+``Trainer`` holds the model, the optimizer and the recovery state that a checkpoint saves. A
+non-finite step is skipped here; ``recovery`` rolls back to a checkpoint.
 """
 
 import math
@@ -39,25 +36,24 @@ from clipkit.training.fsdp import (
     whole_state,
 )
 from clipkit.training.grad_cache import Loss, backward
-from clipkit.training.loss import guessing_loss, info_nce, pair_groups
+from clipkit.training.loss import chance_loss, info_nce, pair_groups
 from clipkit.training.optim import MAX_LOGIT_SCALE, build_optimizer, learning_rate
-from clipkit.training.recovery import Health, Statistics
 from clipkit.training.sync_batchnorm import share_statistics
 
 BUCKET = 1 << 24
-"""Numbers sent at once: 64 MB in float32."""
+"""Numbers per all-reduce of gradients: 64 MB in float32."""
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Sum the gradients of all processes, which each hold those of their own pairs.
+    """Sum the gradients over all processes, each of which has those of its own pairs.
 
-    Not DistributedDataParallel, which overlaps this with the backward pass: it plans for one
-    backward pass through all parameters, but here the scale gets its gradient from the loss and the
-    towers theirs in chunks, so it could do so in the last chunk only. A step sends each gradient
-    once, however many chunks it has.
+    DistributedDataParallel would overlap this with the backward pass, but it expects a single
+    backward pass through all parameters. Here the scale gets its gradient from the loss and the
+    towers get theirs in micro-batches, so only the last one could overlap. Each gradient is sent
+    once per step, whatever the number of micro-batches.
 
     Args:
-        parameters: those of the network; of shards the sum is taken already, as a mean.
+        parameters: of the network. FSDP has already averaged the gradients of shards.
         world: the processes.
     """
     if world.size == 1:
@@ -84,10 +80,10 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the whole gradient down to a norm of at most ``limit``; its norm before, float []."""
-    held = [p for p in parameters if p.grad is not None]
-    # Torch measures shards and whole gradients, but not both at once.
-    kinds = [p for p in held if is_shard(p)], [p for p in held if not is_shard(p)]
+    """Clip the gradient to a norm of at most ``limit``; returns its norm before, float []."""
+    trained = [p for p in parameters if p.grad is not None]
+    # Torch cannot take the norm of sharded and whole gradients together.
+    kinds = [p for p in trained if is_shard(p)], [p for p in trained if not is_shard(p)]
     norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
     norm = whole(norms[0]) if len(norms) == 1 else get_total_norm([whole(n) for n in norms])
     for kind in kinds:
@@ -96,15 +92,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 
 def drop_tokens(tokens: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Leave each token of each caption out with the same probability; what stays moves up.
+    """Drop each token of each caption with the same probability and close the gaps.
 
     Iyyer et al. 2015, "Deep Unordered Composition Rivals Syntactic Methods for Text
     Classification", section 4 ("word dropout").
 
     Args:
-        tokens: int64 [n, 77]; start and end tokens always stay.
+        tokens: int64 [n, 77]; start and end tokens are never dropped.
         share: the probability, in [0, 1].
-        generator: the source of randomness.
+        generator: random number generator.
 
     Returns:
         int64 [n, 77].
@@ -117,39 +113,86 @@ def drop_tokens(tokens: Tensor, share: float, generator: torch.Generator) -> Ten
     return tokens.gather(1, order) * (places < kept.sum(dim=1, keepdim=True))
 
 
-def fill_up(
+def pad_batch(
     batch: PairBatch, config: LoopConfig, world: World, image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Images and tokens of a batch, with blank pairs at the end where a chunk would be missing.
+    """Images and tokens of a batch, with padding pairs at the end for missing micro-batches.
 
-    Shares differ where rows are bad, yet what processes do together they must do equally often.
-    The loss is not to see the blanks; nor does batch normalisation count them, but on GPUs.
+    Processes have fewer pairs than others if images cannot be read, yet they must take part in
+    collective operations equally often. The loss ignores padding pairs, and so does batch
+    normalisation, except on GPUs.
 
     Args:
-        batch: n pairs, the share of this process.
-        config: how large batches and chunks are meant to be.
-        world: the processes; nothing is ever missing to one that is alone.
-        image_size: height and width, where there is no image to tell.
+        batch: n pairs, this process's part.
+        config: intended batch and micro-batch size.
+        world: the processes; a single process needs no padding.
+        image_size: height and width, for a batch without images.
 
     Returns:
-        images [m, …] and tokens, int64 [m, 77], m ≥ n.
+        images [m, …] and tokens, int64 [m, 77], with m ≥ n.
     """
     images, tokens = batch.images, batch.tokens
-    share = config.batch_size // world.size
-    chunk = config.micro_batch_size or share
-    full_chunks = -(-share // chunk) - 1
-    missing = full_chunks * chunk + 1 - len(tokens)
+    per_process = config.batch_size // world.size
+    size = config.micro_batch_size or per_process
+    all_but_last = -(-per_process // size) - 1
+    missing = all_but_last * size + 1 - len(tokens)
     if world.size == 1 or missing <= 0:
         return images, tokens
-    # Pictures of no pair have no size; what else stands for images has the right form.
+    # An empty batch of images has no size; cached features keep their shape even if empty.
     shape = (3, *image_size) if images.ndim == 4 and not len(images) else images.shape[1:]
-    blank = torch.from_numpy(tokenize([""] * missing))
+    padding = torch.from_numpy(tokenize([""] * missing))
     images = torch.cat([images.reshape(-1, *shape), images.new_zeros((missing, *shape))])
-    return images, torch.cat([tokens, blank])
+    return images, torch.cat([tokens, padding])
 
 
-MOST_CHUNKS = 65_536
-"""Seeds set aside for the chunks of a step."""
+MAX_MICRO_BATCHES = 65_536
+"""Random seeds reserved for the micro-batches of a step."""
+
+
+@dataclass
+class RecoveryState:
+    """Counts of non-finite steps and rollbacks, saved with each checkpoint.
+
+    Attributes:
+        skipped_steps: steps skipped because their loss or gradient was not finite.
+        consecutive_skipped: how many of the last steps were skipped in a row.
+        last_finite_step: number of the last step that was not skipped.
+        rollbacks: how often the run was rolled back.
+        lr_factor: factor on the learning rate, lowered by each rollback.
+    """
+
+    skipped_steps: int = 0
+    consecutive_skipped: int = 0
+    last_finite_step: int = 0
+    rollbacks: int = 0
+    lr_factor: float = 1.0
+
+    def record(self, step: int, finite: bool) -> None:
+        """Count step number ``step``."""
+        if finite:
+            self.consecutive_skipped, self.last_finite_step = 0, step
+        else:
+            self.consecutive_skipped += 1
+            self.skipped_steps += 1
+
+
+class BatchNormSnapshot:
+    """The running statistics of batch normalisation, which a skipped step must not change."""
+
+    def __init__(self, network: nn.Module) -> None:
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._live: list[Tensor] = [buffer for norm in norms for buffer in norm.buffers()]
+        self._saved = [buffer.clone() for buffer in self._live]
+
+    def save(self) -> None:
+        """Copy the present statistics."""
+        if self._live:
+            torch._foreach_copy_(self._saved, self._live)
+
+    def restore(self) -> None:
+        """Reset the statistics to the saved ones."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._saved)
 
 
 @dataclass(frozen=True)
@@ -158,9 +201,9 @@ class StepReport:
 
     Attributes:
         loss: of the batch.
-        grad_norm: norm of the whole gradient before clipping; if it or the loss is not finite, the
-            step was left out.
-        lr: the learning rate used where nothing scales it down.
+        grad_norm: norm of the whole gradient before clipping. If it or the loss is not finite, the
+            step was skipped.
+        lr: learning rate before the per-layer factors.
     """
 
     loss: float
@@ -168,13 +211,13 @@ class StepReport:
     lr: float
 
 
-class Learner:
-    """The network and its optimiser.
+class Trainer:
+    """A dual encoder with its optimizer, on one of the processes that train it.
 
     Args:
-        towers: what to train.
-        config: how.
-        world: where, and with which other processes.
+        towers: the model to train, in place.
+        config: of the run, resolved.
+        world: device and processes.
     """
 
     def __init__(self, towers: Towers, config: TrainConfig, world: World) -> None:
@@ -184,7 +227,7 @@ class Learner:
         if config.train.compile:
             require_compiler(self.device)
         self.sharded = config.train.fsdp and world.size > 1
-        # What a checkpoint is made of: on the first process the whole of what is dealt out.
+        # Checkpoints are saved from a whole copy on the main process.
         self._whole = deepcopy(towers) if self.sharded and world.is_main_process else towers
         self.network = DualEncoder(
             towers.clip, config.train.precision, towers.locked, compiled=config.train.compile
@@ -194,78 +237,78 @@ class Learner:
         share_statistics(self.network, world)
         if self.sharded:
             shard(self.network, world)
-        self.network.to(self.device)  # the shards are there already, block by block
+        self.network.to(self.device)  # shards are already there, block by block
         self.optimizer = build_optimizer(towers.clip, config.optim)
         self.captions: CaptionFeatures | None = None
-        self.health = Health()
-        self._statistics = Statistics(self.network)
+        self.recovery = RecoveryState()
+        self._batch_norm = BatchNormSnapshot(self.network)
         mean, std = (torch.tensor(towers.preprocess[key]) for key in ("mean", "std"))
         self._mean = (255 * mean)[:, None, None].to(self.device)
         self._std = (255 * std)[:, None, None].to(self.device)
 
     def use_features(self, captions: CaptionFeatures | None) -> None:
-        """Take stored features in place of what a locked tower would encode.
+        """Use cached features in place of running locked towers.
 
         Args:
-            captions: those of a locked text tower; a batch brings those of images itself.
+            captions: features of a locked text tower. Those of images come with each batch.
         """
         self.captions = captions
         self.network.given_features = frozenset(self.network.locked)
 
     def take_step(self, batch: PairBatch, step: int, progress: float) -> StepReport:
-        """Learn from one batch.
+        """Update the weights on one batch, or skip it if its loss or gradient is not finite.
 
         Args:
-            batch: its pairs; of several processes each has its share of them.
-            step: its number, which seeds dropout.
-            progress: share of the run done after it, in [0, 1], which sets the learning rate.
+            batch: this process's part of the batch.
+            step: number of the step from 0; seeds dropout.
+            progress: fraction of the run completed after it, in [0, 1]; sets the learning rate.
         """
-        rate = self.health.rate * learning_rate(progress, self.config.optim)
+        rate = self.recovery.lr_factor * learning_rate(progress, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.network.train()
-        self._statistics.keep()
-        images, tokens = fill_up(batch, self.config.train, self.world, self.towers.image_size)
+        self._batch_norm.save()
+        images, tokens = pad_batch(batch, self.config.train, self.world, self.towers.image_size)
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.train.micro_batch_size or len(tokens)
-        # Each step draws from a seed of its own, so that a resumed run draws the same.
-        seed = (self.config.train.seed * 1_000_003 + step) * MOST_CHUNKS % 2**62
-        seed += self.world.rank * (MOST_CHUNKS // self.world.size)
-        texts = self._read(tokens, seed)
-        chunks = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
+        # Each step has its own seed, so a resumed run draws the same numbers.
+        seed = (self.config.train.seed * 1_000_003 + step) * MAX_MICRO_BATCHES % 2**62
+        seed += self.world.rank * (MAX_MICRO_BATCHES // self.world.size)
+        texts = self._text_inputs(tokens, seed)
+        micro_batches = list(zip(torch.split(images, size), torch.split(texts, size), strict=True))
         loss_of = self._loss(batch)
-        loss = backward(self.network, chunks, self.normalized, loss_of, seed, len(batch))
+        loss = backward(self.network, micro_batches, self.normalized, loss_of, seed, len(batch))
         sum_gradients(self.network.parameters(), self.world)
         limit = self.config.optim.clip_norm or math.inf
         norm = clip_gradients(self.network.parameters(), limit)
-        # In one piece, for a GPU is waited for.
-        loss_found, norm_found = torch.stack([loss.double(), norm.double()]).tolist()
-        finite = math.isfinite(loss_found) and math.isfinite(norm_found)
+        # One transfer, because each one waits for the GPU.
+        loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.optimizer.step()
             self.towers.clip.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
         else:
-            self._statistics.put_back()
-        self.health.note(step + 1, finite)
-        return StepReport(loss_found, norm_found, rate)
+            self._batch_norm.restore()
+        self.recovery.record(step + 1, finite)
+        return StepReport(loss_value, norm_value, rate)
 
-    def _read(self, tokens: Tensor, seed: int) -> Tensor:
-        """What the text tower reads of captions, int64 [n, 77]; or their stored features."""
+    def _text_inputs(self, tokens: Tensor, seed: int) -> Tensor:
+        """Inputs of the text tower: tokens, int64 [n, 77], or cached features, float [n, dim]."""
         if self.captions:
             return send(self.captions.of(tokens), self.device)
         share = self.config.augment.token_dropout
         return drop_tokens(tokens, share, torch.Generator().manual_seed(seed)) if share else tokens
 
     def _loss(self, batch: PairBatch) -> Loss:
-        """The loss of a batch, of which only the vectors and the scale are missing."""
-        n = len(batch)  # the blank pairs at the end do not count
+        """The loss of a batch as a function of its vectors and the scale."""
+        n = len(batch)  # padding pairs at the end are ignored
 
         def loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
             return info_nce(
                 images[:n],
                 texts[:n],
                 scale,
-                groups=pair_groups(batch.keys, batch.tokens),  # now, while a GPU encodes
+                groups=pair_groups(batch.keys, batch.tokens),  # computed while the GPU encodes
                 weights=batch.weights,
                 duplicates=self.config.train.duplicates,
                 world=self.world,
@@ -273,9 +316,9 @@ class Learner:
 
         return loss
 
-    def guess(self, batch: PairBatch) -> float:
-        """The loss of a model that guesses on a batch. All processes must ask."""
-        return guessing_loss(
+    def chance_loss(self, batch: PairBatch) -> float:
+        """The loss of a uniform predictor on a batch. Collective: all processes must call it."""
+        return chance_loss(
             pair_groups(batch.keys, batch.tokens),
             weights=batch.weights,
             duplicates=self.config.train.duplicates,
@@ -283,29 +326,29 @@ class Learner:
         )
 
     def normalized(self, images: Tensor) -> Tensor:
-        """uint8 [n, 3, h, w] in [0, 255] to float32 as the image tower expects it.
+        """uint8 [n, 3, h, w] in [0, 255] to float32, normalised for the image tower.
 
-        Stored features are so already.
+        Cached features are returned as they are.
         """
         if "image" in self.network.given_features:
             return send(images, self.device)
-        # Channels stay last in memory, as they come: so convolutions and patch embeddings like it.
+        # Images arrive channels-last, which is faster for convolutions and patch embeddings.
         images = send(images, self.device).to(torch.float32, memory_format=torch.channels_last)
         return images.sub_(self._mean).div_(self._std)
 
     def state(self) -> dict[str, Any]:
-        """The optimiser's state and counts; weights are saved beside it. All processes must ask."""
+        """Optimizer and recovery state, without the weights. Collective."""
         optimizer = whole_state(self.optimizer.state_dict())
-        return {"optimizer": optimizer, "health": asdict(self.health)}
+        return {"optimizer": optimizer, "recovery": asdict(self.recovery)}
 
     def is_finite(self) -> bool:
-        """Whether all weights are finite. All processes must ask."""
-        held = (own_part(parameter) for parameter in self.network.parameters())
-        found = torch.stack([tensor.isfinite().all() for tensor in held]).all()
+        """Whether all weights are finite. Collective."""
+        local = (own_part(parameter) for parameter in self.network.parameters())
+        found = torch.stack([tensor.isfinite().all() for tensor in local]).all()
         return all(self.world.all_gather_object(bool(found)))
 
     def whole_towers(self) -> Towers:
-        """The towers with their present weights, on the first process. All processes must ask."""
+        """The towers with their present weights, complete on the main process. Collective."""
         if self.sharded:
             weights = whole_state(self.towers.clip.state_dict())
             if self.world.is_main_process:
@@ -313,10 +356,10 @@ class Learner:
         return self._whole
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
-        """Take over weights and state of a checkpoint; returns its whole training state.
+        """Load weights and state of a checkpoint; returns its whole training state.
 
         Raises:
-            ArtifactError: it is damaged, or of another model.
+            ArtifactError: it is damaged, or belongs to another model.
         """
         state = load_training_state(checkpoint)
         try:
@@ -325,13 +368,13 @@ class Learner:
             raise damaged(checkpoint / WEIGHTS, error) from None
         try:
             load_optimizer(self.optimizer, state["optimizer"])
-            self.health = Health(**state["health"])
+            self.recovery = RecoveryState(**state["recovery"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise damaged(checkpoint / STATE, error) from None
         return state
 
-    def start_over(self) -> dict[str, Any]:
-        """Take over the weights that the run began with; returns an empty training state."""
+    def restart(self) -> dict[str, Any]:
+        """Reset weights and optimizer to the start of the run; returns an empty state."""
         config = self.config
         towers = build_towers(config.model, config.optim.temperature, config.train.seed)
         load_weights(self.towers.clip, towers.clip.state_dict())

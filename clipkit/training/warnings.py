@@ -1,4 +1,4 @@
-"""What a person should hear of a run under way: a loss that learns nothing, and the like."""
+"""Warnings during a run: a loss at chance level, a saturated temperature, waiting for images."""
 
 import math
 from collections import deque
@@ -11,58 +11,53 @@ from clipkit.training.optim import MAX_LOGIT_SCALE
 
 Line = dict[str, Any]
 
-WINDOW_STEPS, FEWEST_LINES = 100, 5
-"""Over so many steps, and so many lines of the log, a state must last to be one."""
-STUCK = 0.98
-"""Share of the loss of guessing above which a model has learned nothing yet."""
-PINNED = 0.999 * math.exp(MAX_LOGIT_SCALE)
+WINDOW_STEPS, MIN_LINES = 100, 5
+"""Steps, and at least so many lines of the log, that a condition must last before a warning."""
+STUCK_RATIO = 0.98
+"""Ratio of loss to chance loss above which a model has learned nothing yet."""
+SATURATED_SCALE = 0.999 * math.exp(MAX_LOGIT_SCALE)
 
 
-class Watch:
-    """Reads the log of a run as it grows and raises each alarm once.
+class RunMonitor:
+    """Follows the log of a run and issues each kind of warning once.
 
-    What it says depends on the lines alone, so that a resumed run says the same.
+    Warnings depend on the log alone, so a resumed run issues the same ones.
 
     Args:
         config: of the run.
-        steps: of the whole run; 0 where only the clock ends it.
-        lines: of the log so far.
+        steps: total steps; 0 if only the clock ends the run.
+        lines: the log so far.
     """
 
     def __init__(self, config: TrainConfig, steps: int, lines: Iterable[Line]) -> None:
         self.config, self.steps = config, steps
-        count = max(FEWEST_LINES, math.ceil(WINDOW_STEPS / config.train.log_every_steps))
+        count = max(MIN_LINES, math.ceil(WINDOW_STEPS / config.train.log_every_steps))
         self._recent: deque[Line] = deque(maxlen=count)
-        self._said: set[str] = set()
+        self._issued: set[str] = set()
         for line in lines:
-            self._said.add(line.get("about", ""))
-            self._take(line)
+            self._issued.add(line.get("kind", ""))
+            self._append(line)
 
-    def see(self, line: Line) -> Iterator[tuple[str, str]]:
-        """Take in a new line of the log.
-
-        Yields:
-            what an alarm is about, in a word, and the alarm.
-        """
-        self._take(line)
+    def update(self, line: Line) -> Iterator[tuple[str, str]]:
+        """Add a line of the log; yields the kind and text of each new warning."""
+        self._append(line)
         if len(self._recent) < (self._recent.maxlen or 0):
             return
-        for about, alarm in (
+        for kind, warning in (
             ("stuck", self._stuck()),
             ("temperature", self._temperature()),
             ("waiting", self._waiting()),
         ):
-            if alarm and about not in self._said:
-                self._said.add(about)
-                yield about, alarm
+            if warning and kind not in self._issued:
+                self._issued.add(kind)
+                yield kind, warning
 
-    def _take(self, line: Line) -> None:
-        # A step that was left out, whose loss is NaN, tells nothing about what is learned; what
-        # guessing gives stands in no older log.
-        if "guess" not in line or not math.isfinite(line["loss"]):
+    def _append(self, line: Line) -> None:
+        # Skipped steps, whose loss is NaN, say nothing about learning.
+        if "chance_loss" not in line or not math.isfinite(line["loss"]):
             return
         if self._recent and line["step"] <= self._recent[-1]["step"]:
-            self._recent.clear()  # the run went back
+            self._recent.clear()  # the run was rolled back
         self._recent.append(line)
 
     def _mean(self, name: str) -> float:
@@ -72,28 +67,27 @@ class Watch:
         return int(self._recent[-1]["step"] - self._recent[0]["step"])
 
     def _stuck(self) -> str:
-        loss, guess = self._mean("loss"), self._mean("guess")
+        loss, chance = self._mean("loss"), self._mean("chance_loss")
         first, minutes = self._recent[0], self.config.train.minutes
         done = share_done(first["step"], self.steps, first["seconds"], minutes)
-        if done < self.config.optim.warmup or not loss >= STUCK * guess:
+        if done < self.config.optim.warmup or not loss >= STUCK_RATIO * chance:
             return ""
         return (
-            f"after the warm-up the loss has averaged {loss:.3f} for {self._span()} steps, and "
-            f"guessing gives {guess:.3f} on the same batches: nothing is learned; likely causes "
-            f"are a rate too high or too low (optim.lr is {self.config.optim.lr:g}), captions "
-            "that do not belong to their images or are all alike (see clipkit data check), frozen "
-            "towers, or a temperature far off (optim.temperature is "
-            f"{self.config.optim.temperature:g})"
+            f"the loss has averaged {loss:.3f} for {self._span()} steps after the warm-up, and "
+            f"chance level is {chance:.3f}: nothing is learned. Likely causes: a learning rate too "
+            f"high or too low (optim.lr is {self.config.optim.lr:g}), captions that do not match "
+            "their images or are all alike (see clipkit data check), frozen towers, or a bad "
+            f"temperature (optim.temperature is {self.config.optim.temperature:g})"
         )
 
     def _temperature(self) -> str:
-        if min(line["scale"] for line in self._recent) < PINNED:
+        if min(line["scale"] for line in self._recent) < SATURATED_SCALE:
             return ""
         return (
             f"the temperature has been at its limit (a logit scale of 100) for {self._span()} "
-            "steps: the model is as sure of its pairs as it may be; on little data that means it "
-            "knows them by heart (more data or augmentation, fewer epochs), early in a run that "
-            f"the rate is too high (optim.lr is {self.config.optim.lr:g})"
+            "steps. On little data this means that the model memorises its pairs (use more data "
+            "or augmentation, or fewer epochs); early in a run, that the learning rate is too high "
+            f"(optim.lr is {self.config.optim.lr:g})"
         )
 
     def _waiting(self) -> str:

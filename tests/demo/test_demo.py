@@ -165,7 +165,7 @@ def test_page_is_well_formed_and_escaped(tmp_path):
     model = ModelRef("tiny", "random", "0" * 16, 4)
     manifest = Manifest("run", model, 3, detail={"seconds": 120.0})
     (run / "manifest.json").write_text(json.dumps(manifest.to_dict()))
-    lines = [{"step": n, "loss": 5.0 - n, "seconds": 60.0 * n, "guess": 5.5} for n in (1, 2)]
+    lines = [{"step": n, "loss": 5.0 - n, "seconds": 60.0 * n, "chance_loss": 5.5} for n in (1, 2)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
     names += ["zeroshot_mean_per_class", "zeroshot_top1"]

@@ -12,7 +12,7 @@ from clipkit.training.build import build_towers
 from clipkit.training.data import open_training_data, pair_loader
 from clipkit.training.distributed import World
 from clipkit.training.loss import info_nce
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import configured
 from tests.helpers.steps import batch, pairs
@@ -24,10 +24,10 @@ pytestmark = [
 RESNET = tiny_model() | {"vision": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}
 
 
-def learner(model, chunk, device, folder):
+def trainer(model, chunk, device, folder):
     config = configured(folder, model=model, train={"micro_batch_size": chunk})
     towers = build_towers(config.model, 0.07, seed=0)
-    return Learner(towers, config, World(torch.device(device)))
+    return Trainer(towers, config, World(torch.device(device)))
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def nobody_waits():
 def test_steps_are_those_of_a_cpu(model, chunk, tmp_path):
     images, tokens = batch(8)
     given = PairBatch(images, tokens, [f"{number}.png" for number in range(8)])
-    here, there = (learner(model, chunk, device, tmp_path) for device in ("cpu", "cuda"))
+    here, there = (trainer(model, chunk, device, tmp_path) for device in ("cpu", "cuda"))
     for step in range(3):
         one, other = (one.take_step(given, step, 0.3) for one in (here, there))
         assert other.loss == pytest.approx(one.loss, abs=2e-3)

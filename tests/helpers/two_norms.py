@@ -8,7 +8,7 @@ from clipkit.data.loader import PairBatch
 from clipkit.training.distributed import World
 from clipkit.training.grad_cache import backward
 from clipkit.training.loss import info_nce
-from clipkit.training.step import fill_up, sum_gradients
+from clipkit.training.step import pad_batch, sum_gradients
 from clipkit.training.sync_batchnorm import SharedNorm, count_rows, share_statistics
 from tests.helpers.models import tiny_model
 from tests.helpers.steps import RESNET, batch, network
@@ -80,7 +80,7 @@ def check_networks(world: World, model: dict, dtype: torch.dtype, chunk: int, fi
     if first:
         own = slice(0, first) if world.rank == 0 else slice(first, None)
     pairs = PairBatch(images[own], tokens[own], [""] * len(images[own]))
-    filled = fill_up(pairs, LoopConfig(batch_size=8, micro_batch_size=chunk), world, (32, 32))
+    filled = pad_batch(pairs, LoopConfig(batch_size=8, micro_batch_size=chunk), world, (32, 32))
     assert len(filled[0]) == max(1, len(pairs))
 
     def loss_of(images, texts, scale):

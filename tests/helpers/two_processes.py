@@ -8,7 +8,7 @@ import torch
 
 from clipkit.training.distributed import World, join_world
 from clipkit.training.grad_cache import backward
-from clipkit.training.loss import guessing_loss, info_nce
+from clipkit.training.loss import chance_loss, info_nce
 from clipkit.training.step import sum_gradients
 from tests.helpers.models import tiny_model
 from tests.helpers.steps import batch, network, pairs, prepare
@@ -39,12 +39,12 @@ def check_loss(world: World, first: int, tile: int, **choice) -> None:
 
 
 def check_guess(world: World, first: int) -> None:
-    """The same of the loss of guessing."""
+    """The same for the chance loss."""
     own = slice(0, first) if world.rank == 0 else slice(first, 7)
-    wanted = guessing_loss(GROUPS, weights=WEIGHTS)
-    found = guessing_loss(GROUPS[own], weights=WEIGHTS[own], world=world)
+    wanted = chance_loss(GROUPS, weights=WEIGHTS)
+    found = chance_loss(GROUPS[own], weights=WEIGHTS[own], world=world)
     assert abs(found - wanted) < 1e-6
-    assert guessing_loss(GROUPS[own], duplicates="ignore", world=world) == math.log(7)
+    assert chance_loss(GROUPS[own], duplicates="ignore", world=world) == math.log(7)
 
 
 def check_gradients(world: World, chunk: int, **choice) -> None:

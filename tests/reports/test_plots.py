@@ -29,7 +29,7 @@ def test_a_curve_by_step_and_by_time_with_a_gap_where_the_run_went_back():
         {"step": 10, "loss": 4.0, "seconds": 30.0},
         {"step": 10, "held_out": {}},
         {"step": 20, "loss": 3.0, "seconds": 60.0},
-        {"step": 20, "alarm": "…", "about": "return"},
+        {"step": 20, "warning": "…", "kind": "rollback"},
         {"step": 20, "loss": 2.0, "seconds": 90.0},
         {"step": 10, "loss": 1.0, "seconds": 120.0},
     ]
@@ -59,7 +59,7 @@ def test_several_runs_in_one_picture(tmp_path, monkeypatch):
             for line in LINES:
                 scaled = {k: factor * v if k == "loss" else v for k, v in line.items()}
                 stream.write(json.dumps(scaled | {"step": line["step"]}) + "\n")
-            stream.write('{"step": 30, "alarm": "…"}\n{"step": 40, "lo')  # torn, as by a crash
+            stream.write('{"step": 30, "warning": "…"}\n{"step": 40, "lo')  # torn, as by a crash
     pixels = set()
     for number, (runs, by) in enumerate(
         [(["a"], "step"), (["a", "b"], "step"), (["a", "b", "b/a"], "time")]

@@ -9,7 +9,7 @@ from clipkit.data.open_source import open_source
 from clipkit.display.svg import MAX_POINTS, Scale, Series, chart
 from clipkit.errors import TrainingError
 from clipkit.models.tokenizer import TruncationReport
-from clipkit.reports.run import Outcome, changed_settings, render_run, run_page
+from clipkit.reports.run import RunSummary, changed_settings, render_run, run_page
 from clipkit.tasks.train import train
 from tests.helpers.pages import read_page
 from tests.helpers.runs import configured
@@ -63,14 +63,14 @@ def test_curves_of_little_or_nothing(points):
     assert "nan" not in svg
 
 
-def outcome(folder, **changes):
+def summary(folder, **changes):
     recall = {f"{way}_r{k}": 0.25 for way in WAYS for k in (1, 5, 10)}
     lines = [
         {"step": 8, "held_out": recall},
-        {"step": 10, "loss": 2.0, "guess": 2.5, "lr": 1e-3, "scale": 14.0, "grad_norm": 3.0}
+        {"step": 10, "loss": 2.0, "chance_loss": 2.5, "lr": 1e-3, "scale": 14.0, "grad_norm": 3.0}
         | {"samples_per_second": 80.0, "waiting_for_data": 0.25, "seconds": 1.0},
-        {"step": 10, "about": "stuck", "alarm": EVIL},
-        {"step": 10, "about": "return", "alarm": "back", "back_to": 4},
+        {"step": 10, "kind": "stuck", "warning": EVIL},
+        {"step": 10, "kind": "rollback", "warning": "back", "rolled_back_to": 4},
     ]
     facts = {
         "path": folder / EVIL.replace("/", "-"),
@@ -86,7 +86,7 @@ def outcome(folder, **changes):
         "skipped_steps": 7,
     }
     facts["cut"].add(f"{EVIL} " * 90, range(1000))
-    return Outcome(**facts | changes)
+    return RunSummary(**facts | changes)
 
 
 WAYS = ("text_to_image", "image_to_text")
@@ -95,7 +95,7 @@ WAYS = ("text_to_image", "image_to_text")
 def test_the_page_is_well_formed_and_escaped(colour_folder, tmp_path):
     source = open_source(colour_folder)
     config = configured(EVIL, model={"name": EVIL})
-    page = run_page(config, outcome(tmp_path), source, source)
+    page = run_page(config, summary(tmp_path), source, source)
     text, _ = read_page(render_run(page), links=["skipped.jsonl"])
     assert text.count(EVIL) >= 6
     for shown in (
@@ -105,27 +105,27 @@ def test_the_page_is_well_formed_and_escaped(colour_folder, tmp_path):
         assert shown in text, shown
 
 
-def test_the_line_of_guessing_follows_the_log(colour_folder, tmp_path):
+def test_the_chance_level_follows_the_log(colour_folder, tmp_path):
     source = open_source(colour_folder)
-    known = outcome(tmp_path)
-    older = [{k: v for k, v in line.items() if k != "guess"} for line in known.lines]
+    known = summary(tmp_path)
+    older = [{k: v for k, v in line.items() if k != "chance_loss"} for line in known.lines]
     config = configured(colour_folder)
     pages = [
-        run_page(config, outcome(tmp_path, lines=lines), source, source)
+        run_page(config, summary(tmp_path, lines=lines), source, source)
         for lines in (known.lines, older)
     ]
-    assert [page.guessing_loss for page in pages] == [2.5, None]
-    assert [">guessing</text>" in render_run(page) for page in pages] == [True, False]
+    assert [page.chance_loss for page in pages] == [2.5, None]
+    assert [">chance</text>" in render_run(page) for page in pages] == [True, False]
 
 
-def test_settings_that_differ():
+def test_settings_other_than_defaults():
     shown = {name: (value, default) for name, value, default in changed_settings(configured("d"))}
     assert shown["optim.lr"] == ("0.003", "0.0005")
     assert shown["data.train"] == ("d", "none")
     assert "optim.weight_decay" not in shown
 
 
-def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, fails):
+def test_finished_and_failed_runs_have_a_report(colour_folder, tmp_path, fails):
     (colour_folder / "red-0.png").write_bytes(b"no image")
     (colour_folder / "red-1.txt").write_text("red " * 100)
     config = configured(
@@ -136,7 +136,7 @@ def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, 
     assert "Finished after 6 steps of 3 pairs" in text
     assert "local-dir:run/step-6" in text
     assert "--resume" not in text
-    for shown in ("train.batch_size", "skipped.jsonl", "clipkit index build", "a caption finds"):
+    for shown in ("train.batch_size", "skipped.jsonl", "clipkit index build", "text→image R@1"):
         assert shown in text, shown
     fails(lambda *_: True)
     bad = configured(
@@ -145,6 +145,6 @@ def test_a_finished_run_and_one_given_up_have_a_report(colour_folder, tmp_path, 
     with pytest.raises(TrainingError):
         train(bad, tmp_path / "bad")
     text, _ = read_page((tmp_path / "bad" / "report.html").read_text(), links=["skipped.jsonl"])
-    assert "Given up after 2 steps" in text
+    assert "Failed after 2 steps" in text
     assert "--resume" in text
     assert "local-dir" not in text  # there is no checkpoint to load

@@ -20,7 +20,7 @@ from clipkit.tasks.train import train
 from clipkit.training import loop as timetable
 from clipkit.training.loop import TrainingLoop
 from clipkit.training.run_directory import RunDirectory, read_log
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.faults import dies
 from tests.helpers.pictures import write_colours
 from tests.helpers.runs import assert_same_run, configured, facts
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     write_colours(folder / "colours")
     config = configured(folder / "colours")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        dies(patch, Learner, "take_step", 8)
+        dies(patch, Trainer, "take_step", 8)
         train(config, folder / "run")
     train(config, folder / "whole")
     assert steps(folder / "run") == [3, 6]
@@ -90,7 +90,7 @@ def other_shape(file):
         (STATE, lambda file: torch.save([1], file)),
         (STATE, remove),
         (STATE, without("optimizer")),
-        (STATE, without("health")),
+        (STATE, without("recovery")),
         (WEIGHTS, lambda file: file.write_bytes(file.read_bytes()[:1000])),
         (WEIGHTS, lambda file: file.write_bytes(b"")),
         (WEIGHTS, remove),
@@ -139,15 +139,15 @@ def test_other_data_are_told(colour_folder, tmp_path, monkeypatch, capsys, strea
     data = {"streaming": streaming, "val_fraction": 0.0}
     config = configured(colour_folder, data=data, train={"steps": 12, "save_every_epochs": 0.25})
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        dies(patch, Learner, "take_step", 8)
+        dies(patch, Trainer, "take_step", 8)
         train(config, tmp_path / "run")
     (colour_folder / "red-1.png").unlink()
     (colour_folder / "red-1.txt").unlink()
     capsys.readouterr()
     assert train(config, tmp_path / "run", resume=True).finished
-    (told,) = [line for line in read_log(tmp_path / "run") if line.get("about") == "data"]
-    assert told["alarm"].startswith(f"{colour_folder} is not what the run was trained on so far")
-    assert told["alarm"] in capsys.readouterr().err
+    (told,) = [line for line in read_log(tmp_path / "run") if line.get("kind") == "data"]
+    assert told["warning"].startswith(f"{colour_folder} is not what the run was trained on so far")
+    assert told["warning"] in capsys.readouterr().err
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end(colour_folder, tmp_path, monkeypatch):
@@ -226,7 +226,7 @@ def test_what_changes_nothing_may_be_another_when_a_run_goes_on(stopped):
 
 def test_what_was_trained_when_the_data_gave_out_is_reported(colour_folder, tmp_path, monkeypatch):
     config = configured(colour_folder, data={"val_fraction": 0.0})
-    dies(monkeypatch, TrainingLoop, "_between_steps", 5, SkipLimitError("too many bad pictures"))
+    dies(monkeypatch, TrainingLoop, "_after_step", 5, SkipLimitError("too many bad pictures"))
     with pytest.raises(SkipLimitError):
         train(config, tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
@@ -241,7 +241,7 @@ def test_the_command_to_go_on_can_be_pasted(run, colour_folder, tmp_path, monkey
     colour_folder.rename(tmp_path / "my photos")
     config = configured("elsewhere")
     (tmp_path / "my config.toml").write_text(dump_config(config))
-    plain, seen = Learner.take_step, []
+    plain, seen = Trainer.take_step, []
 
     def interrupting(*args, **settings):
         seen.append(1)
@@ -249,7 +249,7 @@ def test_the_command_to_go_on_can_be_pasted(run, colour_folder, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*args, **settings)
 
-    monkeypatch.setattr(Learner, "take_step", interrupting)
+    monkeypatch.setattr(Trainer, "take_step", interrupting)
     words = ["train", "my config.toml", "--out", "it's a run", "--set", "data.train=my photos"]
     _, err = run(*words, code=130)
     command = shlex.split(err.strip().rpartition("go on with: ")[2])
@@ -262,7 +262,7 @@ def test_the_command_to_go_on_can_be_pasted(run, colour_folder, tmp_path, monkey
 
 def test_a_path_that_is_not_utf8_is_refused_at_once(colour_folder, tmp_path):
     out = tmp_path / os.fsdecode(b"run-\xff")
-    with pytest.raises(ArtifactError, match=r"run-\\xff is not UTF-8.*name another --out"):
+    with pytest.raises(ArtifactError, match=r"run-\\xff is not UTF-8.*choose another --out"):
         train(configured(colour_folder), out)
     assert not out.exists()
 

@@ -14,7 +14,7 @@ from PIL import Image
 from clipkit.artifacts import ArtifactWriter
 from clipkit.models.checkpoint import load_training_state
 from clipkit.tasks.train import train
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.faults import in_a_child
 from tests.helpers.pictures import COLOURS
 from tests.helpers.runs import assert_same_run, configured, facts
@@ -146,7 +146,7 @@ def check(source, kind, workers, tmp_path, monkeypatch):
     # Where it is killed is another place for each kind, and the same each time.
     chance = random.Random(f"{source.__name__} {kind} {workers}")
     step = chance.randrange(1, STEPS)
-    killed_at(Learner, "take_step", step, lambda: train(config, run))
+    killed_at(Trainer, "take_step", step, lambda: train(config, run))
     resumes = any(run.glob("step-*/manifest.json"))
     if not resumes:
         shutil.rmtree(run)
@@ -189,7 +189,7 @@ def test_an_interrupt_adds_nothing_to_the_log(step, colour_folder, tmp_path, mon
         },
     )
     train(config, tmp_path / "whole")
-    plain, seen = Learner.take_step, []
+    plain, seen = Trainer.take_step, []
 
     def interrupting(*args, **settings):
         seen.append(1)
@@ -197,7 +197,7 @@ def test_an_interrupt_adds_nothing_to_the_log(step, colour_folder, tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*args, **settings)
 
-    monkeypatch.setattr(Learner, "take_step", interrupting)
+    monkeypatch.setattr(Trainer, "take_step", interrupting)
     result = train(config, tmp_path / "run")
     assert (result.finished, result.step) == (False, step)
     monkeypatch.undo()

@@ -191,11 +191,11 @@ def test_columns_of_any_name_are_trained_on(colour_folder, tmp_path):
 def test_out_that_is_taken(colour_folder, tmp_path):
     config = configured(colour_folder, train={"epochs": 1})
     train(config, tmp_path / "run")
-    with pytest.raises(ArtifactError, match="already holds a run.*--resume"):
+    with pytest.raises(ArtifactError, match="already contains a run.*--resume"):
         train(config, tmp_path / "run")
     with pytest.raises(TrainingError, match="is finished"):
         train(config, tmp_path / "run", resume=True)
-    with pytest.raises(ArtifactError, match="is no clipkit run"):
+    with pytest.raises(ArtifactError, match="is not a clipkit run"):
         train(config, colour_folder)
     with pytest.raises(ArtifactError, match="no run to resume"):
         train(config, tmp_path / "nothing", resume=True)

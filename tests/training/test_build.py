@@ -10,7 +10,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.tokenizer import tokenize
 from clipkit.training.build import build_towers, checkpoint_gradients
 from clipkit.training.distributed import ALONE, World
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.models import tiny_model
 
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
@@ -97,7 +97,7 @@ def test_checkpointing_is_refused_where_statistics_would_count_twice(vision):
 def test_the_learner_switches_checkpointing_on():
     for setting in (False, True):
         config = parse_config({"train": {"grad_checkpointing": setting, "precision": "fp32"}})
-        clip = Learner(towers(tiny_model()), config, World()).towers.clip
+        clip = Trainer(towers(tiny_model()), config, World()).towers.clip
         switches = (clip.transformer.grad_checkpointing, clip.visual.transformer.grad_checkpointing)
         assert switches == (setting, setting)
 
@@ -150,10 +150,10 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     config = parse_config({"model": tiny_model(), "train": {"compile": True, "precision": "fp32"}})
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
-        Learner(towers(tiny_model()), config, ALONE)
+        Trainer(towers(tiny_model()), config, ALONE)
     monkeypatch.setenv("CXX", sys.executable)  # an absolute path needs no PATH
-    learner = Learner(towers(tiny_model()), config, ALONE)
-    assert learner.network.training
+    trainer = Trainer(towers(tiny_model()), config, ALONE)
+    assert trainer.network.training
 
 
 def test_compiling_shards_is_refused():

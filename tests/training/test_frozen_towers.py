@@ -20,7 +20,7 @@ from clipkit.tasks.train import train
 from clipkit.training.build import build_towers
 from clipkit.training.data import HeldOut
 from clipkit.training.run_directory import read_log
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import assert_same_run, configured, last_weights, uncropped
 
@@ -127,7 +127,7 @@ def test_resuming_with_features_gives_the_same_run(squares, tmp_path, weights):
 
 def interrupt_after(steps, run):
     """Run until as many steps are taken, then as Ctrl-C would, and fail if it came to its end."""
-    original = Learner.take_step
+    original = Trainer.take_step
     taken = []
 
     def counted(self, *given):
@@ -137,7 +137,7 @@ def interrupt_after(steps, run):
         return original(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "take_step", counted)
+        patch.setattr(Trainer, "take_step", counted)
         with pytest.raises(KeyboardInterrupt):
             run()
 

@@ -13,7 +13,7 @@ from clipkit.tasks.plot import plot_runs
 from clipkit.tasks.train import train
 from clipkit.training.log import log_line, read_log
 from clipkit.training.loop import TrainingLoop
-from clipkit.training.warnings import Watch
+from clipkit.training.warnings import RunMonitor
 from tests.helpers.faults import dies
 from tests.helpers.runs import LINES, assert_same_run, configured
 
@@ -73,7 +73,7 @@ def test_a_step_left_out_is_null_and_a_resumed_run_writes_the_same(
     assert [norm is None for norm in norms] == [loss is None for loss in losses.values()]
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        dies(patch, TrainingLoop, "_between_steps", 10)
+        dies(patch, TrainingLoop, "_after_step", 10)
         train(config, tmp_path / "parts")
     # A run that an older version began, which wrote NaN, goes on as well.
     log = tmp_path / "parts" / "log.jsonl"
@@ -93,7 +93,7 @@ def test_readers_pass_over_what_has_no_number(colour_folder, tmp_path, fails):
     run = train(configured(colour_folder), tmp_path / "run").run
     page = (run / "report.html").read_text(encoding="utf-8")
     last = next(line["loss"] for line in strict(run) if "loss" in line and line["step"] == 11)
-    assert f"<b>{last:.3f}</b><span>loss at the end</span>" in page
+    assert f"<b>{last:.3f}</b><span>final loss</span>" in page
     assert not re.search(r"\bnan\b", page, re.IGNORECASE)
     picture = plot_runs([run])._repr_png_()
     assert picture.startswith(b"\x89PNG")
@@ -102,13 +102,13 @@ def test_readers_pass_over_what_has_no_number(colour_folder, tmp_path, fails):
     np.testing.assert_equal(drawn, [4.0, math.nan])
 
 
-def test_an_alarm_goes_by_the_steps_that_count():
+def test_warnings_ignore_skipped_steps():
     """Every other step left out: those between are stuck all the same, told when ten are seen."""
     settings = {"optim": {"warmup": 0.0}, "train": {"log_every_steps": 10, "batch_size": 64}}
-    watch = Watch(parse_config(settings), 1000, ())
+    monitor = RunMonitor(parse_config(settings), 1000, ())
     told = []
     for step in range(10, 601, 10):
         loss = 4.0 if step % 20 else math.nan
-        line = {"step": step, "loss": loss, "guess": 4.0, "scale": 20.0, "seconds": 1.0}
-        told += [(step, about) for about, _ in watch.see(line | {"waiting_for_data": 0.0})]
+        line = {"step": step, "loss": loss, "chance_loss": 4.0, "scale": 20.0, "seconds": 1.0}
+        told += [(step, about) for about, _ in monitor.update(line | {"waiting_for_data": 0.0})]
     assert told == [(190, "stuck")]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from clipkit.models.tokenizer import TruncationReport, tokenize
-from clipkit.training.loss import Sweep, caption_groups, guessing_loss, info_nce, pair_groups
+from clipkit.training.loss import Sweep, caption_groups, chance_loss, info_nce, pair_groups
 from tests.helpers.steps import pairs
 
 
@@ -166,13 +166,13 @@ def test_pairs_are_duplicates_by_image_or_by_caption():
 @pytest.mark.parametrize("duplicates", ["mask", "positive", "ignore"])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("name", [name for name in GROUPS if GROUPS[name]])
-def test_guessing_is_the_loss_of_vectors_that_tell_nothing(name, weights, duplicates):
+def test_chance_loss_is_the_loss_of_constant_vectors(name, weights, duplicates):
     groups = torch.tensor(GROUPS[name])
     weights = torch.tensor(weights) if weights else None
     images, texts, scale = pairs(7)
     known = None if duplicates == "ignore" else groups
     wanted = textbook(0 * images, 0 * texts, scale, known, weights, duplicates)
-    found = guessing_loss(groups, weights=weights, duplicates=duplicates)
+    found = chance_loss(groups, weights=weights, duplicates=duplicates)
     assert found == pytest.approx(wanted.item(), abs=1e-7)
 
 

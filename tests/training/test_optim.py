@@ -12,7 +12,7 @@ from clipkit.models.tokenizer import tokenize
 from clipkit.training.build import build_towers
 from clipkit.training.distributed import World
 from clipkit.training.optim import build_optimizer, learning_rate, optimizer_names
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.models import tiny_model
 
 TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
@@ -134,10 +134,10 @@ def test_a_learner_resumes_bit_for_bit(tmp_path, name):
     config = parse_config(settings | {"train": {"precision": "fp32"}})
     batch = four_pairs()
 
-    def learner():
-        return Learner(build_towers(config.model, 0.07, 0), config, World())
+    def trainer():
+        return Trainer(build_towers(config.model, 0.07, 0), config, World())
 
-    whole, again = learner(), learner()
+    whole, again = trainer(), trainer()
     for step in range(4):
         if step == 2:
             save_checkpoint(tmp_path / "step-2", whole.towers, whole.state(), {"step": 2})
@@ -280,11 +280,11 @@ def test_layer_decay_scales_the_steps_taken():
     settings = {"optim": {"layer_decay": 0.5, "lr": 1e-3, "schedule": "constant", "warmup": 0}}
     settings["optim"] |= {"weight_decay": 0, "clip_norm": 0, "eps": 1e-12}
     config = parse_config(settings | {"model": tiny_model(), "train": {"precision": "fp32"}})
-    learner = Learner(build_towers(config.model, 0.07, 0), config, World())
-    clip = learner.towers.clip
+    trainer = Trainer(build_towers(config.model, 0.07, 0), config, World())
+    clip = trainer.towers.clip
     before = {name: p.detach().clone() for name, p in clip.named_parameters()}
     batch = four_pairs()
-    assert learner.take_step(batch, 0, 0.5).lr == 1e-3
+    assert trainer.take_step(batch, 0, 0.5).lr == 1e-3
     for name, share in {
         "visual.proj": 1,
         "visual.transformer.resblocks.0.mlp.c_proj.weight": 1 / 2,

@@ -14,7 +14,7 @@ from clipkit.data.sampler import split_held_out
 from clipkit.errors import DataError
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.tasks.train import train
-from clipkit.training.preflight import Facts, examine
+from clipkit.training.preflight import Facts, preflight_warnings
 from tests.helpers.pictures import COLOURS
 from tests.helpers.runs import configured
 
@@ -22,7 +22,7 @@ FINE = Facts(pairs=10_000, steps=1000, captions=9000, cut=TruncationReport(10_00
 
 
 def findings(facts=FINE, **sections):
-    return examine(parse_config(sections), facts)
+    return preflight_warnings(parse_config(sections), facts)
 
 
 def test_nothing_is_said_of_a_run_without_faults():
@@ -47,7 +47,8 @@ def test_rates_out_of_range(name, rate, doubtful):
     found = findings(optim={"name": name, "lr": rate})
     assert len(found) == doubtful
     if doubtful:
-        assert f"optim.lr is {rate:g}, and with {name}" in found[0]
+        assert f"optim.lr is {rate:g}, expected " in found[0]
+        assert f" for {name}: " in found[0]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,10 @@ def test_rates_out_of_range(name, rate, doubtful):
     [
         (FINE, {"optim": {"warmup": 1.0}}, "100% of the run (1000 of 1000 steps)"),
         (replace(FINE, steps=0), {"optim": {"warmup": 0.5}}, "50% of the run, so"),
-        (replace(FINE, steps=1), {}, "the run is one step"),
-        (replace(FINE, pairs=200), {}, "batch_size is 256, and there are 200 pairs"),
+        (replace(FINE, steps=1), {}, "the run has a single step"),
+        (replace(FINE, pairs=200), {}, "batch_size is 256, but there are 200 pairs"),
         (replace(FINE, captions=1), {}, "all captions of the 10000 images are the same"),
-        (replace(FINE, captions=10), {}, "10 different captions among 10000 images"),
+        (replace(FINE, captions=10), {}, "10000 images have 10 different captions"),
         (
             replace(FINE, cut=TruncationReport(1000, 30, 400)),
             {},
@@ -67,8 +68,8 @@ def test_rates_out_of_range(name, rate, doubtful):
         (
             replace(FINE, shared=Shared([("a.jpg", "b.jpg")], 500, 200_000, 1_000_000)),
             {},
-            "1 of 500 held-out images are byte for byte among the 1,000,000 images to train on "
-            "(a sample of 200,000), for example a.jpg = b.jpg",
+            "1 of 500 held-out images are byte-identical to some of the 1,000,000 training images "
+            "(a sample of 200,000), e.g. a.jpg = b.jpg",
         ),
     ],
 )
@@ -89,7 +90,7 @@ def test_each_fault_is_one_sentence(facts, sections, sentence):
 def test_changes_that_stored_features_do_not_see(augment, views, told):
     data, model = {"feature_views": views}, {"lock": ["image"]}
     found = findings(augment=augment, data=data, model=model)
-    assert [("encoded once" in finding) for finding in found] == [True] * told
+    assert [("encodes each image once" in finding) for finding in found] == [True] * told
 
 
 def test_captions_that_are_split_are_not_cut():
@@ -159,8 +160,8 @@ def test_a_run_is_warned_and_goes_on(colour_folder, tmp_path, capsys):
     assert result.finished
     shown = capsys.readouterr().err
     assert [f"warning: {finding}" in shown for finding in result.findings] == [True, True]
-    assert "12 of 12 held-out images are byte for byte" in shown
-    assert "batch_size is 64, and there are 12 pairs" in shown
+    assert "12 of 12 held-out images are byte-identical" in shown
+    assert "batch_size is 64, but there are 12 pairs" in shown
 
 
 def test_one_pair_alone_is_an_error(colour_folder, tmp_path):

@@ -17,7 +17,7 @@ from clipkit.training.build import build_towers
 from clipkit.training.distributed import World
 from clipkit.training.loop import TrainingLoop
 from clipkit.training.run_directory import read_log
-from clipkit.training.step import Learner
+from clipkit.training.step import Trainer
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import assert_same_run, configured, curve, last_weights, steps
 from tests.helpers.torchrun import end, train_with_two
@@ -39,22 +39,22 @@ def settings(**train):
 def test_a_step_left_out_changes_nothing(fails):
     convolutions = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
     config = tiny_config(vision=convolutions)
-    learner = Learner(build_towers(config.model, 0.07, 0), config, World())
+    trainer = Trainer(build_towers(config.model, 0.07, 0), config, World())
     images = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)
     batch = PairBatch(images, torch.from_numpy(tokenize(["red", "green", "blue"])), ["a", "b", "c"])
-    learner.take_step(batch, 0, 0.1)
-    before = {name: value.clone() for name, value in learner.towers.clip.state_dict().items()}
-    moments = [dict(state) for state in learner.optimizer.state_dict()["state"].values()]
+    trainer.take_step(batch, 0, 0.1)
+    before = {name: value.clone() for name, value in trainer.towers.clip.state_dict().items()}
+    moments = [dict(state) for state in trainer.optimizer.state_dict()["state"].values()]
     fails(lambda number, _: number == 2)
-    assert math.isnan(learner.take_step(batch, 1, 0.2).grad_norm)
-    for name, value in learner.towers.clip.state_dict().items():
+    assert math.isnan(trainer.take_step(batch, 1, 0.2).grad_norm)
+    for name, value in trainer.towers.clip.state_dict().items():
         assert torch.equal(value, before[name]), name
-    for was, now in zip(moments, learner.optimizer.state_dict()["state"].values(), strict=True):
+    for was, now in zip(moments, trainer.optimizer.state_dict()["state"].values(), strict=True):
         assert was["step"] == now["step"]
-    assert (learner.health.skipped_steps, learner.health.last_good) == (1, 1)
-    learner.take_step(batch, 2, 0.3)
-    assert (learner.health.bad_in_a_row, learner.health.last_good) == (0, 3)
-    changed = learner.towers.clip.state_dict()
+    assert (trainer.recovery.skipped_steps, trainer.recovery.last_finite_step) == (1, 1)
+    trainer.take_step(batch, 2, 0.3)
+    assert (trainer.recovery.consecutive_skipped, trainer.recovery.last_finite_step) == (0, 3)
+    changed = trainer.towers.clip.state_dict()
     assert any(not torch.equal(changed[name], before[name]) for name in before)
 
 
@@ -66,12 +66,12 @@ def test_a_run_goes_back_to_the_last_good_checkpoint_with_a_lower_rate(
     config = configured(colour_folder, train=settings())
     run = train(config, tmp_path / "run").run
     lines = read_log(run)
-    (back,) = [line for line in lines if line.get("about") == "return"]
-    assert (back["step"], back["back_to"]) == (10, 6)
+    (back,) = [line for line in lines if line.get("kind") == "rollback"]
+    assert (back["step"], back["rolled_back_to"]) == (10, 6)
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 11), *range(7, 13)]
     rates = [line["lr"] for line in lines if line["step"] == 7 and "loss" in line]
     assert rates[1] == rates[0] / 2
-    assert "going back to step 6" in capsys.readouterr().err
+    assert "rolling back to step 6" in capsys.readouterr().err
     assert steps(run) == [9, 12]
     # The same by hand: six steps, then the rest at half the rate.
     monkeypatch.undo()
@@ -88,14 +88,14 @@ def test_a_run_goes_back_to_the_last_good_checkpoint_with_a_lower_rate(
 
 def stopped(monkeypatch, at, returns=0):
     """Let a run die after a step, once it went back so many times."""
-    between = TrainingLoop._between_steps
+    between = TrainingLoop._after_step
 
     def die(loop):
-        if (loop.step, loop.learner.health.returns) == (at, returns):
+        if (loop.step, loop.trainer.recovery.rollbacks) == (at, returns):
             raise RuntimeError("killed")
-        between(loop)
+        return between(loop)
 
-    monkeypatch.setattr(TrainingLoop, "_between_steps", die)
+    monkeypatch.setattr(TrainingLoop, "_after_step", die)
 
 
 @pytest.mark.parametrize(("at", "returns"), [(9, 0), (8, 1), (10, 1), (11, 1)])
@@ -120,15 +120,15 @@ def test_an_interrupt_does_not_change_where_a_run_goes_back(
     fails(lambda number, rate: rate == 1 and number >= 9)
     config = configured(colour_folder, train=settings(save_every_minutes=0))
     train(config, tmp_path / "whole")
-    between = TrainingLoop._between_steps
+    between = TrainingLoop._after_step
 
     def interrupting(loop):
         if loop.step == at - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        between(loop)
+        return between(loop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_between_steps", interrupting)
+        patch.setattr(TrainingLoop, "_after_step", interrupting)
         assert train(config, tmp_path / "run").step == at
     assert steps(tmp_path / "run")[-1] == at
     # Now one that the clock wants at each step, too.
@@ -145,8 +145,8 @@ def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
     run = train(configured(colour_folder, train=settings()), tmp_path / "run").run
     monkeypatch.undo()
     lines = read_log(run)
-    (number,) = [i for i, line in enumerate(lines) if line.get("about") == "return"]
-    assert lines[number]["back_to"] == 0
+    (number,) = [i for i, line in enumerate(lines) if line.get("kind") == "rollback"]
+    assert lines[number]["rolled_back_to"] == 0
     half = configured(colour_folder, train=settings(), optim={"lr": 1.5e-3})
     train(half, tmp_path / "half")
     assert curve(run)[number + 1 :] == curve(tmp_path / "half")
@@ -158,21 +158,21 @@ def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
 @pytest.mark.parametrize("measured", [True, False])
 def test_weights_that_are_broken_send_it_back(colour_folder, tmp_path, monkeypatch, at, measured):
     """A step with a finite gradient that leaves no finite weights, before a checkpoint."""
-    take_step = Learner.take_step
+    take_step = Trainer.take_step
 
     def breaking(self, batch, step, progress):
         report = take_step(self, batch, step, progress)
-        if step + 1 == at and self.health.rate == 1:
+        if step + 1 == at and self.recovery.lr_factor == 1:
             self.network.clip.visual.proj.data.fill_(math.inf)
         return report
 
-    monkeypatch.setattr(Learner, "take_step", breaking)
+    monkeypatch.setattr(Trainer, "take_step", breaking)
     train_settings = settings(eval_every_epochs=1.0 if measured else 0.0)
     run = train(configured(colour_folder, train=train_settings), tmp_path / "run").run
     lines = read_log(run)
-    (back,) = [line for line in lines if "back_to" in line]
-    assert (back["step"], back["back_to"]) == (at, max(0, at - 3))
-    assert f"weights or its vectors are not finite after step {at}" in back["alarm"]
+    (back,) = [line for line in lines if "rolled_back_to" in line]
+    assert (back["step"], back["rolled_back_to"]) == (at, max(0, at - 3))
+    assert f"weights or its vectors are not finite after step {at}" in back["warning"]
     assert [line["step"] for line in lines if "held_out" in line] == (
         [3, 6, 9, 12] if measured else [12]
     )
@@ -190,24 +190,28 @@ def test_the_factor_on_the_rate_can_be_chosen(colour_folder, tmp_path, fails):
 def test_the_checkpoint_to_go_back_to_is_not_pruned(colour_folder, tmp_path, fails):
     fails(lambda number, rate: rate == 1 and number >= 5)
     run = train(configured(colour_folder, train=settings(keep_last=1)), tmp_path / "run").run
-    (back,) = [line for line in read_log(run) if "back_to" in line]
-    assert (back["step"], back["back_to"]) == (7, 3)
+    (back,) = [line for line in read_log(run) if "rolled_back_to" in line]
+    assert (back["step"], back["rolled_back_to"]) == (7, 3)
     assert steps(run) == [12]
 
 
 def test_it_goes_further_back_and_gives_up_in_the_end(colour_folder, tmp_path, fails):
     fails(lambda number, _: number >= 8)
     config = configured(colour_folder, train=settings(keep_last=3, max_rollbacks=2))
-    with pytest.raises(TrainingError, match=r"up to step 10, after 2 returns.*0\.25 times.*lower"):
+    with pytest.raises(
+        TrainingError, match=r"up to step 10, after 2 rollbacks.*0\.25 times.*lower"
+    ):
         train(config, tmp_path / "run")
-    assert [line["back_to"] for line in read_log(tmp_path / "run") if "back_to" in line] == [6, 6]
+    assert [
+        line["rolled_back_to"] for line in read_log(tmp_path / "run") if "rolled_back_to" in line
+    ] == [6, 6]
 
 
 def test_a_checkpoint_from_which_nothing_good_came_is_passed_over(colour_folder, tmp_path, fails):
     # The step that step 6 saves is the one that breaks the weights: nothing after it works.
     fails(lambda number, rate: rate == 1 and number >= 7)
     run = train(configured(colour_folder, train=settings(keep_last=3)), tmp_path / "run").run
-    assert [line["back_to"] for line in read_log(run) if "back_to" in line] == [3]
+    assert [line["rolled_back_to"] for line in read_log(run) if "rolled_back_to" in line] == [3]
 
 
 @pytest.mark.parametrize("max_nonfinite_steps", [3, 100])
@@ -236,8 +240,8 @@ def test_two_processes_go_back_together(colour_folder, tmp_path):
     sentences = [line for line in said.splitlines() if line.startswith("error: ")]
     wanted = str(alone.value).replace(str(tmp_path / "alone"), str(tmp_path / "two"))
     assert sentences == [f"error: {wanted}"], said
-    assert "up to step 4, after 1 returns" in wanted
+    assert "up to step 4, after 1 rollbacks" in wanted
     for run in ("alone", "two"):
-        told = [line for line in read_log(tmp_path / run) if "alarm" in line]
-        assert [line["about"] for line in told] == ["skipped", "return"]
-        assert told[1]["back_to"] == 0
+        told = [line for line in read_log(tmp_path / run) if "warning" in line]
+        assert [line["kind"] for line in told] == ["skipped", "rollback"]
+        assert told[1]["rolled_back_to"] == 0

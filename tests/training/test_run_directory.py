@@ -79,7 +79,7 @@ def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypa
 
     measured(monkeypatch, recalls)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        dies(patch, TrainingLoop, "_between_steps", 7)
+        dies(patch, TrainingLoop, "_after_step", 7)
         train(configured(colour_folder, train=settings), tmp_path / "run")
     assert steps(tmp_path / "run") == [4, 6]
     measured(monkeypatch, recalls[3:])  # step 6 was measured before it was saved
@@ -112,7 +112,15 @@ def test_a_full_disk_costs_neither_the_best_nor_the_last(
     assert steps(disk.path / "run") == [3, 9]
 
 
-SCALARS = ("loss", "guess", "lr", "scale", "grad_norm", "samples_per_second", "waiting_for_data")
+SCALARS = (
+    "loss",
+    "chance_loss",
+    "lr",
+    "scale",
+    "grad_norm",
+    "samples_per_second",
+    "waiting_for_data",
+)
 
 
 def assert_board_shows_the_log(run, lines):
@@ -137,7 +145,7 @@ def test_a_resumed_run_shows_each_point_once(colour_folder, tmp_path, monkeypatc
     config = configured(colour_folder, train={"tensorboard": True})
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        dies(patch, TrainingLoop, "_between_steps", 8)
+        dies(patch, TrainingLoop, "_after_step", 8)
         train(config, tmp_path / "run")
     run = train(config, tmp_path / "run", resume=True).run
     lines = read_log(run)
@@ -151,8 +159,8 @@ def test_a_run_that_went_back_shows_what_stands(colour_folder, tmp_path, fails):
     config = configured(colour_folder, train={"tensorboard": True, "max_nonfinite_steps": 3})
     run = train(config, tmp_path / "run").run
     lines = read_log(run)
-    (back,) = [i for i, line in enumerate(lines) if "back_to" in line]
-    stands = [line for line in lines[:back] if line["step"] <= lines[back]["back_to"]]
+    (back,) = [i for i, line in enumerate(lines) if "rolled_back_to" in line]
+    stands = [line for line in lines[:back] if line["step"] <= lines[back]["rolled_back_to"]]
     assert_board_shows_the_log(run, stands + lines[back + 1 :])
 
 

@@ -8,76 +8,78 @@ from PIL import Image
 from clipkit.config import parse_config
 from clipkit.tasks.train import train
 from clipkit.training.run_directory import read_log
-from clipkit.training.warnings import Watch
+from clipkit.training.warnings import RunMonitor
 from tests.helpers.runs import configured
 
 CONFIG = parse_config(
     {"optim": {"warmup": 0.1}, "train": {"log_every_steps": 10, "batch_size": 64}}
 )
-GUESS = math.log(64)
+CHANCE = math.log(64)
 
 
 def line(step, loss=1.0, scale=20.0, waited=0.1):
-    of_step = {"step": step, "loss": loss, "guess": GUESS, "scale": scale, "seconds": 1.0}
+    of_step = {"step": step, "loss": loss, "chance_loss": CHANCE, "scale": scale, "seconds": 1.0}
     return of_step | {"waiting_for_data": waited}
 
 
-def alarms(lines, config=CONFIG, steps=1000, known=()):
-    """Step and subject of each alarm."""
-    watch = Watch(config, steps, known)
-    return [(item["step"], about) for item in lines for about, _ in watch.see(item)]
+def warnings(lines, config=CONFIG, steps=1000, known=()):
+    """Step and subject of each warning."""
+    monitor = RunMonitor(config, steps, known)
+    return [(item["step"], about) for item in lines for about, _ in monitor.update(item)]
 
 
 def test_a_healthy_run_is_left_alone():
-    lines = [line(step, loss=GUESS * (1.05 - step / 1000)) for step in range(10, 1001, 10)]
-    assert alarms(lines) == []
+    lines = [line(step, loss=CHANCE * (1.05 - step / 1000)) for step in range(10, 1001, 10)]
+    assert warnings(lines) == []
 
 
 @pytest.mark.parametrize(
-    ("of_guess", "wanted"), [(0.97, []), (0.985, [(190, "stuck")]), (1.3, [(190, "stuck")])]
+    ("of_chance", "wanted"), [(0.97, []), (0.985, [(190, "stuck")]), (1.3, [(190, "stuck")])]
 )
-def test_a_loss_stuck_at_guessing_is_told_once_after_the_warm_up(of_guess, wanted):
+def test_a_loss_stuck_at_chance_warns_once_after_the_warm_up(of_chance, wanted):
     # The warm-up ends at step 100; ten lines of the log after it make a hundred steps.
-    lines = [line(step, loss=of_guess * GUESS) for step in range(10, 601, 10)]
-    assert alarms(lines) == wanted
+    lines = [line(step, loss=of_chance * CHANCE) for step in range(10, 601, 10)]
+    assert warnings(lines) == wanted
 
 
-def test_single_steps_near_guessing_are_no_alarm():
-    lines = [line(step, loss=GUESS * (1.0 if step % 20 else 0.9)) for step in range(10, 601, 10)]
-    assert alarms(lines) == []
+def test_single_steps_near_chance_do_not_warn():
+    lines = [line(step, loss=CHANCE * (1.0 if step % 20 else 0.9)) for step in range(10, 601, 10)]
+    assert warnings(lines) == []
 
 
 def test_a_temperature_at_its_limit_and_waiting():
     pinned = [line(step, scale=99.99999 if step > 200 else 90.0) for step in range(10, 601, 10)]
-    assert alarms(pinned) == [(300, "temperature")]
+    assert warnings(pinned) == [(300, "temperature")]
     starved = [line(step, waited=0.9 if step > 200 else 0.0) for step in range(10, 601, 10)]
-    assert alarms(starved) == [(260, "waiting")]
+    assert warnings(starved) == [(260, "waiting")]
 
 
 def test_a_resumed_run_says_what_the_whole_run_says():
-    lines = [line(step, loss=GUESS, scale=100.0, waited=0.6) for step in range(10, 301, 10)]
-    whole = alarms(lines)
+    lines = [line(step, loss=CHANCE, scale=100.0, waited=0.6) for step in range(10, 301, 10)]
+    whole = warnings(lines)
     assert sorted(about for _, about in whole) == ["stuck", "temperature", "waiting"]
     for cut in range(len(lines)):
-        said = [{"step": step, "about": about, "alarm": "…"} for step, about in whole]
+        said = [{"step": step, "kind": about, "warning": "…"} for step, about in whole]
         known = lines[:cut]
         known = known + [item for item in said if item["step"] <= 10 * cut]
-        assert alarms(lines[cut:], known=known) == [item for item in whole if item[0] > 10 * cut]
+        assert warnings(lines[cut:], known=known) == [item for item in whole if item[0] > 10 * cut]
 
 
 def test_the_clock_ends_the_warm_up_too():
     config = parse_config(
         {"optim": {"warmup": 0.5}, "train": {"minutes": 1, "log_every_steps": 50}}
     )
-    lines = [line(step, loss=GUESS) | {"seconds": step / 50} for step in range(50, 3001, 50)]
+    lines = [line(step, loss=CHANCE) | {"seconds": step / 50} for step in range(50, 3001, 50)]
     # Half a minute is step 1500; five lines of the log from there on.
-    assert alarms(lines, config, steps=0) == [(1700, "stuck")]
+    assert warnings(lines, config, steps=0) == [(1700, "stuck")]
 
 
 def test_lines_of_an_older_log_do_not_count():
-    old = [{k: v for k, v in line(step).items() if k != "guess"} for step in range(10, 201, 10)]
-    lines = [line(step, loss=GUESS) for step in range(210, 401, 10)]
-    assert alarms(lines, known=old) == [(300, "stuck")]
+    old = [
+        {k: v for k, v in line(step).items() if k != "chance_loss"} for step in range(10, 201, 10)
+    ]
+    lines = [line(step, loss=CHANCE) for step in range(210, 401, 10)]
+    assert warnings(lines, known=old) == [(300, "stuck")]
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220)}
@@ -100,15 +102,15 @@ def test_few_captions_are_no_reason_not_to_be_told(tmp_path, shows, told):
         | {"eval_every_epochs": 0, "save_every_epochs": 0},
     )
     lines = read_log(train(config, tmp_path / "run").run)
-    assert [item["about"] for item in lines if "alarm" in item] == told
+    assert [item["kind"] for item in lines if "warning" in item] == told
     # The like captions of twenty are not each other's negatives: about sixteen others are.
     steps = [item for item in lines if "loss" in item]
-    assert all(math.log(14) < item["guess"] < math.log(18) for item in steps)
+    assert all(math.log(14) < item["chance_loss"] < math.log(18) for item in steps)
     # By ln(20) nobody would have been told.
     assert steps[-1]["loss"] < 0.98 * math.log(20)
 
 
-def test_an_alarm_is_told_and_logged(colour_folder, tmp_path, capsys):
+def test_a_warning_is_printed_and_logged(colour_folder, tmp_path, capsys):
     config = configured(
         colour_folder,
         optim={"lr": 1e-9},
@@ -116,7 +118,7 @@ def test_an_alarm_is_told_and_logged(colour_folder, tmp_path, capsys):
         | {"eval_every_epochs": 0, "save_every_epochs": 0},
     )
     run = train(config, tmp_path / "run").run
-    (alarm,) = [item for item in read_log(run) if "alarm" in item]
-    assert alarm["step"] == 100
-    assert "optim.lr is 1e-09" in alarm["alarm"]
-    assert f"warning: step 100: {alarm['alarm']}\n" in capsys.readouterr().err
+    (warning,) = [item for item in read_log(run) if "warning" in item]
+    assert warning["step"] == 100
+    assert "optim.lr is 1e-09" in warning["warning"]
+    assert f"warning: step 100: {warning['warning']}\n" in capsys.readouterr().err

@@ -23,19 +23,19 @@ def _peak(model: str, batch: int, chunk: int, send: Any) -> None:
     from clipkit.config import parse_config
     from clipkit.training.build import build_towers
     from clipkit.training.distributed import World
-    from clipkit.training.step import Learner
+    from clipkit.training.step import Trainer
 
     content = {"name": model} if model else SMALL
     train = {"batch_size": batch, "micro_batch_size": chunk, "precision": "fp32"}
     config = parse_config({"model": content, "train": train})
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
-    learner = Learner(towers, config, World())
+    trainer = Trainer(towers, config, World())
     # Exclude what the first step allocates for good, such as the moments of the optimiser.
-    learner.take_step(_pairs(2, towers.image_size), 0, 0.5)
+    trainer.take_step(_pairs(2, towers.image_size), 0, 0.5)
     pairs = _pairs(batch, towers.image_size)
     before = resident_memory()
     reset_peak_memory()
-    learner.take_step(pairs, 1, 0.5)
+    trainer.take_step(pairs, 1, 0.5)
     send.send((peak_memory() - before, (pairs.images.nbytes + pairs.tokens.nbytes) / 2**20))
 
 

@@ -34,7 +34,7 @@ def searcher(colour_folder, tmp_path):
     return build_index(tmp_path / "store", tmp_path / "index", encoder)
 
 
-def test_hits_show_their_pictures(searcher, colour_folder):
+def test_hits_show_their_images(searcher, colour_folder):
     hits = searcher.search("red", k=4)
     page = hits._repr_html_()
     assert page.count("data:image/jpeg;base64,") == 4
@@ -120,7 +120,7 @@ def test_a_retrieval_has_no_confusion_matrix(colour_folder, tiny_checkpoint):
         clipkit.plot_confusion(report)
 
 
-def test_similarities_are_drawn_from_files_and_pictures(colour_folder, tmp_path):
+def test_similarities_are_drawn_from_files_and_images(colour_folder, tmp_path):
     encoder = ColourEncoder()
     few = clipkit.plot_similarity([colour_folder / "red-0.png"], ["red"], encoder)
     more = clipkit.plot_similarity([square("red"), square("blue")], ["red", "blue"], encoder)

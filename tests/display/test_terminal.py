@@ -36,13 +36,13 @@ def test_half_blocks_hold_two_pixels_each():
     assert np.array_equal(numbers[3, :, 1], pixels[6])  # nothing lies below the last row
 
 
-def test_large_pictures_are_made_to_fit():
+def test_large_images_are_made_to_fit():
     lines = half_blocks(png(Image.new("RGB", (640, 320), "red"))).splitlines()
     assert len(lines) == ROWS // 2
     assert all(line.count("▀") == COLUMNS for line in lines)
 
 
-def test_kitty_gets_the_picture_in_parts():
+def test_kitty_gets_the_image_in_parts():
     pixels = np.random.default_rng(0).integers(0, 256, (100, 80, 3), np.uint8)
     text = find_drawer({"KITTY_WINDOW_ID": "1"})(png(Image.fromarray(pixels)))
     parts = re.findall(r"\x1b_G([^;]*);([A-Za-z0-9+/=]*)\x1b\\", text)
@@ -89,7 +89,7 @@ def test_hits_are_shown_under_their_keys(hits, monkeypatch, capsys):
     assert out.endswith("      its picture cannot be read\n")
 
 
-def test_a_pipe_gets_no_pictures(hits, monkeypatch, capsys):
+def test_a_pipe_gets_no_images(hits, monkeypatch, capsys):
     monkeypatch.setenv("COLORTERM", "truecolor")
     print_pictures(hits)
     told = capsys.readouterr()

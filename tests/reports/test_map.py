@@ -92,7 +92,7 @@ def point_at(page, x, y):
     page.mouse.move(box["x"] + left, box["y"] + top)
 
 
-def test_pointing_at_an_item_shows_its_picture_and_texts(page):
+def test_pointing_at_an_item_shows_its_image_and_texts(page):
     card = page.locator("#card")
     expect(card).to_be_hidden()
     point_at(page, 0, 0)

@@ -137,7 +137,7 @@ def test_the_page_holds_every_point_and_no_text_ends_its_script():
 
 @pytest.fixture
 def colours(tmp_path):
-    """Thirty pictures of three colours, and a store of them."""
+    """Thirty images of three colours, and a store of them."""
     folder = tmp_path / "pictures & more"
     folder.mkdir()
     for name in WORDS:
@@ -154,7 +154,7 @@ class Toy(ColourEncoder):
         return super().encode_text(captions)
 
 
-def test_a_store_and_its_index_give_a_page_and_a_picture(colours, tmp_path):
+def test_a_store_and_its_index_give_a_page_and_an_image(colours, tmp_path):
     VectorIndex.build(colours, tmp_path / "index", "Flat")
     drawn = draw_map(
         colours.path, tmp_path / "out" / "map.html", labels=WORDS, encoder=Toy(), clusters=3
@@ -174,7 +174,7 @@ def test_a_store_and_its_index_give_a_page_and_a_picture(colours, tmp_path):
     assert content(again.page.read_text(encoding="utf-8"))["places"] == data["places"]
 
 
-def test_pictures_of_a_table_are_inside_the_page(colours, tmp_path):
+def test_images_of_a_table_are_inside_the_page(colours, tmp_path):
     folder = tmp_path / "pictures & more"
     rows = [
         {"key": file.stem, "image": {"bytes": file.read_bytes(), "path": None}}
@@ -190,7 +190,7 @@ def test_pictures_of_a_table_are_inside_the_page(colours, tmp_path):
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures)
 
 
-def test_pictures_that_are_gone_are_counted(colours, tmp_path):
+def test_images_that_are_gone_are_counted(colours, tmp_path):
     (tmp_path / "pictures & more").rename(tmp_path / "elsewhere")
     drawn = draw_map(colours, tmp_path / "map.html", labels=())
     assert drawn.without_image == 30

@@ -1,4 +1,4 @@
-"""The queue by itself: who shares a call, and what an error does to the others."""
+"""The batcher alone: which items share a call, and how an error affects the others."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ class Slow:
         return [2 * item for item in items]
 
 
-def test_what_waits_is_worked_on_together():
+def test_waiting_items_share_a_call():
     work = Slow()
 
     async def ask():
@@ -49,7 +49,7 @@ def test_what_waits_is_worked_on_together():
     assert work.calls == [[0], [1, 2, 3, 4], [5, 6, 7]]
 
 
-def test_an_error_reaches_the_one_who_caused_it():
+def test_an_error_reaches_only_its_own_item():
     work = Slow()
 
     async def ask():
@@ -66,7 +66,7 @@ def test_an_error_reaches_the_one_who_caused_it():
     assert isinstance(thirteen, ValueError)
 
 
-def test_who_has_gone_is_left_out_and_too_many_are_refused():
+def test_cancelled_items_are_skipped_and_too_many_are_refused():
     work = Slow()
 
     async def ask():
@@ -88,7 +88,7 @@ def test_who_has_gone_is_left_out_and_too_many_are_refused():
     assert work.calls == [[0], [2]]
 
 
-def test_closing_finishes_what_waits():
+def test_closing_finishes_waiting_items():
     work = Slow()
 
     async def ask():

@@ -30,7 +30,7 @@ def grow(index, name="red/new.png"):
     assert sync_index(index, encoder=ServedEncoder()).added == 1
 
 
-def test_a_changed_index_takes_over_while_it_is_asked(index, monkeypatch):
+def test_a_changed_index_takes_over_during_requests(index, monkeypatch):
     monkeypatch.setattr(application, "POLL_SECONDS", 0.02)
     failures, totals = [], set()
     done = threading.Event()
@@ -163,7 +163,7 @@ def test_values_of_any_column_are_json(value, plain):
     assert _as_json(value) == plain
 
 
-# The task and the command
+# The task
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_server_that_cannot_start_says_why(index, tmp_path, options, sentence)
         serve(tmp_path / "none", port=0, encoder=ServedEncoder())
 
 
-def test_a_port_that_is_taken_is_told(index):
+def test_a_port_in_use_is_reported(index):
     with server.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1 port {port}"):

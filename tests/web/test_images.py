@@ -1,4 +1,4 @@
-"""Only pictures of the index are ever read, and nothing is written outside of the cache."""
+"""Only images of the index are ever read, and nothing is written outside of the cache."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def opened(answer):
     return Image.open(BytesIO(answer.content))
 
 
-def test_a_picture_comes_as_it_is_and_a_thumbnail_is_small(index, photos):
+def test_an_image_comes_as_it_is_and_a_thumbnail_is_small(index, photos):
     Image.effect_noise((2000, 1000), 90).convert("RGB").save(photos / "red" / "red-0.png")
     with client(index) as ask:
         whole = ask.get("/image/red/red-0.png")
@@ -63,7 +63,7 @@ def test_what_browsers_do_not_show_comes_as_a_jpeg(tmp_path):
             assert np.abs(np.asarray(opened(answer)).mean((0, 1)) - COLOURS[colour]).max() < 3
 
 
-def test_a_thumbnail_is_made_once_until_its_picture_changes(index, photos, monkeypatch):
+def test_a_thumbnail_is_made_once_until_its_image_changes(index, photos, monkeypatch):
     made = []
     monkeypatch.setattr(
         "clipkit.web.images.thumbnail",
@@ -140,7 +140,7 @@ def test_nothing_is_written_outside_of_the_cache(index, tmp_path):
     ],
 )
 @pytest.mark.parametrize("route", ["image", "thumb", "similar"])
-def test_what_is_no_key_is_not_there(index, tmp_path, key, route):
+def test_unknown_keys_are_not_found(index, tmp_path, key, route):
     square("red").save(tmp_path / "secret.png")
     with client(index) as ask:
         for written in (quote(key, safe=""), quote(key, safe="/"), quote(quote(key, safe=""))):
@@ -210,7 +210,7 @@ def test_a_huge_file_is_not_read(index, photos, monkeypatch):
         assert ask.get("/image/blue/blue-0.png").status_code == 200
 
 
-def test_pictures_that_moved_are_found_where_they_are_now(index, photos, tmp_path):
+def test_images_that_moved_are_found_where_they_are_now(index, photos, tmp_path):
     photos.rename(tmp_path / "moved")
     with client(index) as ask:
         assert "update the index" in ask.get("/info").json()["missing"]
@@ -257,7 +257,7 @@ def test_the_program_itself_is_served_and_nothing_beside_it(index):
             assert ask.get(f"/static/{path}").status_code == 404
 
 
-def test_pictures_of_a_second_folder_are_shown(index, tmp_path):
+def test_images_of_a_second_folder_are_shown(index, tmp_path):
     write_squares(tmp_path / "more", per_colour=1)
     square("cyan", size=20).save(tmp_path / "more" / "red" / "red-0.png")
     add_images(index, tmp_path / "more", encoder=ServedEncoder())

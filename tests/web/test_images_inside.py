@@ -76,7 +76,7 @@ KINDS = ["numbered", "keyed", "two files", "saved", "tars"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_picture_is_the_one_that_a_walk_over_the_source_meets(tmp_path, kind):
+def test_each_image_is_the_one_that_a_walk_over_the_source_meets(tmp_path, kind):
     spec = made(kind, tmp_path)
     rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
     assert len(rows) == {"two files": 16, "tars": 5}.get(kind, 8)
@@ -134,7 +134,7 @@ def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
     assert not files or Hits(hits, "", hits.roots).picture(hits[0]) is None
 
 
-def test_a_source_that_changed_never_shows_another_picture(tmp_path):
+def test_a_source_that_changed_never_shows_another_image(tmp_path):
     table(tmp_path / "t.parquet")
     index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
     row = list(PNGS).index("red")
@@ -150,7 +150,7 @@ def test_a_source_that_changed_never_shows_another_picture(tmp_path):
             assert ask.get(f"/image/{row + 1}").status_code == 200
 
 
-def test_what_is_gone_or_damaged_is_told(tmp_path):
+def test_missing_or_damaged_sources_are_reported(tmp_path):
     table(tmp_path / "t.parquet")
     index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
     whole = (tmp_path / "t.parquet").read_bytes()
@@ -174,7 +174,7 @@ def test_what_is_gone_or_damaged_is_told(tmp_path):
         assert (answer.status_code, "cannot read" in answer.text) == (404, True)
 
 
-def test_a_damaged_tar_is_told(tmp_path):
+def test_a_damaged_tar_is_reported(tmp_path):
     spec = shards(tmp_path / "tars")
     index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     (tmp_path / "tars" / "a-1.tar").write_bytes(b"no tar at all" * 100)
@@ -186,7 +186,7 @@ def test_a_damaged_tar_is_told(tmp_path):
         open_pictures(str(tmp_path / "tars" / "b-{0..1}.tar"))
 
 
-def test_giant_pictures_are_not_read(tmp_path, monkeypatch):
+def test_giant_images_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_FILE", len(PNGS["red"]))
     table(tmp_path / "t.parquet")
     index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
@@ -206,7 +206,7 @@ def test_a_table_that_was_added_to_a_folder_is_shown_too(tmp_path):
         assert ask.get("/image/cyan/cyan-0.png").content == png(square("cyan"))
 
 
-def test_what_lies_on_the_hub_is_told(tmp_path):
+def test_images_on_the_hub_are_reported(tmp_path):
     index = build(tmp_path, per_colour=1)
     manifest = json.loads((index / MANIFEST).read_text())
     manifest["source"] = {"spec": "hf:someone/colours:train", "kind": "hub", "root": None}

@@ -85,7 +85,7 @@ def wait_for(page, colour, count=1):
 
 
 def wait_for_image(page, selector):
-    """Wait until a picture has been loaded."""
+    """Wait until an image has been loaded."""
     become(page, "document.querySelector(it)?.naturalWidth > 0", selector)
 
 
@@ -109,7 +109,7 @@ def wait_until(page, keys):
     )
 
 
-def test_typing_shows_the_right_pictures(page, address):
+def test_typing_shows_the_right_images(page, address):
     page.goto(address)
     wait_for(page, "black")  # the first in the index
     expect(page.locator("#status")).to_contain_text("160 images")
@@ -144,7 +144,7 @@ def test_an_answer_that_comes_late_is_dropped(page, address, encoder):
     expect(page.locator("#q")).to_have_value("blue late")
 
 
-def test_a_click_right_after_typing_meets_its_picture(page, address):
+def test_a_click_right_after_typing_meets_its_image(page, address):
     page.goto(address)
     page.fill("#q", "red")
     expect(page.locator("#status")).to_contain_text("best first for “red”")
@@ -155,7 +155,7 @@ def test_a_click_right_after_typing_meets_its_picture(page, address):
     page.wait_for_selector("#details[open]")
 
 
-def test_a_picture_that_is_open_stays_among_its_own(page, address, encoder):
+def test_an_image_that_is_open_stays_among_its_own(page, address, encoder):
     page.goto(f"{address}/?q=red")
     wait_for(page, "red", 3)
     first, second, *_ = shown(page)
@@ -171,7 +171,7 @@ def test_a_picture_that_is_open_stays_among_its_own(page, address, encoder):
     expect(page.locator("#details-name")).to_have_text(second)
 
 
-def test_a_picture_is_sent_from_the_disk(page, address, tmp_path):
+def test_an_image_is_sent_from_the_disk(page, address, tmp_path):
     (tmp_path / "mine.png").write_bytes(png(square("green")))
     page.goto(address)
     page.set_input_files("#file", tmp_path / "mine.png")
@@ -189,7 +189,7 @@ def test_a_picture_is_sent_from_the_disk(page, address, tmp_path):
     wait_for(page, "red", 3)
 
 
-def test_a_picture_is_dropped_and_pasted(page, address):
+def test_an_image_is_dropped_and_pasted(page, address):
     page.goto(address)
     wait_for(page, "black")
     give = """([kind, data]) => {
@@ -205,7 +205,7 @@ def test_a_picture_is_dropped_and_pasted(page, address):
         wait_for(page, colour, 3)
 
 
-def test_what_is_no_picture_is_refused_in_words(page, address, tmp_path):
+def test_what_is_no_image_is_refused_in_words(page, address, tmp_path):
     (tmp_path / "page.png").write_text(SCRIPT)
     page.goto(address)
     page.set_input_files("#file", tmp_path / "page.png")
@@ -420,7 +420,7 @@ def test_labels_give_bars_and_prompts_are_compared(page, address):
     page.wait_for_selector("#problem:not([hidden])")
 
 
-def test_a_server_that_is_gone_is_told_and_tried_again(page, address):
+def test_a_stopped_server_is_reported_and_retried(page, address):
     page.goto(address)
     wait_for(page, "black")
     page.route("**/search?*", lambda route: route.abort())
@@ -433,7 +433,7 @@ def test_a_server_that_is_gone_is_told_and_tried_again(page, address):
     expect(page.locator("#problem")).to_be_hidden()
 
 
-def test_a_conclusion_of_the_server_is_said_plainly(page, address):
+def test_no_good_match_is_said_plainly(page, address):
     def none(route):
         answer = route.fetch()
         body = answer.json()
@@ -475,7 +475,7 @@ def test_script_in_names_captions_and_columns_is_shown_as_text(page, tmp_path):
         assert page.locator("main script, header script, img[src=x]").count() == 0
 
 
-def test_pictures_inside_a_table_are_shown_and_named_where_it_is_gone(page, tmp_path):
+def test_images_inside_a_table_are_shown_and_named_where_it_is_gone(page, tmp_path):
     rows = {"image": [png(square(c)) for c in COLOURS], "caption": list(COLOURS)}
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table(rows), table)
@@ -497,7 +497,7 @@ def test_pictures_inside_a_table_are_shown_and_named_where_it_is_gone(page, tmp_
         expect(page.locator("#details-lost")).to_contain_text("is not there any more")
 
 
-def test_a_tile_says_why_it_has_no_picture(page, tmp_path):
+def test_a_tile_says_why_it_has_no_image(page, tmp_path):
     index = build(tmp_path, per_colour=1)
     (tmp_path / "photos" / "red" / "red-0.png").unlink()
     with running(application(index)[0]) as port:
@@ -576,7 +576,7 @@ def classify(page):
     page.wait_for_selector(".card")
 
 
-def test_the_token_is_asked_for_once(page, tmp_path):
+def test_the_token_is_entered_once(page, tmp_path):
     token = "a-token-of-our-own-0123456789"
     index = build(tmp_path, per_colour=1)
     with running(application(index, token=token, hosts=None)[0]) as port:
@@ -591,7 +591,7 @@ def test_the_token_is_asked_for_once(page, tmp_path):
         wait_for(page, "green")
 
 
-def test_an_index_without_pictures_says_so(page, tmp_path):
+def test_an_index_without_images_says_so(page, tmp_path):
     index = build(tmp_path, per_colour=1)
     remove_items(index, ["*"])
     with running(application(index)[0]) as port:

@@ -1,4 +1,4 @@
-"""Strangers, foreign pages, giant, malformed and slow requests."""
+"""Requests without the token, from foreign pages, too large, malformed or slow."""
 
 import json
 import socket
@@ -31,11 +31,11 @@ def ask(index):
         yield asking
 
 
-# Who may ask
+# Who may send requests
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_another_address_takes_a_token(host):
+def test_a_non_loopback_address_requires_a_token(host):
     with pytest.raises(ServeError, match=r"expected a --token to protect it.*make one with"):
         check_address(host, None)
     check_address(host, TOKEN)
@@ -60,7 +60,7 @@ def test_a_token_that_can_be_guessed_or_does_not_fit_a_cookie_is_refused(token):
         ("127.0.0.1@evil.example", 421),
     ],
 )
-def test_a_server_answers_to_its_own_names_alone(ask, host, status):
+def test_only_the_names_of_the_server_are_allowed(ask, host, status):
     assert ask.get("/search", headers={"host": host}).status_code == status
 
 
@@ -179,7 +179,7 @@ def saved(image, form, **options):
     ],
     ids=lambda value: repr(value[:12]) if isinstance(value, bytes) else "",
 )
-def test_pictures_that_are_none_are_refused(ask, data, status):
+def test_files_that_are_not_images_are_refused(ask, data, status):
     answer = ask.post("/search", content=data)
     assert answer.status_code == status, answer.text
     if status != 200:
@@ -190,7 +190,7 @@ def test_pictures_that_are_none_are_refused(ask, data, status):
         assert b"script" not in jpeg
 
 
-def test_what_was_sent_is_forgotten_in_time(index, monkeypatch):
+def test_the_oldest_uploads_are_dropped(index, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
     with client(index) as ask:
         names = [
@@ -298,7 +298,7 @@ def test_a_request_that_trickles_in_is_hung_up_on(impatient):
     assert received(impatient()) == b""  # one who says nothing at all
 
 
-def test_a_picture_that_trickles_in_is_refused(impatient):
+def test_an_image_that_trickles_in_is_refused(impatient):
     head = b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n"
     answer = received(impatient(head + b"x"))
     assert answer.startswith(b"HTTP/1.1 408")
@@ -318,11 +318,11 @@ def test_a_picture_that_trickles_in_is_refused(impatient):
     ],
     ids=lambda data: repr(data[:24]),
 )
-def test_what_is_no_http_is_refused(impatient, data):
+def test_invalid_http_is_refused(impatient, data):
     assert b" 4" in received(impatient(data))[:13]
 
 
-def test_a_path_of_no_utf8_is_not_there(impatient):
+def test_a_path_that_is_not_utf8_is_not_found(impatient):
     request = b"GET /thumb/%ff%fe.png HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
     assert received(impatient(request)).startswith(b"HTTP/1.1 404")
 

@@ -45,7 +45,7 @@ def vector(colour):
     return found / np.linalg.norm(found)
 
 
-def test_words_find_what_a_searcher_finds(ask, searcher):
+def test_text_finds_what_python_finds(ask, searcher):
     answer = ask.get("/search", params={"q": "a red square", "k": 5})
     expected = searcher.search("a red square", k=5)
     assert keys(answer) == [hit.key for hit in expected]
@@ -57,7 +57,7 @@ def test_words_find_what_a_searcher_finds(ask, searcher):
     assert first["probability"] is None
 
 
-def test_a_picture_is_sent_and_then_known_by_name(ask, searcher, index):
+def test_an_image_is_sent_and_then_known_by_name(ask, searcher, index):
     data = png(square("blue", 30))
     answer = ask.post("/search", content=data, params={"k": 4})
     expected = searcher.search(image=square("blue", 30), k=4)
@@ -74,7 +74,7 @@ def test_a_picture_is_sent_and_then_known_by_name(ask, searcher, index):
     assert ask.get("/search", params={"image": "0" * 32}).status_code == 404
 
 
-def test_words_are_taken_away(ask):
+def test_minus_moves_away_from_text(ask):
     answer = ask.get("/search", params={"q": "yellow", "minus": ["red", " "], "k": 24})
     query = vector("yellow") - MINUS_WEIGHT * vector("red")
     squares = {key: vector(key.split("/")[0]) for key in keys(answer) if key.endswith("-0.png")}
@@ -131,7 +131,7 @@ def test_more_like_this_leaves_itself_out(ask, searcher):
     assert ask.get("/similar/nothing.png").status_code == 404
 
 
-def test_an_index_that_keeps_no_vectors_has_its_pictures_encoded_again(ask, monkeypatch):
+def test_an_index_that_keeps_no_vectors_has_its_images_encoded_again(ask, monkeypatch):
     held = ask.get("/similar/blue/blue-1.png").json()["hits"]
     monkeypatch.setattr(Collection, "vector", lambda self, key: None)
     again = ask.get("/similar/blue/blue-1.png").json()["hits"]
@@ -160,7 +160,7 @@ def test_vectors_are_those_of_their_keys_in_an_index_of_several_parts(tmp_path):
         collection.vector("red/red-0.png")
 
 
-def test_without_a_query_pictures_are_listed(ask, searcher):
+def test_without_a_query_images_are_listed(ask, searcher):
     answer = ask.get("/search", params={"offset": 5, "k": 4})
     assert keys(answer) == searcher.keys[5:9]
     assert [hit["score"] for hit in answer.json()["hits"]] == [None] * 4
@@ -373,7 +373,7 @@ def test_classifications_without_meaning_are_refused(ask, asked, sentence):
     assert sentence in answer.json()["detail"]
 
 
-def test_what_is_served_is_told(ask, index):
+def test_info_describes_the_index(ask, index):
     info = ask.get("/info").json()
     assert (info["name"], info["count"], info["spec"]) == ("index", 24, "Flat")
     assert info["model"].startswith("colours/toy")
@@ -396,7 +396,7 @@ def test_a_query_of_a_thousand_words_says_what_is_not_read(ask):
     assert ask.get("/search", params={"q": "a" * 10_001}).status_code == 422
 
 
-def test_a_picture_is_read_as_those_of_the_index_were(tmp_path):
+def test_an_image_is_read_as_those_of_the_index_were(tmp_path):
     write_squares(tmp_path / "photos")
     photo = Image.fromarray(soft(160, 120))
     photo.save(tmp_path / "photos" / "photo.jpg")

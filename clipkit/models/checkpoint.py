@@ -1,7 +1,7 @@
 """A checkpoint directory that open_clip itself can load.
 
 ``open_clip_config.json`` and ``open_clip_model.safetensors`` are the names open_clip looks for in
-``local-dir:PATH``; ``training_state.pt`` beside them is what a run needs to go on.
+``local-dir:PATH``; ``training_state.pt`` beside them holds what a run needs to resume.
 """
 
 import hashlib
@@ -32,16 +32,20 @@ from clipkit.models.dual_encoder import DualEncoder, LockedTower, activations, h
 from clipkit.models.encoder import Encoder
 from clipkit.models.tokenizer import CONTEXT, VOCAB
 
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+STATE = "training_state.pt"
+
 
 @dataclass(frozen=True)
 class Towers:
-    """An open_clip model and all that is needed to build it again.
+    """An open_clip model and the configuration to build it again.
 
     Attributes:
         clip: the open_clip model.
-        model_config: its constructor's arguments, open_clip's ``model_cfg``.
+        model_config: the arguments of its constructor, open_clip's ``model_cfg``.
         preprocess: its ``preprocess_cfg`` (size, mean, std, interpolation, resize mode).
-        locked: the towers that are not to be trained, "image" or "text".
+        locked: the frozen towers, by "image" or "text".
     """
 
     clip: Any
@@ -51,30 +55,25 @@ class Towers:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images it takes, in pixels."""
+        """Input height and width, in pixels."""
         size = self.preprocess["size"]
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def encoder(self, network: DualEncoder) -> Encoder:
-        """An Encoder over ``network`` while it changes: fit to measure it, not to make artifacts.
+        """An Encoder over a network in training, for evaluation but not for artifacts.
 
-        It has no fingerprint, which would take reading all weights and hold until the next step.
+        It has no fingerprint: computing one reads all weights, and the next step changes it.
         """
         model = ModelRef("a network in training", "", "", vector_dim(self.clip))
         return Encoder(network, model, Preprocess.of(self.preprocess))
 
 
-CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
-STATE = "training_state.pt"
-
-
 def fingerprint(clip: nn.Module, preprocess: dict[str, Any]) -> str:
-    """SHA-256 of all that decides a vector: weights, activation, preprocessing, tokenizer.
+    """SHA-256 of what determines a vector: weights, activations, preprocessing, tokenizer.
 
     Args:
         clip: an open_clip model.
-        preprocess: its ``preprocess_cfg``.
+        preprocess: its ``preprocess_cfg``, or other facts that identify its preprocessing.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
@@ -94,16 +93,16 @@ def fingerprint(clip: nn.Module, preprocess: dict[str, Any]) -> str:
 def save_checkpoint(
     path: Path, towers: Towers, state: dict[str, Any], detail: dict[str, Any]
 ) -> ModelRef:
-    """Write a whole checkpoint directory, in one step.
+    """Write a checkpoint directory atomically.
 
     Args:
         path: the directory, ``RUN/step-N``.
         towers: the model to save and its configuration.
-        state: what training needs to go on; tensors, numbers, strings and containers of them.
-        detail: what the manifest says beside the model: ``step`` and held-out metrics.
+        state: what training needs to resume: tensors, numbers, strings and containers of them.
+        detail: further entries of the manifest: ``step`` and held-out metrics.
 
     Raises:
-        ArtifactError: it cannot be written, as on a full disk; nothing of it is left then.
+        ArtifactError: it cannot be written, for example on a full disk; nothing is left behind.
     """
     clip, preprocess = towers.clip, towers.preprocess
     model = ModelRef(str(path), "", fingerprint(clip, preprocess), vector_dim(clip))
@@ -115,7 +114,7 @@ def save_checkpoint(
             save_file(tensors, writer.temp / WEIGHTS, metadata={"format": "pt"})
             torch.save(state, writer.temp / STATE)
             writer.finish(Manifest("checkpoint", model, int(detail["step"]), detail=detail))
-        # Neither library raises an OSError for a disk that is full or gone.
+        # Neither library raises an OSError for a full or missing disk.
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(_cannot_save(path, error)) from None
     return model
@@ -137,13 +136,13 @@ def load_training_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise damaged(path / STATE, "it would run code, or is cut short") from None
-    except Exception as error:  # damaged bytes make it raise nearly anything
+    except Exception as error:  # damaged files raise nearly any exception
         raise damaged(path / STATE, error) from None
     return state
 
 
 def damaged(file: Path, error: object) -> ArtifactError:
-    """The error for a checkpoint of which a file is not what was saved."""
+    """The error for a damaged file of a checkpoint."""
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return ArtifactError(
         f"{file} cannot be read ({reason}); remove {file.parent} to go on from the checkpoint "
@@ -152,17 +151,17 @@ def damaged(file: Path, error: object) -> ArtifactError:
 
 
 def is_step(path: Path) -> bool:
-    """Whether a path has the name of a run's checkpoint, and not that of a copy of one."""
+    """Whether a path is named like a checkpoint, ``step-N``."""
     return path.name.removeprefix("step-").isdecimal()
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint, which its name says."""
+    """The step in the name of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
 def vector_dim(clip: Any) -> int:
-    """Width of the vectors that an open_clip model makes."""
+    """Width of the vectors of an open_clip model."""
     text = getattr(clip, "text", clip)
     projection = text.text_projection
     if projection is None:

@@ -17,11 +17,11 @@ from clipkit.models.transformer import send
 
 @dataclass(frozen=True)
 class LockedTower:
-    """A tower that is not trained.
+    """A frozen tower.
 
     Attributes:
-        body: the frozen part; its outputs can be stored.
-        head: its projection into the shared space where that is trained, else the identity.
+        body: the frozen part, whose outputs can be cached.
+        head: the trainable projection into the shared space, else the identity.
     """
 
     body: nn.Module
@@ -29,19 +29,19 @@ class LockedTower:
 
 
 class DualEncoder(nn.Module):
-    """Images and tokens to unit vectors, and the scale of their products.
+    """Images and tokens to unit vectors, with the logit scale.
 
     Args:
         clip: open_clip's ``CLIP`` or ``CustomTextCLIP`` with CLIP's own text tower.
-        precision: ``"bf16"`` runs the towers' matrix products so; weights and outputs stay float32.
-        locked: the towers that stay in evaluation mode, "image" or "text".
-        compiled: compile the towers with ``torch.compile`` for training, where batches keep their
-            size; measuring, where they do not, runs them as they are.
+        precision: ``"bf16"`` for the towers' matrix products; weights and outputs stay float32.
+        locked: the towers whose body stays in evaluation mode, by "image" or "text".
+        compiled: compile the towers with ``torch.compile`` for training. Evaluation, whose batch
+            sizes vary, runs them uncompiled.
 
     Attributes:
-        precisions: that of each tower, "image" and "text".
-        given_features: locked towers of which ``forward`` takes the stored features, in place of
-            images or tokens.
+        precisions: the precision of each tower, by "image" and "text".
+        given_features: locked towers for which ``forward`` takes cached features instead of images
+            or tokens.
     """
 
     clip: Any  # its attributes are open_clip's, which has no types
@@ -61,7 +61,7 @@ class DualEncoder(nn.Module):
         self.given_features: frozenset[str] = frozenset()
         self.runs_images = transformer.runs_image_tower(self.clip.visual)
         self.runs_texts = transformer.runs_text_tower(getattr(clip, "text", clip))
-        # Functions, not modules: names in a checkpoint stay what they are.
+        # Compiling functions instead of modules keeps the names in checkpoints.
         self._compiled = [
             torch.compile(project, dynamic=False)
             for project in (self._project_images, self._project_padded)
@@ -69,7 +69,7 @@ class DualEncoder(nn.Module):
         ]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a locked tower stays without dropout, its running statistics at rest."""
+        """Set the mode; locked towers stay in evaluation mode."""
         super().train(mode)
         for tower in self.locked.values():
             tower.body.eval()
@@ -79,12 +79,12 @@ class DualEncoder(nn.Module):
         """Encode a batch of pairs.
 
         Args:
-            images: float32 [n, 3, height, width], normalised; or features of them.
-            tokens: int64 [n, 77]; or features of them.
+            images: float32 [n, 3, height, width], normalised; or their features.
+            tokens: int64 [n, 77]; or their features.
 
         Returns:
-            image vectors and caption vectors, float32 [n, dim], rows of unit length, and the
-            logit scale, float32 [].
+            image vectors and caption vectors, float32 [n, dim], unit rows, and the logit scale,
+            float32 [].
         """
         encoded = [
             self.encode_features(tower, given) if tower in self.given_features else encode(given)
@@ -97,7 +97,7 @@ class DualEncoder(nn.Module):
 
     @property
     def precision(self) -> str:
-        """That of the image tower, whose vectors and features are stored."""
+        """The precision of the image tower, whose vectors and features are stored."""
         return self.precisions["image"]
 
     @property
@@ -112,9 +112,9 @@ class DualEncoder(nn.Module):
         return self._unit(project(images))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """int64 [n, 77], best on the CPU, to unit vectors, float32 [n, dim].
+        """int64 [n, 77], preferably on the CPU, to unit vectors, float32 [n, dim].
 
-        Nothing behind the end tokens is run.
+        Nothing after the end tokens is computed.
         """
         if not self._compiled or not self.training:
             return self._unit(self._project_tokens(tokens))
@@ -129,7 +129,7 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, tower: str, given: Tensor) -> Tensor:
-        """What the frozen part of a locked tower makes of images or tokens, float32 [n, …]."""
+        """Outputs of a locked tower's body for images or tokens, float32 [n, …]."""
         body = self.locked[tower].body
         if tower == "text":
             features = self._project_tokens(given)
@@ -167,7 +167,7 @@ class DualEncoder(nn.Module):
         return F.normalize(projected.to(self.clip.logit_scale.dtype), dim=-1)
 
     def _dtype(self, tower: str) -> torch.dtype:
-        """Of a tower's matrix products."""
+        """The dtype of a tower's matrix products."""
         dtype: torch.dtype = self.clip.logit_scale.dtype
         return torch.bfloat16 if self.precisions[tower] == "bf16" else dtype
 
@@ -178,18 +178,18 @@ class DualEncoder(nn.Module):
 
 
 def padded_length(longest: int) -> int:
-    """Tokens to which a compiled tower pads: one of five lengths, for each is compiled anew."""
+    """The padded length for a compiled tower: one of five, as each is compiled separately."""
     return min(-(-longest // 16) * 16, CONTEXT)
 
 
 def is_convolutional(clip: Any) -> bool:
-    """Whether the image tower is a convolutional network, which runs faster channels-last."""
-    # A vision transformer has one convolution, its patch embedding.
+    """Whether the image tower is a convolutional network, which is faster in channels-last."""
+    # A vision transformer has one convolution, the patch embedding.
     return sum(isinstance(m, nn.Conv2d) for m in clip.visual.modules()) > 4
 
 
 def why_unsuitable(text_config: dict[str, Any]) -> str | None:
-    """Why a text tower cannot take CLIP's 77 tokens; None if it can.
+    """Why a text tower is not CLIP's, with 77 tokens; None if it is.
 
     Args:
         text_config: open_clip's ``text_cfg``.
@@ -210,7 +210,7 @@ def why_unsuitable(text_config: dict[str, Any]) -> str | None:
 
 
 def activations(clip: nn.Module) -> list[str]:
-    """Names of the activation functions in use, sorted."""
+    """Class names of the activation functions, sorted."""
     found = {type(module).__name__ for module in clip.modules()}
     return sorted(name for name in found if _is_activation(name))
 
@@ -222,6 +222,6 @@ def _is_activation(name: str) -> bool:
 
 
 def heads(modules: Iterable[nn.Module]) -> list[int]:
-    """Attention heads of each layer, in order: they shape the result but not the weights."""
+    """Attention heads of each layer in order, which weights do not show."""
     found = (getattr(module, "num_heads", None) for module in modules)
     return [count for count in found if isinstance(count, int)]

@@ -1,7 +1,4 @@
-"""From rows of a source to vectors: decode in the background, encode in batches.
-
-The images and captions of a source as vectors, encoded once per model and kept.
-"""
+"""Encode the images and captions of a source: decode in threads, encode in batches, cache."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,12 +29,12 @@ class EncodedPairs:
     Attributes:
         images: float32 [n, dim].
         captions: float32 [m, dim].
-        owners: int64 [m], the row of each caption's image.
+        owners: int64 [m], the row in ``images`` of each caption's image.
         keys: the n images' keys.
         texts: the m captions.
         labels: the n images' labels, None where there is none.
-        skipped: images that could not be used, and those of which a caption was left out.
-        report: how many captions were cut to 77 tokens.
+        skipped: images or captions that could not be used, with reasons.
+        report: the captions cut to 77 tokens.
     """
 
     images: Vectors
@@ -60,22 +57,21 @@ def encoded_batches(
     decode: Decode = "exact",
     known: Callable[[Row], Vectors | None] | None = None,
 ) -> Iterator[tuple[Vectors, list[Row]]]:
-    """Encode the images of rows, decoding the next ones meanwhile.
+    """Encode the images of rows in batches while threads decode the next ones.
 
     Args:
         encoder: the model.
         rows: rows of a Source.
-        batch_size: images per batch; memory that does not suffice makes it smaller.
+        batch_size: images per batch; halved when memory runs out.
         workers: decoding threads.
         on_skip: called with key and reason of each image that cannot be read.
-        decode: "fast" reads pictures at the size that is enough.
-        known: gives the vector of a row that need not be encoded, float32 [1, dim], or None;
-            called from the decoding threads, before the row's image is read. It may raise
-            ImageError.
+        decode: "fast" decodes images at a reduced size.
+        known: returns the existing vector of a row, float32 [1, dim], or None to encode it. It is
+            called in the decoding threads, before the image is read, and may raise ImageError.
 
     Yields:
-        vectors, float32 [m, dim], and the m rows they belong to, in order; those known already
-        come before others that wait for their batch to be full.
+        vectors, float32 [m, dim], and their m rows. Rows keep their order, except that existing
+        vectors come before rows whose batch is not full yet.
     """
     batcher = AdaptiveBatcher(encoder, batch_size)
     reduction = encoder.preprocess.reduction(decode)
@@ -126,15 +122,15 @@ def encode_pairs(
         source: where the pairs come from.
         workers: decoding threads.
         batch_size: images per batch.
-        limit: read at most so many rows.
-        progress: show a bar on stderr.
-        with_captions: encode the captions too, and leave out images that have none.
+        limit: maximum number of rows to read.
+        progress: show a progress bar on stderr.
+        with_captions: encode the captions too, and skip images without one.
         known: as in ``encoded_batches``.
-        known_captions: gives captions' vectors, float32 [m, dim], and counts what is cut of them,
-            in place of the encoder.
+        known_captions: encodes the captions instead of the encoder: returns float32 [m, dim] and
+            counts cut captions.
 
     Raises:
-        DataError: not one image can be read, or there is no caption where captions are wanted.
+        DataError: no image can be read, or captions are wanted and there are none.
     """
     unused: dict[str, str] = {}
 
@@ -165,7 +161,7 @@ def encode_pairs(
         raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
     pairs = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
     texts = [text for _, text in pairs] if with_captions else []
-    # Only now, for a stream learns what it left out while it is read.
+    # A stream knows its skipped items only after it is read.
     skipped = {item.key: item.reason for item in source.skipped} | unused
     report = TruncationReport()
     if known_captions:
@@ -185,32 +181,32 @@ def encode_pairs(
 
 
 FEWEST = 64
-"""Fewer images are encoded again each time, in a second or so."""
+"""Smallest number of images that is cached; fewer are encoded in about a second."""
 _WANTED = ["key", "captions", "label"]
 
 
 def cached_pairs(
     encoder: Encoder, source: Source, *, with_captions: bool = True, progress: bool = True
 ) -> EncodedPairs:
-    """What ``encode_pairs`` gives, from the person's cache where the same was encoded before.
+    """``encode_pairs`` with a cache in the user's cache directory.
 
-    Kept vectors are taken when the fingerprints of model and source, the precision, the keys and
-    the captions are all the same, one after the other.
+    Cached vectors are used if the fingerprints of model and source, the precision, the keys and
+    the captions are all equal.
 
     Args:
         encoder: the model.
         source: where the pairs come from.
-        with_captions: encode the captions too, and leave out images that have none.
-        progress: show a bar on stderr.
+        with_captions: encode the captions too, and skip images without one.
+        progress: show a progress bar on stderr.
 
     Raises:
-        DataError: not one image can be read, or there is no caption where captions are wanted.
+        DataError: no image can be read, or captions are wanted and there are none.
     """
     cache = user_cache()
     model = encoder.model
     name = key_of("pairs", model.fingerprint, model.precision, source.fingerprint, with_captions)
-    kept = cache.get(name) if cache else None
-    pairs = _restore(kept, source, with_captions) if kept else None
+    cached = cache.get(name) if cache else None
+    pairs = _restore(cached, source, with_captions) if cached else None
     if pairs is not None:
         return pairs
     pairs = encode_pairs(
@@ -230,27 +226,27 @@ def cached_pairs(
     return pairs
 
 
-def _restore(kept: Entry, source: Source, with_captions: bool) -> EncodedPairs | None:
-    """Kept vectors beside the rows as they are now; None where these are others."""
-    keys = json.loads(kept.texts["keys"])
+def _restore(cached: Entry, source: Source, with_captions: bool) -> EncodedPairs | None:
+    """Cached vectors for the current rows; None if keys or captions have changed."""
+    keys = json.loads(cached.texts["keys"])
     known = set(keys)
     rows = [row for row in source.rows.select_columns(_WANTED) if row["key"] in known]
     if [row["key"] for row in rows] != keys:
         return None
     captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
     texts = [text for _, text in captions] if with_captions else []
-    if key_of(texts) != kept.texts["captions"]:
+    if key_of(texts) != cached.texts["captions"]:
         return None
     report = TruncationReport()
     if texts:
         tokenize(texts, report=report)
     return EncodedPairs(
-        images=kept.arrays["images"],
-        captions=kept.arrays["captions"],
+        images=cached.arrays["images"],
+        captions=cached.arrays["captions"],
         owners=np.array([i for i, _ in captions], np.int64),
         keys=keys,
         texts=texts,
         labels=[row["label"] for row in rows],
-        skipped=[Skipped(*item) for item in json.loads(kept.texts["skipped"])],
+        skipped=[Skipped(*item) for item in json.loads(cached.texts["skipped"])],
         report=report,
     )

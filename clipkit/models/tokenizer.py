@@ -1,9 +1,7 @@
-"""The 77-token byte-level BPE of CLIP, enforced.
+"""CLIP's tokenizer with its context of 77 tokens, and statistics of tokenized captions.
 
-Ids are identical to those of open_clip's ``SimpleTokenizer`` for any text. What does not fit in 77
-tokens is never lost silently: it is reported, refused, or split into several captions.
-
-Captions of a whole set as the model reads them: lengths, cuts, repetitions.
+The ids equal those of open_clip's ``SimpleTokenizer`` for every text. Text beyond 77 tokens is
+never lost silently: it is reported, refused, or split into several captions.
 """
 
 import html
@@ -40,10 +38,10 @@ __all__ = [
 ]
 
 CONTEXT = 77
-ROOM = CONTEXT - 2  # the start and end tokens are always there
+ROOM = CONTEXT - 2  # without the start and end tokens
 WORST_CASES = 10
 
-_CACHED_LENGTH = 32  # characters; a longer chunk is hardly ever met twice
+_CACHED_LENGTH = 32  # characters; longer chunks hardly ever repeat
 _CACHED_CHUNKS = 200_000  # about 40 MB when full
 _WORD = regex.compile(
     rf"{'|'.join(SPECIAL)}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+",
@@ -52,12 +50,12 @@ _WORD = regex.compile(
 
 
 class CaptionTruncationWarning(UserWarning):
-    """Captions were longer than 77 tokens, and their ends were not read."""
+    """Captions were longer than 77 tokens and were cut."""
 
 
 @dataclass(frozen=True)
 class TruncatedCaption:
-    """A caption that did not fit: its text, the tokens it needs of 77, the text not read."""
+    """A caption that did not fit: its text, the number of tokens it needs, the text lost."""
 
     text: str
     needed: int
@@ -66,7 +64,7 @@ class TruncatedCaption:
 
 @dataclass
 class TruncationReport:
-    """What was cut among the captions seen; ``worst`` holds the longest ones, longest first."""
+    """Counts of seen and cut captions; ``worst`` lists the longest ones, longest first."""
 
     seen: int = 0
     cut: int = 0
@@ -79,7 +77,7 @@ class TruncationReport:
         return self.cut / self.seen if self.seen else 0.0
 
     def add(self, text: str, ids: Sequence[int]) -> None:
-        """Count a caption that was cut; ``ids`` are all its ids, without start and end."""
+        """Count a cut caption; ``ids`` are all its ids without start and end."""
         self.cut += 1
         self.lost_tokens += len(ids) - ROOM
         if len(self.worst) < WORST_CASES or len(ids) + 2 > self.worst[-1].needed:
@@ -88,7 +86,7 @@ class TruncationReport:
             del self.worst[WORST_CASES:]
 
     def include(self, counts: dict[str, Any]) -> None:
-        """Count what another report counted, too; ``counts`` is what ``asdict`` made of it."""
+        """Add the counts of another report, given as ``asdict`` returns it."""
         self.seen += counts["seen"]
         self.cut += counts["cut"]
         self.lost_tokens += counts["lost_tokens"]
@@ -96,7 +94,7 @@ class TruncationReport:
         self.worst = sorted(worst, key=lambda case: -case.needed)[:WORST_CASES]
 
     def render(self) -> str:
-        """The report for a person, one line and one more for each of the worst cases."""
+        """The report as text: a summary line and a line for each of the worst cases."""
         lines = [f"{self.cut} of {self.seen} captions ({self.share:.2%}) exceed {CONTEXT} tokens"]
         if self.cut:
             lines[0] += f"; {self.lost_tokens} tokens were not read"
@@ -107,12 +105,15 @@ class TruncationReport:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How a text is read.
+    """A tokenized text.
 
     Attributes:
-        ids: what the model reads, start and end included, at most 77; tokens: their strings.
-        used: how many of the 77 are used; needed: how many the whole text would use.
-        lost: the text that is not read, lower-case; empty when everything fits.
+        text: the text.
+        ids: at most 77 token ids, with start and end.
+        tokens: the string of each id.
+        used: number of ids.
+        needed: number of ids of the whole text.
+        lost: the text beyond 77 tokens, lower-case; empty if everything fits.
     """
 
     text: str
@@ -124,10 +125,10 @@ class Tokenization:
 
 
 class _Chunks(dict[str, tuple[int, ...]]):
-    """Ids of chunks of text between spaces, computed when missing, and kept when short.
+    """Ids of whitespace-separated chunks, computed when missing, cached when short.
 
-    No word of the pattern crosses a space, so a caption's ids are those of its chunks, end to end:
-    a caption made of chunks met before is a few look-ups.
+    The pattern's words never cross a space, so the ids of a caption are those of its chunks in
+    order. A caption of cached chunks costs a few look-ups.
     """
 
     def __missing__(self, chunk: str) -> tuple[int, ...]:
@@ -147,10 +148,10 @@ _chunks = _Chunks()
 
 def _clean(text: str) -> str:
     """Lower-case text without mojibake and HTML entities, as CLIP was trained on."""
-    # In printable ASCII without "&" there is nothing for ftfy and html to mend. The test is a
-    # hundred times cheaper than asking them.
+    # ftfy and html change nothing in printable ASCII without "&". This test is a hundred times
+    # cheaper than calling them.
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy  # hardly ever needed for a query, and a tenth of a second to load
+        import ftfy  # rarely needed for a query, and takes 0.1 s to import
 
         text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     return text.lower()
@@ -160,7 +161,7 @@ def encode(text: str) -> list[int]:
     """Ids of a text of any length, without start and end.
 
     Raises:
-        CaptionError: not a text.
+        CaptionError: ``text`` is not a string.
     """
     if not isinstance(text, str):
         raise CaptionError(f"found a caption of type {type(text).__name__}, expected a text")
@@ -187,7 +188,7 @@ def caption_list(captions: str | Iterable[str]) -> list[str]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Text of ids: a space after each word; raises CaptionError for an id beyond 49407."""
+    """The text of ids, with a space after each word; raises CaptionError for an id above 49407."""
     return vocabulary().decode(ids)
 
 
@@ -197,18 +198,19 @@ def tokenize(
     policy: Literal["cut", "error"] = "cut",
     report: TruncationReport | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Captions as the rows that CLIP's text tower reads, ``int64 [n, 77]``.
-
-    Each row is the start token, at most 75 ids, the end token, then zeros.
+    """Tokenize captions for CLIP's text tower.
 
     Args:
-        texts: a caption or several.
-        policy: what happens to a caption that does not fit: ``cut`` reads its first 75 ids,
-            ``error`` refuses it.
-        report: counts what is cut; without it cutting gives a ``CaptionTruncationWarning``.
+        texts: one caption or several.
+        policy: for captions that do not fit: ``"cut"`` keeps their first 75 ids, ``"error"``
+            refuses them.
+        report: counts the cut captions; without it they cause a ``CaptionTruncationWarning``.
+
+    Returns:
+        int64 [n, 77]; each row is the start token, at most 75 ids, the end token, then zeros.
 
     Raises:
-        CaptionError: a caption does not fit and the policy is ``error``, or is not a text.
+        CaptionError: a caption does not fit and ``policy`` is ``"error"``, or is not a string.
     """
     texts = [texts] if isinstance(texts, str) else texts
     rows = [encode(text) for text in texts]
@@ -236,7 +238,7 @@ def _fill(rows: list[list[int]], lengths: npt.NDArray[np.int64]) -> npt.NDArray[
 
 
 def inspect(text: str) -> Tokenization:
-    """How a text is read: ids, token strings, how much of the 77 it uses, what is not read."""
+    """Tokenize a text and report ids, token strings, length and lost text."""
     ids = encode(text)
     read = (START, *ids[:ROOM], END)
     pieces = vocabulary().pieces
@@ -249,12 +251,12 @@ def _lost(ids: Sequence[int]) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """A text of at most ``length`` characters, an ellipsis where it was cut."""
+    """The text cut to ``length`` characters, the last one an ellipsis if it was longer."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def warn_truncated(report: TruncationReport, stacklevel: int = 2) -> None:
-    """Give a ``CaptionTruncationWarning`` with the words that were not read, if there are any."""
+    """Issue a ``CaptionTruncationWarning`` that shows the lost text, if captions were cut."""
     if report.cut:
         head, *_ = report.render().splitlines()
         lost = ", ".join(repr(shorten(case.lost, 200)) for case in report.worst[:3])
@@ -269,7 +271,7 @@ def _refusal(text: str, ids: Sequence[int]) -> str:
     )
 
 
-# Where a long caption may be parted, best place first; each match ends where a piece ends.
+# Places to split a long caption, best first; a piece ends where a match ends.
 _PLACES = [
     regex.compile(r"""[.!?…]+["'”’»)\]]*\s+|[。！？]+|\n+"""),
     regex.compile(r"[;,:]\s+|\s?[—–]\s?|\s-\s|[；，：、]"),
@@ -278,10 +280,10 @@ _PLACES = [
 
 
 def split_caption(text: str) -> list[str]:
-    """Part a long caption at sentence ends, else at clause ends, else between words.
+    """Split a long caption between sentences, else between clauses, else between words.
 
-    Each piece fits in 77 tokens and is as long as the places allow. Only white space between
-    pieces is dropped. A word that alone does not fit is parted between characters.
+    Each piece fits in 77 tokens and is as long as possible. Only whitespace between pieces is
+    dropped. A word longer than 77 tokens is split between characters.
     """
     return [piece for part in _split(text, 0) if (piece := part.strip())] or [text]
 
@@ -298,7 +300,7 @@ def _split(text: str, level: int) -> list[str]:
 
 
 def _pack(parts: list[str], divide: Callable[[str], list[str]]) -> list[str]:
-    """Join neighbours while they fit; a part that alone does not is divided."""
+    """Join neighbouring parts while they fit; divide parts that do not fit alone."""
     packed = [""]
     for part in parts:
         if _fits(packed[-1] + part):
@@ -319,12 +321,12 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Repeated:
-    """Captions that the model reads as the same ones.
+    """Captions with equal ids.
 
     Attributes:
-        distinct: how many different captions there are.
-        repeats: how many captions are the same as an earlier one.
-        top: the most frequent ones, with their counts.
+        distinct: number of different captions.
+        repeats: number of captions that equal an earlier one.
+        top: the most frequent captions with their counts.
     """
 
     distinct: int
@@ -334,13 +336,14 @@ class Repeated:
 
 @dataclass
 class CaptionSurvey:
-    """Captions as the model reads them: two are the same when their ids are.
+    """Lengths, cuts and repetitions of captions; captions with equal ids count as equal.
 
     Attributes:
-        tokens: each caption's length, with start and end token, before anything is cut.
-        cut: what does not fit.
-        counts: how often each reading (a hash of the ids) occurs.
-        texts: one text of each reading that is repeated, or ``known`` from another survey.
+        tokens: the uncut length of each caption, with start and end token.
+        cut: the captions that do not fit.
+        counts: number of occurrences by hash of the ids.
+        texts: a text for each hash that is repeated or in ``known``.
+        known: hashes that another survey has seen.
     """
 
     tokens: "array[int]" = field(default_factory=lambda: array("L"))
@@ -350,7 +353,7 @@ class CaptionSurvey:
     known: "Counter[int]" = field(default_factory=Counter)
 
     def add(self, text: str) -> None:
-        """Count one caption; its text is kept only where it is repeated or known already."""
+        """Count one caption; its text is stored only if it is repeated or known."""
         ids = encode(text)
         self.tokens.append(len(ids) + CONTEXT - ROOM)
         self.cut.seen += 1
@@ -362,6 +365,6 @@ class CaptionSurvey:
             self.texts.setdefault(reading, text)
 
     def repeated(self) -> Repeated:
-        """How far captions repeat each other."""
+        """The repeated captions."""
         top = [(self.texts[key], n) for key, n in self.counts.most_common(TOP) if n > 1]
         return Repeated(len(self.counts), self.counts.total() - len(self.counts), top)

@@ -1,13 +1,9 @@
-"""open_clip's transformer towers, run with less work: the same function of the same weights.
+"""open_clip's transformer towers with less work: the same function of the same weights.
 
-Captions are laid end to end without padding, attention is causal and the end token alone is read
-out; so nothing behind it is computed. The last block computes only what is read out: of an image
-its class token. The patch embedding is one matrix product. What remains runs in the tower's
-``dtype``, sums between blocks and norms in float32.
-
-Tensors from the CPU to where they are computed with.
-
-Sequences of different lengths laid end to end, and padded where attention needs it.
+Captions are packed end to end without padding. Attention is causal and only the end token is read
+out, so nothing after it is computed. The last block computes only the tokens that are read out,
+for example the class token of an image. The patch embedding is one matrix product. Matrix products
+run in the tower's ``dtype``, residual sums and norms in float32.
 """
 
 from collections.abc import Sequence
@@ -26,13 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, for which nobody waits.
+    """Move a tensor to a device without waiting; the memory format stays the same.
 
-    Of memory that is not pinned CUDA may first wait for all that it was given before.
-
-    Args:
-        tensor: on the CPU or the device; its order in memory is kept.
-        device: where it shall be.
+    CUDA may wait for all earlier work before it copies from memory that is not pinned.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -40,9 +32,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 PARTS_FROM = 64
-"""Captions from which on attention pads them in parts of like length; fewer gain nothing."""
+"""From this many captions, attention pads them in parts of similar length; fewer do not gain."""
 PARTS = 4
-"""Parts of a batch of captions, from the shortest to the longest."""
+"""Parts of a batch of captions, from shortest to longest."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +42,12 @@ class Part:
     """Sequences that attention pads to one length.
 
     Attributes:
-        count: how many.
-        length: of the longest, in tokens.
-        tokens: of all together.
-        places: int64 [tokens], where each token stands in the padded [count · length]; None where
-            all are of one length.
-        valid: bool [count, 1, 1, length], which places hold a token; None where all do.
+        count: number of sequences.
+        length: length of the longest, in tokens.
+        tokens: total number of tokens.
+        places: int64 [tokens], the position of each token in the padded [count · length]; None if
+            all sequences have the same length.
+        valid: bool [count, 1, 1, length], which positions hold a token; None if all do.
     """
 
     count: int
@@ -67,13 +59,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Packing:
-    """Sequences laid end to end.
+    """Sequences packed end to end.
 
     Attributes:
-        parts: the sequences in order, in parts of like length.
-        positions: int64 [tokens], the place of each token in its sequence.
-        starts: int64 [n], the first token of each sequence.
-        ends: int64 [n], the last token of each sequence.
+        parts: the sequences in order, in parts of similar length.
+        positions: int64 [tokens], the position of each token in its sequence.
+        starts: int64 [n], the row of the first token of each sequence.
+        ends: int64 [n], the row of the last token of each sequence.
     """
 
     parts: list[Part]
@@ -83,7 +75,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
-        """Lay out sequences of these lengths, which should be sorted, for a device."""
+        """Pack sequences of these lengths, preferably sorted, for a device."""
         sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes
         positions = torch.arange(sum(lengths)) - starts.repeat_interleave(sizes)
@@ -101,7 +93,7 @@ class Packing:
 
     @classmethod
     def even(cls, count: int, length: int, device: torch.device) -> "Packing":
-        """Lay out ``count`` sequences of one length."""
+        """Pack ``count`` sequences of one length."""
         starts = length * torch.arange(count, device=device)
         part = Part(count, length, count * length, None, None)
         positions = torch.arange(length, device=device).repeat(count)
@@ -128,7 +120,7 @@ def _part(lengths: Sequence[int], positions: Tensor, device: torch.device) -> Pa
 
 
 class _Take(torch.autograd.Function):
-    # The backward pass of torch's own index_select adds rows up one by one.
+    # The backward pass of torch's own index_select adds rows one by one.
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -157,25 +149,25 @@ class _Spread(torch.autograd.Function):
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a matrix: [m, width] and int64 [t], each row at most once, to [t, width]."""
-    if torch.compiler.is_compiling():  # which makes a backward pass of its own
+    """Gather rows: [m, width] and int64 [t] without repetitions to [t, width]."""
+    if torch.compiler.is_compiling():  # the compiler derives its own backward pass
         return x.index_select(0, rows)
     taken: Tensor = _Take.apply(x, rows)
     return taken
 
 
 def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """The reverse: [t, width] to [size, width] with row i at ``rows[i]`` and zeros elsewhere."""
+    """Scatter rows: [t, width] to [size, width], row i at ``rows[i]`` and zeros elsewhere."""
     placed: Tensor = _Spread.apply(x, rows, size)
     return placed
 
 
 PACKED = "run_packed"
-"""Method of a block to be called for its packed pass, where ``offer_packed`` has given it one."""
+"""Name of the method that ``offer_packed`` adds to blocks for their packed forward pass."""
 
 
 def runs_image_tower(visual: nn.Module) -> bool:
-    """Whether ``encode_images`` can stand in for an image tower's own forward pass."""
+    """Whether ``encode_images`` can replace an image tower's own forward pass."""
     return (
         type(visual) is VisionTransformer
         and visual.attn_pool is None
@@ -185,9 +177,9 @@ def runs_image_tower(visual: nn.Module) -> bool:
 
 
 def runs_text_tower(text: nn.Module) -> bool:
-    """Whether ``encode_tokens`` can stand in for a text tower's own forward pass.
+    """Whether ``encode_tokens`` can replace a text tower's own forward pass.
 
-    It can where nothing behind the end token is seen: causal attention, read out at that token.
+    It can if attention is causal and the end token is read out, so later tokens have no effect.
     """
     pool = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
     return (
@@ -207,12 +199,12 @@ def _runs(transformer: Any) -> bool:
 
 
 def encode_images(visual: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """The image tower: float32 [n, 3, height, width] to float32 [n, dim], not yet of unit length.
+    """The image tower: float32 [n, 3, height, width] to float32 [n, dim], not normalised.
 
     Args:
         visual: open_clip's ``VisionTransformer``.
-        images: normalised; fastest with channels last in memory.
-        dtype: of the matrix products.
+        images: normalised; fastest in channels-last.
+        dtype: the dtype of the matrix products.
     """
     patches, kernel = _patches(images, visual.patch_size), visual.conv1.weight
     weight = kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1)
@@ -237,14 +229,14 @@ def _patches(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def encode_tokens(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """The text tower: int64 [n, 77] to float32 [n, dim], not yet of unit length.
+    """The text tower: int64 [n, 77] to float32 [n, dim], not normalised.
 
     Args:
         text: open_clip's ``TextTransformer``, or a ``CLIP``, which holds the same parts.
-        tokens: captions with their end tokens, best on the CPU.
-        dtype: of the matrix products.
+        tokens: captions with their end tokens, preferably on the CPU.
+        dtype: the dtype of the matrix products.
     """
-    # Lengths and places are worked out on the CPU: to ask a GPU is to wait for all that it does.
+    # Lengths and positions are computed on the CPU: reading them from a GPU would synchronise.
     device, tokens = text.positional_embedding.device, tokens.cpu()
     lengths, order = _lengths(tokens).sort(stable=True)
     packing = Packing.of(lengths.tolist(), device)
@@ -254,20 +246,20 @@ def encode_tokens(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def encode_padded(text: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in a form that a compiler can keep: shapes depend on the batch's shape alone.
+    """``encode_tokens`` for a compiler: shapes depend only on the shape of the batch.
 
     Args:
-        text: as above.
-        tokens: int64 [n, length], cut behind the end of the longest caption or later.
-        dtype: as above.
+        text: as in ``encode_tokens``.
+        tokens: int64 [n, length], where ``length`` includes every end token.
+        dtype: as in ``encode_tokens``.
     """
     packing = Packing.padded(_lengths(tokens), tokens.shape[1])
     return _encode_packed(text, tokens.flatten(), packing, dtype)
 
 
 def _lengths(tokens: Tensor) -> Tensor:
-    # The end token has the largest id, and the first one counts, as in CLIP. Counting what is not
-    # padding would be wrong: 0 is also the id of "!".
+    # The end token has the largest id, and the first one counts, as in CLIP. Counting non-zero ids
+    # would be wrong: 0 is also the id of "!".
     return tokens.argmax(dim=1) + 1
 
 
@@ -290,7 +282,7 @@ def _transform(
     read: Tensor | None,
     causal: bool = False,
 ) -> Tensor:
-    """All blocks: float32 [tokens, width] to the same, or to [len(read), width] of those read."""
+    """All blocks: float32 [tokens, width] to the same, or to [len(read), width] with ``read``."""
     last = len(transformer.resblocks) - 1
     again = transformer.grad_checkpointing and torch.is_grad_enabled()
     for number, block in enumerate(transformer.resblocks):
@@ -300,7 +292,7 @@ def _transform(
 
 
 def offer_packed(network: nn.Module) -> None:
-    """Give every block its packed pass as a method: FSDP gathers weights when one is called."""
+    """Add the packed forward pass to every block as a method, before which FSDP gathers weights."""
     for module in network.modules():
         if type(module) is ResidualAttentionBlock:
             setattr(module, PACKED, MethodType(_run, module))
@@ -315,7 +307,7 @@ def _run(
     causal: bool,
     again: bool,
 ) -> Tensor:
-    """``_block``; if ``again``, computed once more in the backward pass instead of kept."""
+    """``_block``, with gradient checkpointing if ``again``."""
     if not again:
         return _block(block, x, packing, dtype, read, causal)
     return checkpoint(_block, block, x, packing, dtype, read, causal, use_reentrant=False)
@@ -329,7 +321,7 @@ def _block(
     read: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """One residual block: float32 [tokens, width] to the same, of the rows ``read`` if given."""
+    """One residual block: float32 [tokens, width] to the same, or only the rows ``read``."""
     attention, width = block.attn, x.shape[1]
     weight, bias = attention.in_proj_weight.to(dtype), attention.in_proj_bias.to(dtype)
     heads = attention.num_heads
@@ -364,7 +356,7 @@ def _attend(qkv: Tensor, packing: Packing, heads: int, causal: bool) -> Tensor:
 def _attend_from(queries: Tensor, keys_values: Tensor, packing: Packing, heads: int) -> Tensor:
     """Attention of one token of each sequence to all of it: [n, width] to [n, width].
 
-    That token must be one that sees the whole sequence: any without a mask, with one the last.
+    The token must see the whole sequence: any token without a mask, the last one with it.
     """
     outs = []
     counts = [part.count for part in packing.parts]
@@ -389,10 +381,10 @@ def _heads(rows: Tensor, part: Part, kinds: int, heads: int) -> tuple[Tensor, ..
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Attention, [n, heads, length, head width] each; on a CPU in bf16 by plain products.
+    """Attention of [n, heads, length, head width]; plain matrix products in bf16 on a CPU.
 
-    There torch's fused kernel takes its backward pass in steps of single rows: for 64 sequences of
-    50 tokens and 6 heads, forward and backward, 63 ms fused, 14 ms plain on one core of an EPYC.
+    The backward pass of torch's fused CPU kernel works row by row: 64 sequences of 50 tokens with 6
+    heads take 63 ms fused and 14 ms plain, forward and backward, on one core of an EPYC.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

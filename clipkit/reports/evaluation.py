@@ -353,6 +353,8 @@ def _command(report: Report) -> str:
     model = report.model
     name = f"{model.name}/{model.weights}" if model.weights else model.name
     words = ["clipkit", "eval", report.task, report.data, "--model", name]
+    if report.settings.get("equal_captions") == "apart":
+        words += ["--equal-captions", "apart"]
     return shlex.join(words) + (" --labels LABELS" if report.task == "zero-shot" else "")
 
 

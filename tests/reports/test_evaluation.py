@@ -82,6 +82,9 @@ def test_the_page_of_a_retrieval(run, colour_folder, tiny_checkpoint, tmp_path):
     assert "red-2.png: has no caption" in text
     assert page.images  # of captions whose image is far down
     assert "captions equal to an earlier one" in text
+    assert "--equal-captions" not in text
+    run(*["eval", "retrieval", *words, "--equal-captions", "apart"])
+    assert "--equal-captions apart" in (tmp_path / "page.html").read_text()
 
 
 def test_the_page_of_a_classification(run, tiny_checkpoint, tmp_path):

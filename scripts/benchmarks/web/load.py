@@ -134,7 +134,7 @@ async def connection(port: int, until: float, queries: Iterator[str], load: Load
     while time.perf_counter() < until:
         query = next(queries)
         start = time.perf_counter()
-        writer.write(f"GET /search?q={query} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        writer.write(f"GET /search?q={query}&k=60 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         body = await reader.readexactly(int(length[1])) if length else b""

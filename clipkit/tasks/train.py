@@ -1,4 +1,4 @@
-"""Pretrain a dual encoder: ``clipkit train CONFIG.toml --out RUN``."""
+"""Train a dual encoder on image–caption pairs: ``clipkit train CONFIG.toml --out RUN``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.artifacts import is_complete, write_text
-from clipkit.config import LoopConfig, TrainConfig, load_config
+from clipkit.config import LoopConfig, TrainConfig, load_config, parse_config
 from clipkit.data.loader import PairLoader
+from clipkit.data.source import Source
 from clipkit.display.html import bullets, card
 from clipkit.errors import FULL, ArtifactError, ConfigError, DataError, TrainingError
 from clipkit.models.checkpoint import Towers
@@ -36,18 +37,18 @@ from clipkit.training.step import Trainer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """Result of a training run.
 
     Attributes:
-        run: its directory.
-        step: the last step taken.
-        finished: False if it was interrupted; ``resume`` goes on.
-        held_out: recall on the held-out pairs at the end.
-        best: ``step``, ``metric`` and ``value`` of the best measurement, whose checkpoint is kept;
-            empty if there was none.
-        cut: what was cut from captions over 77 tokens.
-        skipped: why training images could not be used, by key.
-        findings: what was doubtful about it before it started.
+        run: run directory.
+        step: last step taken.
+        finished: False if the run was interrupted; ``resume=True`` continues it.
+        held_out: recall on the held-out pairs at the end, by name, in [0, 1].
+        best: ``step``, ``metric`` and ``value`` of the best evaluation, whose checkpoint is kept;
+            empty if there is none.
+        cut: captions truncated at 77 tokens.
+        skipped: why images were skipped, by key.
+        findings: preflight warnings.
     """
 
     run: Path
@@ -59,51 +60,87 @@ class TrainResult:
     skipped: dict[str, str]
     findings: list[str]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "run": str(self.run),
+            "step": self.step,
+            "finished": self.finished,
+            "held_out": self.held_out,
+            "best": self.best,
+            "captions_cut": self.cut.cut,
+            "skipped": self.skipped,
+            "findings": self.findings,
+        }
+
     def _repr_html_(self) -> str:
-        state = "finished" if self.finished else "interrupted; resume=True goes on"
+        state = "finished" if self.finished else "interrupted; continue with resume=True"
         facts: list[tuple[str, object]] = [("steps", f"{self.step:,}"), ("state", state)]
         facts += [(name, f"{value:.3f}") for name, value in self.held_out.items()]
-        facts += [("captions cut", self.cut.cut), ("images skipped", len(self.skipped))]
+        facts += [("captions truncated", self.cut.cut), ("images skipped", len(self.skipped))]
         return card(f"run {self.run}", facts) + bullets(self.findings)
 
 
-def train(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResult:
-    """Train as configured; Ctrl-C saves a checkpoint and ends with ``finished=False``.
+def train(
+    config: TrainConfig | dict[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | Source | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Train a model; Ctrl-C saves a checkpoint and returns a result with ``finished=False``.
 
-    Under ``torchrun --nproc-per-node N -m clipkit train …`` the N processes share each batch; the
-    first one writes and is_main_process.
+    Under ``torchrun --nproc-per-node N -m clipkit train …`` the N processes share each batch, and
+    the first one writes the run.
 
     Args:
-        config: what to train, on what, and how.
-        out: the run's directory.
-        resume: go on from its last checkpoint; the steps are those of a run never interrupted.
+        config: a TOML file, a nested dictionary with its content, or a TrainConfig.
+        out: run directory.
+        data: image–caption pairs to train on, instead of ``data.train``.
+        resume: continue from the last checkpoint, step for step as if never interrupted.
 
     Raises:
-        ConfigError, DataError, ModelError, ArtifactError: something cannot be used as asked.
-        MissingExtraError: ``train.tensorboard`` is set without the package.
-        TrainingError: the run is finished already, its gradients stay non-finite, or another
+        ConfigError, DataError, ModelError, ArtifactError: an input cannot be used.
+        MissingExtraError: ``train.tensorboard`` is set, but tensorboard is not installed.
+        TrainingError: the run is already finished, its gradients stay non-finite, or another
             process of it has ended.
     """
+    if isinstance(config, str | Path):
+        config = load_config(Path(config))
+    elif isinstance(config, dict):
+        config = parse_config(config)
+    elif not isinstance(config, TrainConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}, expected a TOML file, a dictionary or a "
+            "TrainConfig"
+        )
+    if data is not None:
+        spec = data.spec if isinstance(data, Source) else str(data)
+        config = replace(config, data=replace(config.data, train=spec))
     if not config.data.train:
         raise ConfigError("data.train is empty; name the image–caption pairs to train on")
+    out = Path(out)
     if resume and is_complete(out):
         raise TrainingError(
             f"{out} is finished; to train it further, start a new run with model.init_from={out}"
         )
     if config.train.tensorboard:
         require_tensorboard()
+    source = data if isinstance(data, Source) else None
     with join_world() as world, freed_memory_kept():
-        return _train(config, out, world, resume=resume)
+        return _train(config, out, world, source, resume=resume)
 
 
-def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> TrainResult:
+def _train(
+    config: TrainConfig, out: Path, world: World, source: Source | None, *, resume: bool
+) -> TrainResult:
     _require_shareable(config.train, world)
-    training, held_out = open_training_data(config.data, config.train.seed)
+    training, held_out = open_training_data(config.data, config.train.seed, source)
     cut = TruncationReport()
     if world.is_main_process and not training.streaming:
         count_truncated_captions(training, config.data, cut)
     if world.is_main_process and held_out and not held_out.streaming:
-        # Without captions it could not be measured on, which is better known before training.
+        # Fail before training, not at the first evaluation.
         require_captions(held_out)
     towers = build_towers(config.model, config.optim.temperature, config.train.seed)
     config = _with_precision(config, out, towers, world, resume)
@@ -113,8 +150,8 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
     stored = uses_features(config, training)
     if stored and trainer.sharded:
         raise ConfigError(
-            "train.fsdp deals the locked tower out, too, so that it cannot be run beforehand; set "
-            "data.feature_views = 0, or leave train.fsdp out"
+            "train.fsdp shards the locked tower, whose features cannot be cached then; set "
+            "data.feature_views = 0, or remove train.fsdp"
         )
     findings = []
     if world.is_main_process:
@@ -124,7 +161,7 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
             print_status(f"warning: {finding}")
         measured = HeldOut(held_out, loader.workers) if held_out else None
         for turn in (world.is_main_process, not world.is_main_process) if stored else ():
-            if turn:  # first the one that writes, then those that only read
+            if turn:  # the main process writes, then the others read
                 measured = _store_features(config, trainer, loader, measured, run.path)
             world.broadcast(None)
         if not loader.features:
@@ -146,8 +183,8 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool) -> Tra
                 if error.errno not in FULL:
                     raise
                 raise ArtifactError(
-                    f"the disk that holds {run.path} is full; make room and go on from the last "
-                    "checkpoint with --resume"
+                    f"the disk that holds {run.path} is full; free some space and continue "
+                    "from the last checkpoint with --resume"
                 ) from None
     return TrainResult(
         run=run.path,
@@ -191,14 +228,14 @@ def _require_shareable(config: LoopConfig, world: World) -> None:
 def _store_features(
     config: TrainConfig, trainer: Trainer, loader: PairLoader, held_out: HeldOut | None, run: Path
 ) -> HeldOut | None:
-    """Run the locked tower once and let steps and measurements read what it made."""
+    """Cache the features of locked towers for training steps and evaluations."""
     folder = Path(config.data.feature_dir) if config.data.feature_dir else run / "features"
     network, towers = trainer.network, trainer.towers
     loader.features, captions = locked_features(network, towers, config, loader.source, folder)
     trainer.use_features(captions)
     if held_out is None or held_out.source.streaming:
         return held_out
-    # What is measured on is neither augmented nor split.
+    # Held-out pairs are neither augmented nor split.
     plain = replace(config, data=replace(config.data, feature_views=1, long_captions="cut"))
     images, captions = locked_features(network, towers, plain, held_out.source, folder)
     return replace(held_out, images=images, captions=captions)
@@ -220,12 +257,10 @@ def _with_precision(
 
 
 def _steps_in_all(config: LoopConfig, loader: PairLoader) -> int:
-    """Steps of the whole run; 0 where only the clock ends it."""
+    """Total steps of the run; 0 if only the clock ends it."""
     per_epoch = loader.batches_per_epoch
     if config.steps:
         return config.steps
     if per_epoch is None and not config.minutes:
-        raise ConfigError(
-            "the length of a stream is not known beforehand; set train.steps or train.minutes"
-        )
+        raise ConfigError("the length of a stream is unknown; set train.steps or train.minutes")
     return config.epochs * per_epoch if per_epoch else 0

@@ -36,20 +36,23 @@ from clipkit.training.distributed import World
 from clipkit.training.frozen_towers import CaptionFeatures
 
 
-def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
-    """The training pairs and the held-out ones (None if there shall be none).
+def open_training_data(
+    config: DataConfig, seed: int, source: Source | None = None
+) -> tuple[Source, Source | None]:
+    """Open the training pairs and the held-out pairs (None for no held-out set).
 
     Args:
         config: where they come from.
-        seed: decides which are held out where no held-out set is named.
+        seed: selects the held-out images if ``data.val`` is empty.
+        source: training pairs, instead of ``data.train``.
 
     Raises:
-        DataError: a table leaves fewer than two pairs, from which nothing can be told apart.
+        DataError: fewer than two pairs are left to train on.
     """
     image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
     label = config.label_column or None
-    training = open_source(
+    training = source or open_source(
         config.train, image=image, caption=caption, label=label, streaming=streaming
     )
     held_out: Source | None
@@ -60,8 +63,7 @@ def open_training_data(config: DataConfig, seed: int) -> tuple[Source, Source | 
     if not training.streaming and len(training.rows) < 2:
         raise DataError(
             f"{config.train} leaves {'one pair' if training.rows else 'no pair'} to train on, "
-            "expected at least 2: each is told apart from the others; add pairs, or lower "
-            "data.val_fraction"
+            "expected at least 2; add pairs, or lower data.val_fraction"
         )
     return training, held_out
 

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import numpy as np
 import open_clip
@@ -12,6 +13,7 @@ from PIL import Image
 
 import clipkit
 from clipkit.config import dump_config, parse_config
+from clipkit.data.open_source import open_source
 from clipkit.errors import (
     ArtifactError,
     CaptionError,
@@ -270,3 +272,20 @@ def test_the_temperature_is_clamped(colour_folder, tmp_path):
     scales = [line["scale"] for line in read_log(result.run) if "scale" in line]
     assert max(scales) <= 100.001
     assert scales[0] > 90
+
+
+def test_a_file_a_dictionary_and_a_config_train_the_same_run(colour_folder, tmp_path):
+    config = configured(colour_folder, train={"epochs": 1})
+    file = tmp_path / "config.toml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    result = train(config, tmp_path / "config")
+    train(str(file), str(tmp_path / "file"))
+    elsewhere = tomllib.loads(file.read_text(encoding="utf-8"))
+    elsewhere["data"]["train"] = "not there"
+    train(elsewhere, tmp_path / "dict", data=open_source(colour_folder))
+    train(elsewhere, tmp_path / "path", data=colour_folder)
+    for name in ("file", "dict", "path"):
+        assert_same_run(tmp_path / "config", tmp_path / name)
+    assert json.loads(json.dumps(result.to_dict()))["held_out"] == result.held_out
+    with pytest.raises(TypeError, match="config is a list, expected a TOML file"):
+        train([1], tmp_path / "wrong")

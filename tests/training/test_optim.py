@@ -200,8 +200,8 @@ def test_a_run_over_its_time_never_has_a_negative_rate():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"warmup": 0.6, "cooldown": 0.5, "schedule": "constant"}, "more than 1"),
-        ({"schedule": "constant", "min_lr_ratio": 0.1}, "a constant schedule has none"),
+        ({"warmup": 0.6, "cooldown": 0.5, "schedule": "constant"}, "at most 1"),
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "a constant schedule has no minimum"),
         ({"cooldown": 0.1}, "set optim.min_lr_ratio"),
         ({"schedule": "linear"}, "'cosine' or 'constant'"),
         ({"layer_decay": 0}, "greater than 0"),

@@ -1,11 +1,11 @@
-"""Scores people can read: the probability that what a caption asks for is there and was found.
+"""Calibration: the probability that a hit shows what its text query describes.
 
-An inner product of 0.31 means nothing to a person: it depends on the model, on the wording of the
-caption and on what else the index holds. It is made a probability by logistic regression (Platt
-1999) on its margin: how far it stands above the caption's mean score over the whole index. The
-regression learns from captions of which it is known that their image is there, with the best score
-among the eighth of the images most like it, against best scores where nothing fits: of the same
-captions among all other images, and of queries without meaning.
+An inner product of 0.31 means little: it depends on the model, on the wording of the query and on
+the content of the index. Logistic regression (Platt 1999) turns it into a probability by its
+margin, its distance above the query's mean score over the whole index. The positive examples are
+captions of indexed images, with the best score among the eighth of the images most like their own.
+The negative examples are best scores without a match: of the same captions among all other images,
+and of random words.
 """
 
 import base64
@@ -24,14 +24,13 @@ from clipkit.index.exact import Floats, Integers, search_exact, take_rows
 FOLDS = 5
 """The errors are measured on captions that the regression has not seen, a fifth at a time."""
 LEAST_AUROC = 0.6
-"""Below it the model's scores do not tell what is there from what is not, and no probability is
-made of them; 0.5 is guessing."""
+"""Least AUROC of matches against non-matches for which probabilities are shown; 0.5 is chance."""
 GOOD = 0.5
-"""A best hit less likely than this is no good match."""
+"""A best hit with a lower probability is not a good match."""
 LIKE = 1 / 8
-"""Share of the images that may show what a caption tells of its own. Of a half, calibration is
-too sure: captions of aerial photos, asked of Flickr8k's, then came out as found in three of four
-cases, in under half with an eighth (chosen on Flickr8k dev)."""
+"""Share of the images that may match a caption of another one. With a half, calibration is too
+confident: captions of aerial photos count as found among Flickr8k's photos in three of four cases,
+with an eighth in under half (chosen on Flickr8k dev)."""
 SAMPLE = 4096
 """Rows on which it is found how like an image these are."""
 RIDGE = 1e-3
@@ -117,8 +116,8 @@ def calibrate(
 
     Args:
         captions: float32 [m, dim], vectors of captions.
-        rows: int64 [m], the row of the image each was written for; empty where that is not known:
-            then their best hits, right or not, stand against those of nonsense alone.
+        rows: int64 [m], the row of the image each was written for; empty if unknown:
+            then their best hits, right or not, are compared with those of nonsense alone.
         nonsense: float32 [g, dim], vectors of queries that nothing fits.
         blocks: gives the vectors of the index.
         source: where the captions come from.

@@ -85,7 +85,7 @@ class Condition:
         return set(self.schema.names)
 
     def rows(self, table: pa.Table) -> NDArray[np.bool_]:
-        """Where it holds, bool [rows]; not where a column is null, unless that is asked."""
+        """The rows for which it holds, bool [rows]; a null holds only for ``is null``."""
         rows = pa.array(np.arange(len(table)))
         numbered = conform(table, self.schema).append_column(_ROW, rows)
         mask = np.zeros(len(table), bool)
@@ -122,7 +122,7 @@ def parse_where(text: str, schema: pa.Schema) -> Condition:
         reader = _Reader(text, schema, words)
         expression = reader.condition(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise DataError(_no_condition(text, "")) from None
+        raise DataError(_malformed(text, "")) from None
     return Condition(expression, pa.schema([schema.field(name) for name in sorted(reader.named)]))
 
 
@@ -145,10 +145,10 @@ def _as_python(match: re.Match[str], words: dict[str, str]) -> str:
     return name
 
 
-def _no_condition(text: str, found: str) -> str:
+def _malformed(text: str, found: str) -> str:
     return (
-        f"{text!r} is no condition{found}, expected columns compared with values, such as "
-        "\"year >= 2023 and folder = 'holiday'\"; texts stand in quotes, columns do not"
+        f"{text!r} is not a condition{found}; expected columns compared with values, such as "
+        "\"year >= 2023 and folder = 'holiday'\"; write texts in quotes, columns without"
     )
 
 
@@ -227,9 +227,7 @@ class _Reader:
         if name not in self._schema.names:
             close = get_close_matches(name, self._schema.names, 1)
             there = f"did you mean {close[0]}" if close else ", ".join(self._schema.names)
-            raise DataError(
-                f"there is no column {name!r} to choose by ({there}); texts stand in quotes"
-            )
+            raise DataError(f"there is no column {name!r} ({there}); write texts in quotes")
         self.named.add(name)
         return name, kind_of(self._schema.field(name).type)
 
@@ -259,4 +257,4 @@ class _Reader:
         )
 
     def _refuse(self, found: str) -> NoReturn:
-        raise DataError(_no_condition(self._text, found))
+        raise DataError(_malformed(self._text, found))

@@ -1,4 +1,4 @@
-"""Join several indexes into one, without a key that means two images and without an image twice."""
+"""Merge indexes into one, with unique keys and without the same image twice."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from clipkit.index.vector_index import VectorIndex, write_index
 from clipkit.store.shards import Vectors
 
 KEPT = ("decode",)
-"""What the first manifest says that is true of the merged index as well."""
+"""Fields of the first manifest that also hold for the merged index."""
 
 
 def merge_indexes(
@@ -29,7 +29,7 @@ def merge_indexes(
 
     Args:
         paths: the indexes, two or more, of one model.
-        out: where the new one shall stand.
+        out: directory of the new index.
         spec: FAISS factory string; None: the first one's.
 
     Raises:
@@ -50,7 +50,7 @@ def merge_indexes(
         decodes = [one.decode for one in (first, other)]
         if decodes[0] != decodes[1]:
             raise ArtifactError(
-                f"the pictures of {first.path} were read with --decode {decodes[0]}, those of "
+                f"the images of {first.path} were read with --decode {decodes[0]}, those of "
                 f"{other.path} with --decode {decodes[1]}; build one of them again"
             )
     rows = _Merged(indexes)
@@ -104,9 +104,9 @@ class _Merged:
 
     def _choose(self, key: str, old: tuple[_Part, int], new: tuple[_Part, int]) -> None:
         """Of two rows of the same image, take the one that was changed last, under its first id."""
-        (held, at), (part, row) = old, new
-        if (part.times[row] or 0) > (held.times[at] or 0):
-            part.ids[row], held.taken[at] = held.ids[at], False
+        (first, at), (part, row) = old, new
+        if (part.times[row] or 0) > (first.times[at] or 0):
+            part.ids[row], first.taken[at] = first.ids[at], False
             self._place[key] = new
         else:
             part.taken[row] = False

@@ -1,4 +1,4 @@
-"""A collection laid out on a plane, so that what is alike lies together."""
+"""Projections: vectors laid out on a plane by t-SNE, and clusters of them with names."""
 
 import faiss
 import numpy as np
@@ -16,10 +16,10 @@ PERPLEXITY = 30.0
 STEPS = (250, 500)
 """Of the descent, with neighbours drawn together more strongly at first (van der Maaten & Hinton
 2008, section 3.4), and without."""
-TOLD = 10
-"""Steps after which progress is told."""
+REPORT_EVERY = 10
+"""Steps between updates of the progress bar."""
 FEWEST = 5
-"""Items below which there is nothing to lay out."""
+"""Fewest items of a projection."""
 
 
 def principal_components(vectors: Vectors, dims: int = COMPONENTS) -> Vectors:
@@ -65,14 +65,14 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
     start = rescale(reduced[:, :2].astype(np.float64))
     with tqdm(total=sum(STEPS), unit="step", desc="laying out", disable=None) as bar:
 
-        def tell(*_: object) -> None:
-            bar.update(TOLD)
+        def report(*_: object) -> None:
+            bar.update(REPORT_EVERY)
 
         tsne = TSNE(
             early_exaggeration_iter=STEPS[0],
             n_iter=STEPS[1],
-            callbacks=tell,
-            callbacks_every_iters=TOLD,
+            callbacks=report,
+            callbacks_every_iters=REPORT_EVERY,
             random_state=seed,
             n_jobs=-1,
         )
@@ -81,7 +81,7 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
 
 
 def require_enough(count: int) -> None:
-    """Refuse to lay out next to nothing; raises DataError."""
+    """Raise DataError if there are too few items for a projection."""
     if count < FEWEST:
         raise DataError(f"a map of {count} items says nothing, expected at least {FEWEST}")
 
@@ -127,11 +127,11 @@ def cluster(vectors: Vectors, count: int, seed: int = 0) -> NDArray[np.int64]:
 def name_clusters(
     vectors: Vectors, clusters: NDArray[np.int64], labels: list[str], weights: Vectors
 ) -> list[str]:
-    """A name for each cluster: the label by which it stands out most from the collection.
+    """A name for each cluster: the label that distinguishes it most from the collection.
 
     The score of a label is its inner product with the cluster's mean vector less the mean of all,
     for some labels are near to every image of a model. Clusters that share their best label are
-    told apart by their second.
+    distinguished by their second.
 
     Args:
         vectors: float32 [n, dim].

@@ -67,8 +67,10 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
         _, colon, split = os.path.basename(spec).partition(":")
         return Root(prefix, f"{root}{colon}{split}", False)
     # A relative name was meant from where embed ran; a table lies in its own root.
-    known = os.path.isabs(spec) or not root
-    return Root(prefix, spec if known else os.path.join(str(root), os.path.basename(spec)), False)
+    complete = os.path.isabs(spec) or not root
+    return Root(
+        prefix, spec if complete else os.path.join(str(root), os.path.basename(spec)), False
+    )
 
 
 def roots_of(manifest: Manifest) -> list[Root]:
@@ -121,7 +123,7 @@ def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope 
         whole: whether all images of its folder are meant.
 
     Raises:
-        ArtifactError: a root lies within the source, whose images would be held twice.
+        ArtifactError: a root is inside the source, whose images would be indexed twice.
     """
     for root in roots:
         if root.where and root.where == wanted.where:
@@ -140,17 +142,17 @@ def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope 
 
 
 def new_root(roots: list[Root], keys: Iterable[str], wanted: Root, prefix: str | None) -> Root:
-    """A root whose keys can be told from all others.
+    """A root whose keys differ from all others.
 
     Args:
         roots: those of the index.
         keys: what the index holds.
         wanted: the root to add.
-        prefix: what its keys shall begin with; None: the name of its folder or file, with a number
+        prefix: first part of its keys; None: the name of its folder or file, with a number
             behind it where that is taken.
 
     Raises:
-        ArtifactError: ``prefix`` is taken, by another root or by keys, or is no relative path.
+        ArtifactError: ``prefix`` is taken, by another root or by keys, or is not a relative path.
     """
     firsts = {key.partition("/")[0] for key in keys if "/" in key}
     firsts |= {root.prefix.partition("/")[0] for root in roots}

@@ -1,7 +1,7 @@
-"""IndexWriter: change an index in one step, however much is changed and whenever it is killed.
+"""IndexWriter: remove and add items of an index in one atomic commit.
 
-What is removed and appended is collected first; ``commit`` writes new files and then the manifest
-that names them (``segments`` says why that is safe). One writer at a time; readers need no lock.
+Removals and additions are collected first; ``commit`` writes new files and then the manifest that
+names them (``segments`` explains why that is safe). One writer at a time; readers need no lock.
 """
 
 import os
@@ -59,7 +59,7 @@ class IndexWriter:
         path = index.path if isinstance(index, VectorIndex) else index
         self.path = Path(os.path.abspath(path))
         read_manifest(self.path, "index")
-        # Also the lock that building it anew takes; its directory stays empty here.
+        # The lock that ``build`` takes as well; its temporary directory stays empty here.
         self._artifact = ArtifactWriter(self.path, "index", replace=True)
         try:
             self._begin(VectorIndex.open(self.path))
@@ -84,7 +84,7 @@ class IndexWriter:
         self._artifact.__exit__(kind, error, trace)
 
     def find(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """Where each key stands, int64 [n], counted over all segments; -1 where it is not held.
+        """The place of each key, int64 [n], counted over all segments; -1 for unknown keys.
 
         What was appended since the last commit is not found.
         """
@@ -100,7 +100,7 @@ class IndexWriter:
         """Take items out of the index.
 
         Raises:
-            ArtifactError: a key is not held.
+            ArtifactError: an unknown key.
         """
         keys = list(keys)
         rows = self.find(keys)
@@ -123,8 +123,8 @@ class IndexWriter:
     def append(self, vectors: Vectors, records: pa.Table) -> None:
         """Add items: float32 [m, dim] of unit length, and a table of m rows.
 
-        Columns beyond those of a store are kept. Rows with an ``id`` keep it, for items that are
-        replaced; others get the next ones.
+        Columns beyond those of a store become metadata. Rows with an ``id`` keep it, for replaced
+        items; others get the next ones.
 
         Raises:
             ArtifactError: wrong shape or type, not finite, or not of unit length.
@@ -138,17 +138,17 @@ class IndexWriter:
         """Make the changes the state of the index, in one step, and open it.
 
         Args:
-            compact: build the base anew: of all rows, trained on them, without removed ones.
+            compact: rebuild the base from all rows, trained on them, without removed ones.
             source: a new ``source`` for the manifest.
 
         Raises:
-            ArtifactError: a key would be held twice, or the disk is full; nothing has changed.
+            ArtifactError: a key would be repeated, or the disk is full; nothing has changed.
             SpecError: ``compact``, and too few rows are left to train on.
         """
         given, changed = self.index.manifest.source, self._added or not self._unchanged()
         if not (compact or changed or source not in (None, given)):
             return self.index
-        self._refuse_twins()
+        self._refuse_duplicate_keys()
         detail = dict(self.index.manifest.detail)
         detail["generation"] = detail.get("generation", 0) + 1
         self._sweep()
@@ -198,13 +198,13 @@ class IndexWriter:
         return parts
 
     def _first_joined(self) -> int:
-        """The first segment that is written anew together with what is added; never the base."""
+        """The first segment that is joined with the added rows; never the base."""
         rows, first = sum(len(table) for _, table in self._added), len(self._live)
         while first > 1:
-            held = _count(self.index.segments[first - 1], self._live[first - 1])
-            if held > GROWTH * rows:
+            size = _count(self.index.segments[first - 1], self._live[first - 1])
+            if size > GROWTH * rows:
                 break
-            rows, first = rows + held, first - 1
+            rows, first = rows + size, first - 1
         return first
 
     def _with_dead(self, segment: Segment, live: Live, name: str) -> Parts:
@@ -221,15 +221,15 @@ class IndexWriter:
             files={**files, name: sealed(self.path / name)},
         )
 
-    def _refuse_twins(self) -> None:
+    def _refuse_duplicate_keys(self) -> None:
         keys = [key for _, table in self._added for key in table["key"].to_pylist()]
-        held = self.find(keys) >= 0
-        twin = keys[int(np.argmax(held))] if held.any() else None
-        if twin is None and len(set(keys)) < len(keys):
-            twin = Counter(keys).most_common(1)[0][0]
-        if twin is not None:
+        existing = self.find(keys) >= 0
+        duplicate = keys[int(np.argmax(existing))] if existing.any() else None
+        if duplicate is None and len(set(keys)) < len(keys):
+            duplicate = Counter(keys).most_common(1)[0][0]
+        if duplicate is not None:
             raise ArtifactError(
-                f"the key {twin!r} would be in {self.path} twice; give each item one key, or "
+                f"the key {duplicate!r} would be in {self.path} twice; give each item one key, or "
                 "remove the old one first"
             )
 
@@ -261,8 +261,8 @@ class _Joined:
         self.dim, self._path, self._segments, self._added = dim, path, segments, added
 
     def __len__(self) -> int:
-        held = sum(_count(segment, live) for segment, live in self._segments)
-        return held + sum(len(table) for _, table in self._added)
+        existing = sum(_count(segment, live) for segment, live in self._segments)
+        return existing + sum(len(table) for _, table in self._added)
 
     def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
         """Vectors and records, a bounded number of rows at a time."""

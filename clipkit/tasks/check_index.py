@@ -23,7 +23,7 @@ MOST_REMOVED = 0.2
 MOST_LATER, FEWEST_LATER = 0.2, 10_000
 """The same of rows behind the base, which are searched one by one, where they are that many."""
 LOW = 0.9
-"""A lower recall calls for training anew, or for another spec."""
+"""A lower recall calls for training again, or for another spec."""
 DROP = 0.02
 """Captions that find so much less of their ten best than was recorded call for it, too."""
 EQUAL = 1e-5
@@ -39,16 +39,16 @@ class IndexReport:
         vectors: how many it holds.
         segments: of how many pieces it consists.
         removed: share of its rows that are removed.
-        later: share of its rows that stand behind the base.
+        later: share of its rows in segments after the base.
         found: share of sampled images that a search with their own vector finds first.
         recall: of the ten nearest images to sampled ones, the share that the index finds.
-        text_recall: the same for captions whose vectors were kept when the index was tuned or
+        text_recall: the same for captions whose vectors were stored when the index was tuned or
             calibrated.
         recorded_recall: what they found then.
-        milliseconds: median time of such a caption asked alone.
+        milliseconds: median time of a single such caption.
         recorded_milliseconds: what it took then.
         exact_milliseconds: what exact search takes.
-        not_measured: why captions were not asked; None where they were.
+        not_measured: why captions were not measured; None if they were.
         problems: what is wrong with it.
         advice: what would make it better.
     """
@@ -78,7 +78,7 @@ def check_index(path: str | Path) -> IndexReport:
     """Examine an index: its files, its rows, and what searching it finds.
 
     Every byte is read. The recall is measured against exact search with a sample of its own
-    vectors, equal scores counting as found, and with captions whose vectors were kept when it was
+    vectors, equal scores counting as found, and with captions whose vectors were stored when it was
     tuned or calibrated, so that no model is needed.
 
     Raises:
@@ -122,9 +122,9 @@ def _files(index: VectorIndex) -> Iterator[str]:
 def _rows(index: VectorIndex) -> Iterator[str]:
     keys, ids = index.keys, index.records()["id"].to_numpy()
     if len(set(keys)) < len(keys):
-        yield f"{len(keys) - len(set(keys))} keys are held twice"
+        yield f"{len(keys) - len(set(keys))} keys are repeated"
     if len(np.unique(ids)) < len(ids):
-        yield f"{len(ids) - len(np.unique(ids))} ids are held twice"
+        yield f"{len(ids) - len(np.unique(ids))} ids are repeated"
     next_id = index.manifest.detail.get("next_id", len(ids))
     if len(ids) and (ids.min() < 0 or ids.max() >= next_id):
         yield f"ids run from {ids.min()} to {ids.max()}, expected 0 to {next_id - 1}"
@@ -152,7 +152,7 @@ def _search(index: VectorIndex, report: IndexReport) -> None:
     for hits, key, best in zip(index.search_vectors(sample, k), keys, exact, strict=True):
         reached = [hit for hit in hits if hit.score >= best[-1] - EQUAL]
         found += len(reached)
-        # A copy of an image may stand before it.
+        # A copy of an image may rank before it.
         first += any(hit.key == key or hit.score >= best[0] - EQUAL for hit in hits[:1])
     report.found, report.recall = first / len(sample), found / (k * len(sample))
 
@@ -169,8 +169,8 @@ def _ask(index: VectorIndex, report: IndexReport) -> None:
         return
     if captions is None:
         report.not_measured = (
-            "no captions are kept with it, as `clipkit index build --spec auto` and `clipkit index "
-            "calibrate` do"
+            "no captions are stored with it, as `clipkit index build --spec auto` and "
+            "`clipkit index calibrate` do"
         )
         return
     found = remeasure(index, captions)
@@ -185,18 +185,18 @@ def _advice(index: VectorIndex, report: IndexReport, behind: int) -> Iterator[st
     if index.spec != "Flat" and report.later > MOST_LATER and behind > FEWEST_LATER:
         yield (
             f"{report.later:.0%} of its images came after {index.spec} was trained and are "
-            f"searched one by one: {compact} trains it anew"
+            f"searched one by one: {compact} trains it again"
         )
     if report.recall is not None and report.recall < LOW:
         yield (
-            f"of the ten nearest images it finds {report.recall:.0%}: {compact} trains it anew; "
+            f"of the ten nearest images it finds {report.recall:.0%}: {compact} trains it again; "
             "where that does not help, build it with another --spec"
         )
     found, before = report.text_recall, report.recorded_recall
     if found is not None and before is not None and found < before - DROP:
         yield (
             f"captions find {found:.1%} of their ten best, {before:.1%} when that was recorded: "
-            f"{compact} trains it anew; where that does not help, build it again with --spec auto"
+            f"{compact} trains it again; where that does not help, build it again with --spec auto"
         )
     if len(index) and report.recall is None:
-        yield "an older clipkit built it, which kept no exact vectors: build it again to examine it"
+        yield "an older clipkit built it without exact vectors: build it again to check it"

@@ -30,7 +30,7 @@ and +0.28, photos finding captions by -0.10, +0.50 and +0.10: one of six by more
 """
 
 EARLIEST_STOP = 1000
-"""Fewer images are judged at the end, when it is known whether all of them are bad."""
+"""Fewer images are checked at the end, when it is known whether all of them are bad."""
 
 
 def embed(
@@ -54,21 +54,21 @@ def embed(
     Args:
         images: whatever ``open_source`` opens, or a source already open, whose metadata are stored
             if it was opened with them.
-        out: where the store shall stand.
+        out: directory of the store.
         encoder: the model; None loads that of the store at ``out``, or the default model.
-        decode: "exact" reads pictures as open_clip does, "fast" at the size that is enough; None:
-            as those of the store at ``out`` were read, and "exact" where there is none.
+        decode: "exact" reads images as open_clip does, "fast" at a reduced size; None: the
+            decoder of the store at ``out``, or "exact" for a new store.
         batch_size: images encoded at once; ``"auto"`` suits the device.
         workers: decoding threads; ``"auto"`` is one per core.
         skip_limit: the largest share of images that may be unreadable. Half is generous on
-            purpose: a bad picture in a folder of photos harms no other, and all are listed.
+            purpose: a bad image harms no other, and all are listed.
 
     Raises:
         DataError: the source cannot be opened, or holds no image.
         SkipLimitError: more than ``skip_limit`` of the images are bad, or all of them.
         ModelMismatchError: another model made the store at ``out``, finished or half-written.
         ModelError: the device's memory does not suffice for one image.
-        ArtifactError: ``out`` is taken by something else, its pictures were read in another way,
+        ArtifactError: ``out`` is taken by something else, it uses another decoder,
             or the disk is full.
     """
     source = images if isinstance(images, Source) else open_source(images, metadata=True)
@@ -95,8 +95,8 @@ def embed(
         except KeyboardInterrupt:
             bar.close()
             print(
-                f"stopped: {len(writer.done)} encoded images are kept for {writer.path}; "
-                "run the same command again to go on",
+                f"stopped: {len(writer.done)} encoded images are saved for {writer.path}; "
+                "run the same command again to continue",
                 file=sys.stderr,
             )
             raise
@@ -118,7 +118,7 @@ def default_encoder(store: Path) -> "Encoder":
 
 
 class _Walk:
-    """One pass over a source, sorting its rows into held, known, to encode, and skipped."""
+    """One pass over a source, whose images are already written, reusable, to encode, or skipped."""
 
     def __init__(
         self, source: Source, writer: StoreWriter, known: StoredVectors, bar: Any, skip_limit: float
@@ -157,7 +157,7 @@ class _Walk:
                 yield row
 
     def known_vector(self, row: Row) -> Vectors | None:
-        """The vector of a row that stands in the store already, maybe under another key.
+        """The vector of a row that the store already has, maybe under another key.
 
         Its content is hashed for that, and for the next time; called by the decoding threads.
         """
@@ -210,5 +210,5 @@ class _Walk:
         share = f"all {total}" if all_bad else f"{least}{bad} of {total}"
         raise SkipLimitError(
             f"{share} images of {self.source.spec} are bad (first {key}: {reason}), allowed is a "
-            f"share of {self.skip_limit:.0%}; mend them, `clipkit data check` lists them"
+            f"share of {self.skip_limit:.0%}; fix them, `clipkit data check` lists them"
         )

@@ -57,7 +57,7 @@ def test_recall_is_that_of_counting_by_hand(index):
     report = check_index(index)
     assert report.recall == pytest.approx(expected)
     assert report.recall < 0.9
-    assert any("finds" in advice and "trains it anew" in advice for advice in report.advice)
+    assert any("finds" in advice and "trains it again" in advice for advice in report.advice)
 
 
 def test_a_flipped_byte_is_found(index):
@@ -98,7 +98,7 @@ def test_empty_and_old_indexes_are_examined(tmp_path):
     old_index(tmp_path / "lossy", unit_rows(30, DIM), "SQ8")
     report = check_index(tmp_path / "lossy")
     assert report.recall is None
-    assert "no exact vectors" in report.advice[0]
+    assert "without exact vectors" in report.advice[0]
 
 
 def test_the_command_prints_and_its_exit_code_says_whether_all_is_well(index, monkeypatch, capsys):
@@ -178,13 +178,13 @@ def test_recall_that_has_dropped_calls_for_training_anew(tuned):
     assert report.text_recall < report.recorded_recall - 0.02
     (advice,) = [advice for advice in report.advice if "captions find" in advice]
     assert f"{report.text_recall:.1%}" in advice
-    assert "trains it anew" in advice
+    assert "trains it again" in advice
 
 
 def test_why_captions_are_not_asked_is_said(index, tuned):
     report = check_index(index)
     assert report.text_recall is None
-    assert "no captions are kept" in report.not_measured
+    assert "no captions are stored" in report.not_measured
     path, _, _ = tuned
     (path / "sample_queries.bin").write_bytes(b"\x93NUMPY")
     report = check_index(path)

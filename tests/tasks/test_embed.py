@@ -216,7 +216,7 @@ def test_ctrl_c_keeps_what_is_encoded_and_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         embed(tmp_path / "photos", tmp_path / "store", Interrupted(), batch_size=6)
     said = capsys.readouterr().err
-    assert "6 encoded images are kept" in said
+    assert "6 encoded images are saved" in said
     assert "run the same command again" in said
     encoder = ColourEncoder()
     store = embed(tmp_path / "photos", tmp_path / "store", encoder)

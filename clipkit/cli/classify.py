@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clipkit.cli.options import (
-    DATA_HELP,
     OUTPUT,
     Csv,
     Device,
     Html,
     ImageColumn,
+    Images,
     Json,
     Labels,
     Model,
@@ -92,9 +92,7 @@ def read_choice(labels: str, templates: str | None) -> Choice:
 
 
 def classify(
-    images: Annotated[
-        list[str], typer.Argument(metavar="DATA...", help=f"Image files, or: {DATA_HELP}")
-    ],
+    images: Images,
     labels: Labels,
     model: Model = None,
     templates: Templates = None,

@@ -1,9 +1,4 @@
-"""clipkit index add, remove, sync, compact, merge and check: look after an index that stands.
-
-Amounts of memory as people write them.
-
-clipkit embed and clipkit index build.
-"""
+"""clipkit embed and clipkit index: store vectors, index them, and keep the index up to date."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,13 +11,14 @@ from clipkit.cli.options import (
     MODEL_HELP,
     BatchSize,
     CaptionColumn,
-    Data,
     Device,
     ImageColumn,
+    Images,
     Index,
     Json,
     Model,
     Precision,
+    PrecisionName,
     Workers,
     new_group,
 )
@@ -30,6 +26,7 @@ from clipkit.cli.output import (
     describe_calibration,
     describe_tuning,
     load_encoder,
+    load_maker,
     note,
     note_skipped,
     print_facts,
@@ -40,6 +37,7 @@ from clipkit.cli.output import (
 if TYPE_CHECKING:
     from clipkit.data.source import Source
     from clipkit.index.vector_index import VectorIndex
+    from clipkit.models.encoder import Encoder
     from clipkit.tasks.sync import Changes
 
 
@@ -49,38 +47,86 @@ app = new_group("Build indexes of image vectors and keep them up to date.")
 @app.command("add")
 def add(
     index: Index,
-    images: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help=f"An embedding store, images, folders of images, or: {DATA_HELP}",
+        ),
+    ],
     prefix: Annotated[
         str | None,
-        typer.Option(help="What the keys of a new folder begin with; its name if left out."),
+        typer.Option(help="Start of the keys of a new folder; default: the folder's name."),
     ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    precision: Precision = None,
+    device: Device = None,
+    workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
     """Add images, or a store, to an index.
 
-    Images it holds already are brought up to date; only new content is encoded.
+    Images that the index holds already are updated; only new content is encoded.
     """
     from clipkit.tasks.sync import add_images
 
-    _print_changes(add_images(index, images, prefix=prefix), as_json)
+    changes = add_images(
+        index,
+        _open(data, image_column, caption_column),
+        _encoder_of(index, precision, device),
+        prefix=prefix,
+        workers=workers,
+    )
+    _print_changes(changes, as_json)
 
 
 @app.command("sync")
 def sync(
     index: Index,
-    images: Annotated[
+    data: Annotated[
         str | None,
-        typer.Argument(help="A folder of the index, or one within; all that it was made of."),
+        typer.Argument(
+            metavar="DATA",
+            help="One of the index's folders, or a part of it; default: all of them.",
+        ),
     ] = None,
+    precision: Precision = None,
+    device: Device = None,
+    workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
-    """Bring an index up to date with its folder.
+    """Bring an index up to date with its folders.
 
-    New, changed, renamed and deleted images are told apart; only new content is encoded.
+    Finds new, changed, renamed and deleted images; only new content is encoded.
     """
     from clipkit.tasks.sync import sync_index
 
-    _print_changes(sync_index(index, images), as_json)
+    encoder = _encoder_of(index, precision, device)
+    _print_changes(sync_index(index, data, encoder, workers=workers), as_json)
+
+
+def _open(data: list[str], image_column: str | None, caption_column: str | None) -> "str | Source":
+    """The name of a store, or opened data."""
+    from clipkit.tasks.index import is_store
+
+    if len(data) == 1 and is_store(data[0]):
+        return data[0]
+
+    from clipkit.data.open_source import open_source
+
+    return open_source(data, image=image_column, caption=caption_column, metadata=True)
+
+
+def _encoder_of(
+    index: Path, precision: PrecisionName | None, device: str | None
+) -> "Encoder | None":
+    """The encoder of an index if options name its precision or device; else it loads its own."""
+    if precision is None and device is None:
+        return None
+    from clipkit.index.vector_index import open_index
+
+    return load_maker(open_index(index).model, f"the index {index}", precision, device)
 
 
 def _print_changes(changes: "Changes", as_json: bool) -> None:
@@ -106,7 +152,7 @@ def remove(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Take images out of an index; their files stay."""
+    """Remove images from an index; their files stay."""
     names = [*(keys or []), *(line.rstrip("\r\n") for line in keys_from or [])]
     names = [name for name in names if name]
     if not names:
@@ -122,7 +168,7 @@ def remove(
 
 @app.command("compact")
 def compact(index: Index, as_json: Json = False) -> None:
-    """Build an index anew from what it holds, freshly trained."""
+    """Rebuild an index from its vectors, in one segment."""
     from clipkit.tasks.index import compact_index
 
     _print_index(index, compact_index(index), as_json)
@@ -133,11 +179,11 @@ def merge(
     indexes: Annotated[list[Path], typer.Argument(help="Directories of two or more indexes.")],
     out: Annotated[Path, typer.Option(help="Directory of the new index.")],
     spec: Annotated[
-        str | None, typer.Option(help="FAISS factory string; the first one's if left out.")
+        str | None, typer.Option(help="FAISS factory string; default: that of the first index.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Join indexes of one model into a new one."""
+    """Merge indexes of one model into a new one."""
     from clipkit.index.merge import merge_indexes
 
     _print_index(out, merge_indexes(indexes, out, spec), as_json)
@@ -145,9 +191,9 @@ def merge(
 
 @app.command("check")
 def check(index: Index, as_json: Json = False) -> None:
-    """Examine an index: its files, its rows, and what it finds.
+    """Check an index: its files, its rows, and its search results.
 
-    Exit code 1 where something is wrong with it.
+    Exits with code 1 if it finds a problem.
     """
     from clipkit.tasks.check_index import check_index
 
@@ -172,10 +218,9 @@ def calibrate(
     index: Index,
     as_json: Json = False,
 ) -> None:
-    """Make the scores of an index probabilities.
+    """Calibrate the scores of an index as probabilities.
 
-    Captions of its own images are asked, or generic ones where few have any, and what they find is
-    measured again.
+    Measures what captions of its own images find, or generic captions if few images have any.
     """
     from clipkit.tasks.index import calibrate_index
 
@@ -207,29 +252,27 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as ``500MB``, ``1.5 GiB`` or ``2g``.
 
     Raises:
-        BadParameter: not a size, which ends a command with exit code 2.
+        BadParameter: it is not a size, which ends a command with exit code 2.
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
+        return TypeAdapter(ByteSize).validate_python(text.strip())
     except ValidationError:
-        raise typer.BadParameter(
-            f"{text!r} is not an amount of memory, expected for example 500MB"
-        ) from None
+        raise typer.BadParameter(f"expected a size such as 500MB, found {text!r}") from None
 
 
 Decode = Annotated[
     Literal["exact", "fast"] | None,
     typer.Option(
-        help="Read pictures exactly as open_clip does, which is the default unless the store was "
-        "made otherwise, or at the size that is enough, in a third of the time."
+        help="exact reads images as open_clip does; fast at a sufficient size, in a third of the "
+        "time; default: as the store at --out, else exact."
     ),
 ]
 
 
 def embed(
-    data: Data,
+    data: Images,
     out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
     model: Model = None,
     decode: Decode = None,
@@ -260,62 +303,68 @@ def embed(
 
 @app.command("build")
 def build(
-    source: Annotated[str, typer.Argument(help=f"An embedding store, or images. {DATA_HELP}")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help=f"An embedding store, images, folders of images, or: {DATA_HELP}",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the index.")],
     model: Annotated[
         str | None, typer.Option(help=f"For images only. {MODEL_HELP}", rich_help_panel=MACHINE)
     ] = None,
     spec: Annotated[
         str,
-        typer.Option(help="FAISS factory string; auto chooses one by what captions find."),
+        typer.Option(help="FAISS factory string; auto chooses one by its recall for captions."),
     ] = "Flat",
     recall: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="With --spec auto: recall@10 that is wanted; 0.95."),
+        typer.Option(min=0, max=1, help="With --spec auto: target recall@10; default: 0.95."),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="With --spec auto: the most it may take, such as 500MB.")
+        str | None, typer.Option(help="With --spec auto: memory limit, such as 500MB.")
     ] = None,
     decode: Decode = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     precision: Precision = None,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Index a store, or images.
 
-    Images are embedded first, into a store beside the index, which a later build brings up to date.
+    Images are embedded first, into a store beside the index, which a later build updates.
     """
     from clipkit.index.tuning import AUTO, RECALL, TuningTarget
     from clipkit.store.embedding_store import EmbeddingStore
-    from clipkit.tasks.index import build_index, is_store
+    from clipkit.tasks.index import build_index
 
     if spec != AUTO and (recall is not None or memory is not None):
         raise typer.BadParameter("--recall and --memory are for --spec auto")
     most = None if memory is None else parse_size(memory)
     target = TuningTarget(RECALL if recall is None else recall, most)
-    embedded = not is_store(source)
-    data: str | Source = source
-    encoder = None
-    if embedded:
-        from clipkit.data.open_source import open_source
-
-        data = open_source(source, metadata=True)
-        encoder = load_encoder(model, precision, device)
-    index = build_index(data, out, encoder, spec=spec, target=target, decode=decode)
+    source = _open(data, image_column, caption_column)
+    embedded = not isinstance(source, str)
+    encoder = load_encoder(model, precision, device) if embedded else None
+    index = build_index(source, out, encoder, spec=spec, target=target, decode=decode)
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
     elif model:
-        note(f"--model is for images: {source} is a store, whose vectors are of {store.model}")
+        note(f"--model is for images: {source} is a store, encoded by {store.model}")
     if decode and not embedded:
-        note(f"--decode is for images: {source} is a store, made with --decode {store.decode}")
-    print_facts(
-        [
-            ("index", out),
-            ("store", store.path),
-            ("vectors", len(index)),
-            ("spec", index.spec),
-            *describe_tuning(index.manifest.detail),
-            *describe_calibration(index.calibration),
-            ("model", index.model),
-        ]
-    )
+        note(f"--decode is for images: {source} is a store, embedded with --decode {store.decode}")
+    facts = [
+        ("index", out),
+        ("store", store.path),
+        ("vectors", len(index)),
+        ("spec", index.spec),
+        *describe_tuning(index.manifest.detail),
+        *describe_calibration(index.calibration),
+        ("model", index.model),
+    ]
+    if as_json:
+        print_json({"index": str(out), "store": str(store.path), "vectors": len(index)})
+    else:
+        print_facts(facts)

@@ -23,6 +23,9 @@ DATA_HELP = (
 )
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
+Images = Annotated[
+    list[str], typer.Argument(metavar="DATA...", help=f"Images, folders of images, or: {DATA_HELP}")
+]
 Index = Annotated[Path, typer.Argument(metavar="INDEX", help="Directory of the index.")]
 Labels = Annotated[
     str,

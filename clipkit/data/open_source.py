@@ -1,12 +1,13 @@
 """Open a source of images and captions by its name, whatever its form."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
 
-from clipkit.data.formats.folders import open_folder, open_image
+from clipkit.data.formats.folders import FOLDER_KINDS, open_folder, open_image, open_images
 from clipkit.data.formats.huggingface import HUB, is_saved, open_hub, open_saved
 from clipkit.data.formats.tables import TABLES, open_table
 from clipkit.data.formats.webdataset import expand, open_tars
@@ -19,7 +20,7 @@ __all__ = ["Row", "Source", "no_captions", "open_source", "row_image", "row_reco
 
 
 def open_source(
-    spec: str | Path | Source,
+    spec: str | Path | Source | Sequence[str | Path],
     *,
     image: str | None = None,
     caption: str | None = None,
@@ -33,7 +34,9 @@ def open_source(
         spec: an image; a folder (with sidecar captions, with metadata.csv or metadata.jsonl, with
             one sub-folder per class, or plain); a CSV, TSV, JSON lines or Parquet table; WebDataset
             tars (``shards-{000..012}.tar`` or ``shards-*.tar``); ``hf:org/name:split``; a dataset
-            saved to disk (``path`` or ``path:split``). A Source is returned as it is.
+            saved to disk (``path`` or ``path:split``); several images and folders, as a list or a
+            pattern (``photos/*.jpg``), with keys relative to their common folder. A Source is
+            returned as it is.
         image: name of the column that holds images; found by the usual names where None.
         caption: name of the caption column; an empty name says there is none.
         label: name of the label column; an empty name says there is none.
@@ -47,15 +50,24 @@ def open_source(
     """
     if isinstance(spec, Source):
         return spec
-    text = os.fspath(spec)
-    source = _open(text, Wanted(image, caption, label, metadata), streaming)
+    wanted = Wanted(image, caption, label, metadata)
+    if not isinstance(spec, str | Path) and len(spec) == 1:
+        (spec,) = spec
+    if isinstance(spec, str | Path):
+        text = os.fspath(spec)
+        source = _open(text, wanted, streaming)
+    else:
+        text = ", ".join(map(str, spec[:3])) + (", …" if len(spec) > 3 else "")
+        source = _open_several(spec)
     if streaming and not source.streaming:
         source = replace(source, rows=table_stream(source.rows))
     if not source.streaming and not len(source.rows):
         first = source.skipped[0] if source.skipped else None
         why = f"{first.key} {first.reason}" if first else "it has no rows"
         raise DataError(f"{text} holds no image that can be used: {why}")
-    return replace(source, spec=text)
+    # Of several images and folders the common folder is the name that can be opened again.
+    several = source.kind in FOLDER_KINDS and not os.path.isdir(text)
+    return source if several else replace(source, spec=text)
 
 
 def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
@@ -103,13 +115,29 @@ def _open_files(files: list[Path], wanted: Wanted, streaming: bool | None) -> So
             return open_table(files, wanted, streaming)
         if suffix in SUFFIXES and len(files) == 1:
             return open_image(files[0])
+    if all(file.is_dir() or file.suffix.lower() in SUFFIXES for file in files):
+        return open_images(files)
     raise DataError(
         f"{files[0]} has the form {' and '.join(suffixes) or 'of no suffix'}, expected one image, "
         f"a folder, .tar files, or a table ({', '.join(TABLES)})"
     )
 
 
+def _open_several(specs: Sequence[str | Path]) -> Source:
+    if not all(isinstance(spec, str | Path) for spec in specs):
+        raise TypeError("expected a list of paths, found one of other things")
+    if not specs:
+        raise DataError("the list of data is empty, expected at least one path")
+    files = []
+    for spec in specs:
+        path = Path(os.path.abspath(spec))
+        files += find_files(path) or [path]
+    return open_images(files)
+
+
 def _nothing_there(text: str, path: Path) -> str:
+    if any(sign in text for sign in "*?[") and path.parent.is_dir():
+        return f"no file matches the pattern {text}"
     there, missing = path.parent, path.name
     while not there.is_dir():
         there, missing = there.parent, there.name

@@ -33,8 +33,26 @@ def test_index_build_hands_it_on_to_images_alone(run, colour_folder, tiny_checkp
     assert VectorIndex.open(tmp_path / "one").decode == "exact"
     store = tmp_path / "one.store"
     _, err = run("index", "build", store, "--out", tmp_path / "two", "--decode", "fast")
-    assert f"--decode is for images: {store} is a store, made with --decode exact" in err
+    assert f"--decode is for images: {store} is a store, embedded with --decode exact" in err
     assert VectorIndex.open(tmp_path / "two").decode == "exact"
+
+
+def test_several_paths_and_patterns_are_one_store(run, colour_folder, tiny_checkpoint, tmp_path):
+    model = ["--model", tiny_checkpoint]
+    reds = sorted(colour_folder.glob("red*.png"))
+    for name, given in (("list", reds), ("pattern", [colour_folder / "red*.png"])):
+        run("embed", *given, *model, "--out", tmp_path / name)
+        assert EmbeddingStore.open(tmp_path / name).keys == [path.name for path in reds]
+    blue = colour_folder / "more" / "blue.png"
+    blue.parent.mkdir()
+    blue.write_bytes((colour_folder / "blue-1.png").read_bytes())
+    out, _ = run("index", "build", *reds, blue.parent, *model, "--out", tmp_path / "i", "--json")
+    assert json.loads(out)["vectors"] == len(reds) + 1
+    assert VectorIndex.open(tmp_path / "i").keys == ["more/blue.png", *(p.name for p in reds)]
+    _, err = run("embed", *reds, colour_folder / "no.png", *model, "--out", "x", code=1)
+    assert "no.png does not exist" in err
+    _, err = run("embed", colour_folder / "*.gif", *model, "--out", "x", code=1)
+    assert "no file matches the pattern" in err
 
 
 @pytest.mark.parametrize(("given", "tried"), [("5", [5, 5, 2]), ("auto", [12])])

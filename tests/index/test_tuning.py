@@ -321,7 +321,7 @@ def test_the_command(monkeypatch, capsys, colour_folder, tiny_checkpoint, tmp_pa
     assert "--spec auto" in err
     code, _, err = command(monkeypatch, capsys, *words, "--spec", "auto", "--memory", "much")
     assert code == 2
-    assert "'much' is not an amount of memory" in err
+    assert "expected a size such as 500MB, found 'much'" in err
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Folders of images: with sidecar captions, by class, or plain."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from clipkit.data.images import Skipped, find_images
+from clipkit.data.images import SUFFIXES, Skipped, find_images
 from clipkit.data.source import Row, Source, fingerprint_of, in_memory, is_damaged, to_batches
 from clipkit.errors import DataError
 
+FOLDER_KINDS = ("sidecars", "classes", "folder")
 _SIDECAR_LIMIT = 1 << 20  # bytes
 
 
@@ -28,6 +30,37 @@ def open_folder(root: Path) -> Source:
         DataError: it holds no image that can be used.
     """
     keys, skipped = find_images(root)
+    source = _open_keys(root, keys, skipped)
+    if not len(source.rows):
+        raise DataError(_nothing_in(root, skipped))
+    return source
+
+
+def open_images(paths: Sequence[Path]) -> Source:
+    """Several image files and folders as one source; keys are relative to their common folder.
+
+    Raises:
+        DataError: a path does not exist or is neither an image nor a folder.
+    """
+    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
+    keys: set[str] = set()
+    skipped: list[Skipped] = []
+    for path in paths:
+        place = path.relative_to(root).as_posix()
+        if path.is_dir():
+            below = "" if place == "." else f"{place}/"
+            found, left_out = find_images(path)
+            keys |= {below + key for key in found}
+            skipped += [Skipped(below + item.key, item.reason) for item in left_out]
+        elif path.is_file() and path.suffix.lower() in SUFFIXES:
+            keys.add(place)
+        else:
+            what = "is not an image" if path.exists() else "does not exist"
+            raise DataError(f"{path} {what}; several DATA must be image files or folders of images")
+    return _open_keys(root, sorted(keys), skipped)
+
+
+def _open_keys(root: Path, keys: Sequence[str], skipped: list[Skipped]) -> Source:
     sidecars = {key: sidecar for key in keys if (sidecar := _sidecar(root / key)).is_file()}
     if sidecars:
         kind = "sidecars"
@@ -50,8 +83,6 @@ def open_folder(root: Path) -> Source:
     files += [(f"{key}.txt", sidecar) for key, sidecar in sidecars.items()]
     prints = fingerprint_of(files, kind)
     table = in_memory(to_batches(rows(), 4096), prints, skipped)
-    if not len(table):
-        raise DataError(_nothing_in(root, skipped))
     return Source(str(root), kind, table, root, prints, skipped)
 
 

@@ -1,4 +1,4 @@
-"""What long work tells of itself: throughput, waiting, and that someone wants it to stop."""
+"""Progress reporting: throughput, data-loading time, graceful interruption."""
 
 import os
 import signal
@@ -15,23 +15,23 @@ Item = TypeVar("Item")
 
 
 def print_status(message: str) -> None:
-    """Say something on stderr, above a progress bar that may stand there."""
+    """Print a message on stderr, above a progress bar if there is one."""
     tqdm.write(message, file=sys.stderr)
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process of a run that tells how it goes; torchrun numbers them."""
+    """Whether this is the process that reports progress: rank 0 of torchrun's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Meter:
-    """Samples per second and the share of time spent waiting, since it was last read."""
+    """Samples per second and fraction of time spent waiting, since the last reading."""
 
     def __init__(self) -> None:
         self.samples, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
-        """Pass items on, counting the time each took to come as waiting."""
+        """Yield items and count the time until each arrives as waiting."""
         while True:
             asked = time.perf_counter()
             try:
@@ -43,7 +43,7 @@ class Meter:
             yield item
 
     def read(self) -> tuple[float, float]:
-        """Samples per second and the share of time waited, in [0, 1]; then start over."""
+        """Return samples per second and the fraction of time waited, in [0, 1], and reset."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         result = self.samples / elapsed, self._waited / elapsed
         self.samples, self._waited, self._since = 0, 0.0, time.perf_counter()
@@ -52,15 +52,15 @@ class Meter:
 
 @contextmanager
 def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
-    """Collect the numbers of SIGINT and SIGTERM instead of stopping in the middle of a step.
+    """Collect SIGINT and SIGTERM in a list instead of stopping in the middle of a step.
 
-    After the first one the usual handlers are back, so a second stops at once. Outside the main
-    thread signals cannot be caught; there the list stays empty.
+    The first signal restores the previous handlers, so a second one stops at once. Outside the main
+    thread signals cannot be caught, and the list stays empty.
 
     Args:
-        patient: a second one does not stop it: torchrun sends its own after that of a terminal,
-            and kills after 30 seconds. After an error SIGTERM still stops nothing, for torchrun
-            sends it once a process is dead, which another is about to tell.
+        patient: ignore further signals: torchrun sends its own after the terminal's, and kills
+            after 30 seconds. SIGTERM stays ignored after an error, because torchrun sends it when a
+            process dies, and this one may be about to report why.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -88,6 +88,6 @@ def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
 
 
 def share_done(step: int, steps: int, seconds: float, minutes: float) -> float:
-    """Share of a run done, by steps or by the clock, whichever is further; a limit of 0 is none."""
+    """Completed fraction of a run, by steps or by the clock, whichever is larger. 0: no limit."""
     by_steps = step / steps if steps else 0.0
     return max(by_steps, seconds / (60 * minutes) if minutes else 0.0)

@@ -205,8 +205,12 @@ def _render(data: str, images: int | None, side: int, columns: dict[str, str]) -
     if images is None:
         length = "steps = 10000 # the length of a stream is not known in advance"
     else:
-        epochs = max(5, min(100, math.ceil(SAMPLES_SEEN / images)))
-        length = f"epochs = {epochs} # about {epochs * images:,} training images in all"
+        epochs = max(5, min(50, math.ceil(SAMPLES_SEEN / images)))
+        every = max(1, epochs // 10)
+        length = (
+            f"epochs = {epochs} # about {epochs * images:,} training images in all\n"
+            f"eval_every_epochs = {every}\nsave_every_epochs = {every}"
+        )
     named = "".join(f"\n{name} = {json.dumps(value)}" for name, value in columns.items())
     return f"""\
 # Starter configuration for {amount}. `clipkit config` lists every field.

@@ -1,9 +1,10 @@
-"""The notebooks tell the truth: each is run from top to bottom, with small parameters."""
+"""Each notebook runs from top to bottom, with small parameters."""
 
 import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from tests.helpers.paths import NOTEBOOKS
 
@@ -83,5 +84,33 @@ def test_pretrain_small(colour_folder, tmp_path):
     )
     assert count(outputs, "text/html", "finished") == 1
     assert count(outputs, "text/html", "text_to_image_r1") == 2
-    assert count(outputs, "image/png") == 2
+    assert count(outputs, "text/html", "data:image/jpeg;base64,") == 1
+    assert count(outputs, "image/png") == 1
     assert (tmp_path / "pretrain_small" / "run" / "manifest.json").is_file()
+
+
+def test_update_and_filter(colour_folder, tiny_checkpoint, tmp_path):
+    pytest.importorskip("pandas")
+    files = sorted(colour_folder.glob("*.png"))
+    rows = [
+        f"{file},{file.with_suffix('.txt').read_text().strip()},{2020 + number}"
+        for number, file in enumerate(files)
+    ]
+    (tmp_path / "pairs.csv").write_text("\n".join(["filepath,title,year", *rows]))
+    (tmp_path / "more").mkdir()
+    for file in files[:2]:
+        with Image.open(file) as image:
+            image.rotate(90, expand=True).save(tmp_path / "more" / file.name)
+    outputs = run(
+        "04_update_and_filter.ipynb",
+        tmp_path,
+        PAIRS=str(tmp_path / "pairs.csv"),
+        MORE=str(tmp_path / "more"),
+        MODEL=str(tiny_checkpoint),
+        WORDS="a red picture",
+        MINUS="a blue picture",
+        WHERE="year >= 2026",
+    )
+    assert count(outputs, "text/html", "data:image/jpeg;base64,") == 2
+    assert count(outputs, "text/html", "<table") >= 1  # the hits as a data frame
+    assert count(outputs, "text/plain", "added=2") == 1

@@ -24,7 +24,7 @@ def test_choices_follow_from_the_number_and_size_of_the_images(tmp_path):
     assert (found.images, found.image_side, found.path) == (40, 70, None)
     assert found.config.model.vision["image_size"] == 64  # the largest step up to 70 px
     assert found.config.train.batch_size == 4  # at most an eighth of the images, a power of 2
-    assert found.config.train.epochs == 100  # 120,000 / 40, bounded
+    assert found.config.train.epochs == 50  # 120,000 / 40, bounded
     assert found.config.data.train == str(data)
 
 

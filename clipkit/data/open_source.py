@@ -1,26 +1,47 @@
-"""Open a source of images and captions by its name, whatever its form."""
+"""Open images with captions and labels, from paths, patterns or Python objects."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from glob import glob
+from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from clipkit.data.formats.folders import FOLDER_KINDS, open_folder, open_image, open_images
 from clipkit.data.formats.huggingface import HUB, is_saved, open_hub, open_saved
+from clipkit.data.formats.pairs import open_pairs
 from clipkit.data.formats.tables import TABLES, open_table
 from clipkit.data.formats.webdataset import expand, open_tars
 from clipkit.data.images import SUFFIXES, is_utf8, printable
-from clipkit.data.source import Row, Source, Wanted, no_captions, row_image, row_record, row_source
+from clipkit.data.source import (
+    Data,
+    Row,
+    Source,
+    Wanted,
+    no_captions,
+    row_image,
+    row_record,
+    row_source,
+)
 from clipkit.data.streaming import table_stream
 from clipkit.errors import DataError
 
-__all__ = ["Row", "Source", "no_captions", "open_source", "row_image", "row_record", "row_source"]
+__all__ = [
+    "Data",
+    "Row",
+    "Source",
+    "no_captions",
+    "open_source",
+    "row_image",
+    "row_record",
+    "row_source",
+]
 
 
 def open_source(
-    spec: str | Path | Source | Sequence[str | Path],
+    data: Data,
     *,
     image: str | None = None,
     caption: str | None = None,
@@ -31,51 +52,106 @@ def open_source(
     """Open images with their captions and labels.
 
     Args:
-        spec: an image; a folder (with sidecar captions, with metadata.csv or metadata.jsonl, with
+        data: an image; a folder (with sidecar captions, with metadata.csv or metadata.jsonl, with
             one sub-folder per class, or plain); a CSV, TSV, JSON lines or Parquet table; WebDataset
             tars (``shards-{000..012}.tar`` or ``shards-*.tar``); ``hf:org/name:split``; a dataset
-            saved to disk (``path`` or ``path:split``); several images and folders, as a list or a
-            pattern (``photos/*.jpg``), with keys relative to their common folder. A Source is
-            returned as it is.
-        image: name of the column that holds images; found by the usual names where None.
-        caption: name of the caption column; an empty name says there is none.
-        label: name of the label column; an empty name says there is none.
-        streaming: read in order instead of holding the rows; None streams tars, and tables of
-            more than 2 GiB.
-        metadata: keep a table's other columns of numbers, texts, truth values, days and times, for
-            the records of what is made of the images.
+            saved to disk (``path`` or ``path:split``). A pattern (``photos/*.jpg``) or a list of
+            paths and patterns opens several images and folders, tables, or tars as one source.
+            A map-style dataset or an iterable of ``(image, caption)`` pairs is read once, into
+            memory. A Source is returned as it is.
+        image: name of the image column; None looks for the usual names.
+        caption: name of the caption column; "" ignores captions.
+        label: name of the label column; "" ignores labels.
+        streaming: read rows in order instead of holding them in memory; None streams tars, and
+            tables larger than 2 GiB.
+        metadata: keep the other columns of a table that hold numbers, strings, booleans or dates.
 
     Raises:
-        DataError: it does not exist, has no such form, lacks the columns, or holds no image.
+        DataError: the data does not exist, has an unknown format, lacks a column, or holds no
+            usable image.
+        TypeError: the data or a column name has the wrong type.
     """
-    if isinstance(spec, Source):
-        return spec
+    for name, column in {"image": image, "caption": caption, "label": label}.items():
+        if column is not None and not isinstance(column, str):
+            raise TypeError(f"{name} is a {type(column).__name__}, expected the name of one column")
+    if isinstance(data, Source):
+        return data
     wanted = Wanted(image, caption, label, metadata)
-    if not isinstance(spec, str | Path) and len(spec) == 1:
-        (spec,) = spec
-    if isinstance(spec, str | Path):
-        text = os.fspath(spec)
-        source = _open(text, wanted, streaming)
+    paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else []
+    if not paths:
+        first, items = _peek(data)
+        if isinstance(first, str | os.PathLike):
+            paths = [_path(item) for item in items]
+    if not paths:
+        source = open_pairs(items)
+    elif len(paths) == 1:
+        source = _open(paths[0], wanted, streaming)
     else:
-        text = ", ".join(map(str, spec[:3])) + (", …" if len(spec) > 3 else "")
-        source = _open_several(spec)
+        source = _open_several(paths, wanted, streaming)
+    spec = paths[0] if len(paths) == 1 else source.spec
     if streaming and not source.streaming:
         source = replace(source, rows=table_stream(source.rows))
     if not source.streaming and not len(source.rows):
-        first = source.skipped[0] if source.skipped else None
-        why = f"{first.key} {first.reason}" if first else "it has no rows"
-        raise DataError(f"{text} holds no image that can be used: {why}")
-    # Of several images and folders the common folder is the name that can be opened again.
-    several = source.kind in FOLDER_KINDS and not os.path.isdir(text)
-    return source if several else replace(source, spec=text)
+        skipped = source.skipped[0] if source.skipped else None
+        why = f"{skipped.key} {skipped.reason}" if skipped else "it has no rows"
+        raise DataError(f"{spec} holds no image that can be used: {why}")
+    if source.kind in FOLDER_KINDS and not os.path.isdir(spec):
+        return source  # several images: their common folder is a path that can be opened again
+    return replace(source, spec=spec)
+
+
+def _peek(data: Any) -> tuple[Any, Iterable[Any]]:
+    """The first item of a sequence, map-style dataset or iterable, and all of its items."""
+    if isinstance(data, bytes | Mapping):
+        items: Iterator[Any] | None = None
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        # A map-style dataset need not raise IndexError at its end.
+        items = (data[number] for number in range(len(data)))
+    else:
+        items = iter(data) if isinstance(data, Iterable) else None
+    if items is None:
+        raise TypeError(
+            f"data is a {type(data).__name__}, expected a path, a list of paths, a Source, or an "
+            "iterable of (image, caption) pairs"
+        )
+    for first in items:
+        return first, chain([first], items)
+    raise DataError(
+        f"the {type(data).__name__} yields no items; a generator can be read only once, so pass a "
+        "new one or a list"
+    )
+
+
+def _path(item: Any) -> str:
+    if isinstance(item, str | os.PathLike):
+        return str(item)
+    raise TypeError(f"a list of paths holds a {type(item).__name__}, expected str or Path")
+
+
+def _open_several(texts: Sequence[str], wanted: Wanted, streaming: bool | None) -> Source:
+    places: list[Path] = []
+    for text in texts:
+        if text.startswith(HUB):
+            raise DataError(f"{text} cannot be combined with other data; open it alone")
+        path = _absolute(text)
+        found = find_files(path)
+        if not found:
+            raise DataError(_nothing_there(text, path))
+        places += found
+    return _open_files(list(dict.fromkeys(places)), wanted, streaming)
+
+
+def _absolute(text: str) -> Path:
+    path = os.path.abspath(text)
+    if not is_utf8(path):
+        raise DataError(f"the path {printable(text)} is not UTF-8; rename it")
+    return Path(path)
 
 
 def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
     if text.startswith(HUB):
         return open_hub(text, wanted, streaming)
-    if not is_utf8(os.path.abspath(text)):
-        raise DataError(f"the path {printable(text)} is not UTF-8; rename it")
-    path = Path(os.path.abspath(text))
+    path = _absolute(text)
     if path.is_dir():
         return _open_directory(path, wanted, streaming)
     files = find_files(path)
@@ -97,11 +173,11 @@ def _open_directory(path: Path, wanted: Wanted, streaming: bool | None) -> Sourc
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files that a path with braces or stars means; none where there is none."""
+    """Expand braces and wildcards in a path; an empty list if nothing matches."""
     if path.exists():
         return [path]
     names = [name for one in expand(str(path)) for name in sorted(glob(one)) or [one]]
-    # A shard that is missing among others is for the reader to tell.
+    # The reader reports a shard that is missing among others.
     return [Path(name) for name in names] if any(map(os.path.exists, names)) else []
 
 
@@ -118,25 +194,13 @@ def _open_files(files: list[Path], wanted: Wanted, streaming: bool | None) -> So
     if all(file.is_dir() or file.suffix.lower() in SUFFIXES for file in files):
         return open_images(files)
     raise DataError(
-        f"{files[0]} has the form {' and '.join(suffixes) or 'of no suffix'}, expected one image, "
-        f"a folder, .tar files, or a table ({', '.join(TABLES)})"
+        f"{files[0]} has the form {' and '.join(suffixes) or 'of no suffix'}, expected images, "
+        f"folders, .tar files, or a table ({', '.join(TABLES)})"
     )
 
 
-def _open_several(specs: Sequence[str | Path]) -> Source:
-    if not all(isinstance(spec, str | Path) for spec in specs):
-        raise TypeError("expected a list of paths, found one of other things")
-    if not specs:
-        raise DataError("the list of data is empty, expected at least one path")
-    files = []
-    for spec in specs:
-        path = Path(os.path.abspath(spec))
-        files += find_files(path) or [path]
-    return open_images(files)
-
-
 def _nothing_there(text: str, path: Path) -> str:
-    if any(sign in text for sign in "*?[") and path.parent.is_dir():
+    if has_magic(text):
         return f"no file matches the pattern {text}"
     there, missing = path.parent, path.name
     while not there.is_dir():

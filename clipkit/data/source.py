@@ -80,6 +80,10 @@ class Source:
         return not hasattr(self.rows, "__len__")
 
 
+Data = str | Path | Source | Iterable[Any]
+"""What ``open_source`` opens: a path, a pattern, a Source, several paths, or pairs."""
+
+
 def no_captions(source: Source) -> DataError:
     """The error for a source of which captions are wanted and which has none."""
     return DataError(

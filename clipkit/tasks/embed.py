@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from clipkit.artifacts import is_complete, partial_path
 from clipkit.data.images import Decode, content_hash
-from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
+from clipkit.data.open_source import Data, Row, Source, open_source, row_record, row_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
 from clipkit.models.embed_source import encoded_batches
@@ -34,7 +34,7 @@ EARLIEST_STOP = 1000
 
 
 def embed(
-    images: str | Path | Source,
+    images: Data,
     out: str | Path,
     encoder: "Encoder | None" = None,
     *,

@@ -15,7 +15,7 @@ from clipkit.artifacts import (
     write_json,
 )
 from clipkit.data.images import Decode
-from clipkit.data.source import Source
+from clipkit.data.source import Data, Source
 from clipkit.errors import ArtifactError
 from clipkit.index.calibration import Calibration, calibrate
 from clipkit.index.faiss_factory import new_index
@@ -83,7 +83,7 @@ TARGET = TuningTarget()
 
 
 def build_index(
-    data: str | Path | Source | EmbeddingStore,
+    data: Data | EmbeddingStore,
     out: str | Path,
     encoder: "Encoder | None" = None,
     *,
@@ -153,7 +153,7 @@ def is_store(path: str | Path) -> bool:
     return True
 
 
-def _as_store(data: str | Path | Source | EmbeddingStore) -> EmbeddingStore | None:
+def _as_store(data: Data | EmbeddingStore) -> EmbeddingStore | None:
     if isinstance(data, EmbeddingStore):
         return data
     if isinstance(data, str | Path) and is_store(data):
@@ -161,7 +161,7 @@ def _as_store(data: str | Path | Source | EmbeddingStore) -> EmbeddingStore | No
     return None
 
 
-def _open_source(data: str | Path | Source) -> Source:
+def _open_source(data: Data) -> Source:
     # Imported here, because indexing a store needs neither torch nor datasets.
     from clipkit.data.open_source import open_source
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -134,7 +135,7 @@ def test_a_spec_that_does_not_exist(tmp_path):
 
 def test_an_unknown_form(tmp_path):
     put(tmp_path / "a.pdf", b"%PDF")
-    assert "has the form .pdf, expected one image" in refusal(tmp_path / "a.pdf")
+    assert "has the form .pdf, expected images" in refusal(tmp_path / "a.pdf")
 
 
 def test_a_path_that_is_not_utf8(tmp_path):
@@ -666,3 +667,86 @@ def test_importing_is_light():
     code = f"import sys, clipkit.data.open_source; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_several_images_and_folders_are_one_source(tmp_path):
+    for name in ("a/one.png", "b/two.png", "b/deep/three.png"):
+        put(tmp_path / name, png("a"))
+    source = open_source([tmp_path / "a" / "one.png", tmp_path / "b"])
+    assert source.rows["key"] == ["a/one.png", "b/deep/three.png", "b/two.png"]
+    assert (source.kind, source.root) == ("classes", tmp_path)
+    assert row_image(source.rows[0]).getpixel((0, 0)) == COLOURS["a"]
+
+
+def test_a_pattern_of_images_is_expanded(tmp_path):
+    for name in ("b.png", "a.png", "c.jpg"):
+        put(tmp_path / name, png("a"))
+    pattern = str(tmp_path / "*.png")
+    for data in (pattern, [pattern], sorted(tmp_path.glob("*.png"))):
+        source = open_source(data)
+        assert source.rows["key"] == ["a.png", "b.png"]
+        assert source.spec == str(tmp_path)
+    with pytest.raises(DataError, match="no file matches the pattern"):
+        open_source(tmp_path / "*.webp")
+    with pytest.raises(DataError, match="no file matches the pattern"):
+        open_source([tmp_path / "a.png", tmp_path / "*.webp"])
+
+
+class MapStyle:
+    """Like a torch Dataset: it has a length and items, and never raises IndexError."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        return PAIRS[number % 2]
+
+
+PAIRS = [
+    (Image.new("RGB", (4, 4), COLOURS["a"]), "red"),
+    (np.full((4, 4, 3), COLOURS["b"], np.uint8), ["green", "a green square"]),
+]
+
+
+@pytest.mark.parametrize("data", [PAIRS, MapStyle(), iter(PAIRS)], ids=["list", "map", "iterator"])
+def test_pairs_of_images_and_captions(data):
+    source = open_source(data)
+    assert source.rows["captions"] == [["red"], ["green", "a green square"]]
+    pixels = [row_image(row).getpixel((0, 0)) for row in source.rows]
+    assert pixels == [COLOURS["a"], COLOURS["b"]]
+    assert source.fingerprint == open_source(PAIRS).fingerprint
+
+
+def test_pairs_with_a_path(tmp_path):
+    put(tmp_path / "a.png", png("a"))
+    (row,) = open_source([(tmp_path / "a.png", "red")]).rows
+    assert row_image(row).getpixel((0, 0)) == COLOURS["a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (3, "data is a int, expected a path"),
+        ({"a": 1}, "data is a dict, expected a path"),
+        (["a.png", 3], "a list of paths holds a int"),
+        ([3], "item 0 is a int, expected an .image, caption. pair"),
+        ([(3, "red")], "image 0 is a int, expected a PIL image"),
+        ([(PAIRS[0][0], 3)], "caption 0 is a int, expected a string"),
+        ([(np.zeros((4, 4, 3)), "red")], "image 0 is an array of float64"),
+    ],
+)
+def test_data_of_a_wrong_type(data, message):
+    with pytest.raises(TypeError, match=message):
+        open_source(data)
+
+
+def test_a_generator_is_read_once(tmp_path):
+    pairs = iter(PAIRS)
+    open_source(pairs)
+    with pytest.raises(DataError, match="a generator can be read only once"):
+        open_source(pairs)
+
+
+def test_a_list_of_columns_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="caption is a list, expected the name of one column"):
+        open_source(tmp_path, caption=["title"])

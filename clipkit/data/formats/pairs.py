@@ -1,0 +1,76 @@
+"""Pairs of images and captions from Python objects, such as a map-style torch Dataset."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clipkit.data.images import Skipped
+from clipkit.data.source import Row, Source, clean_captions, in_memory, to_batches
+
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+
+
+def open_pairs(pairs: Iterable[Any]) -> Source:
+    """Read ``(image, caption)`` pairs into memory, once.
+
+    An image is a PIL image, a uint8 array ``[height, width, 3]`` or a path; a caption is a string
+    or a list of strings. Images other than paths are stored as PNG, which loses nothing. The keys
+    are the positions of the pairs.
+
+    Raises:
+        TypeError: an item is not a pair, or its image or caption has the wrong type.
+    """
+    skipped: list[Skipped] = []
+    digest = blake2b(digest_size=16)
+
+    def rows() -> Iterator[Row]:
+        for number, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(
+                    f"item {number} is a {type(pair).__name__}, expected an (image, caption) pair"
+                )
+            key, image = f"{number:08}", _image(pair[0], number)
+            captions = clean_captions(_captions(pair[1], number), key, skipped)
+            digest.update(repr((image, captions)).encode("utf-8", "surrogatepass"))
+            yield {"key": key, "image": image, "captions": captions, "label": None}
+
+    batches = list(to_batches(rows(), 256))
+    prints = digest.hexdigest()
+    return Source("pairs", "pairs", in_memory(batches, prints, skipped), None, prints, skipped)
+
+
+def _image(image: Any, number: int) -> dict[str, Any]:
+    if isinstance(image, str | os.PathLike):
+        return {"bytes": None, "path": str(Path(image).absolute())}
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(
+                f"image {number} is an array of {image.dtype} {list(image.shape)}, expected uint8 "
+                "[height, width, 3]"
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image {number} is a {type(image).__name__}, expected a PIL image, a uint8 array or a "
+            "path"
+        )
+    if image.mode not in _PNG_MODES:
+        image = image.convert("RGB")
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def _captions(captions: Any, number: int) -> list[str]:
+    texts = [captions] if isinstance(captions, str) else captions
+    if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+        return list(texts)
+    raise TypeError(
+        f"caption {number} is a {type(captions).__name__}, expected a string or a list of strings"
+    )

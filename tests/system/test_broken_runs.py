@@ -230,7 +230,7 @@ def test_what_was_trained_when_the_data_gave_out_is_reported(colour_folder, tmp_
     with pytest.raises(SkipLimitError):
         train(config, tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Given up after 5 steps" in page
+    assert "Failed after 5 steps" in page
     saved = steps(tmp_path / "run")
     assert f"local-dir:run/step-{saved[-1]}" in page
     assert saved[-1] < 5

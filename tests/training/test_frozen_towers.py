@@ -253,7 +253,7 @@ def test_a_temperature_beside_weights_that_bring_their_own_is_refused(start):
 
 @pytest.mark.parametrize("data", [{"feature_dir": "there"}, {"feature_views": 2}])
 def test_features_of_no_locked_tower_are_refused(squares, tmp_path, data):
-    with pytest.raises(ConfigError, match="none is locked; leave them out"):
+    with pytest.raises(ConfigError, match="model.lock is empty; remove them"):
         train(configured(squares, data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

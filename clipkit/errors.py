@@ -4,26 +4,26 @@
 
     ClipkitError
     ├── ConfigError            a training config: an unknown key, a wrong type, a bad value
-    ├── DataError              a data source that cannot be opened or lacks what is needed
+    ├── DataError              a data source that cannot be opened, or lacks something
     │   ├── ImageError         one image that cannot be read
-    │   └── SkipLimitError     more of the data is bad than the run allows
+    │   └── SkipLimitError     more bad items than the limit allows
     ├── CaptionError           a caption, label or template that does not fit
     ├── ModelError             an unknown or unsuitable model, or weights out of reach
     │   └── TrainingError      a run that cannot go on
-    ├── ArtifactError          a directory that is not what it should be
-    │   ├── ModelMismatchError made by another model than the one at hand
-    │   └── SpecError          a FAISS factory string that is impossible here
-    ├── ServeError             a server that cannot start, or a request that it refuses
+    ├── ArtifactError          a directory that is not as expected
+    │   ├── ModelMismatchError vectors of another model
+    │   └── SpecError          a FAISS factory string that cannot be used
+    ├── ServeError             a server that cannot start, or a refused request
     └── MissingExtraError      an optional dependency that is not installed
 
-Each message is one sentence for a person: what was found, what was expected, how to mend it. The
-command line prints it and exits 1; any other exception is a bug and shows its traceback.
+Each message is one sentence: what was found, what was expected, how to fix it. The command line
+prints it and exits with code 1; any other exception is a bug and shows its traceback.
 """
 
 import errno
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says where a disk has no room."""
+"""Error numbers of a full disk."""
 
 
 class ClipkitError(Exception):
@@ -59,15 +59,15 @@ class TrainingError(ModelError):
 
 
 class ArtifactError(ClipkitError):
-    """A directory exists already, is half-written, or holds something else than expected."""
+    """A directory exists already, is half-written, or holds something unexpected."""
 
 
 class ModelMismatchError(ArtifactError):
-    """Vectors of one model meet a different model."""
+    """Vectors were encoded by another model."""
 
 
 class SpecError(ArtifactError):
-    """A FAISS factory string is malformed, or impossible for the vectors at hand."""
+    """A FAISS factory string is malformed, or impossible for the given vectors."""
 
 
 class ServeError(ClipkitError):
@@ -75,4 +75,4 @@ class ServeError(ClipkitError):
 
 
 class MissingExtraError(ClipkitError):
-    """An optional dependency is needed and not installed."""
+    """A required optional dependency is not installed."""

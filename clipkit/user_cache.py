@@ -1,6 +1,7 @@
-"""Vectors that were made before, kept in the person's cache directory, found by what made them.
+"""The user's cache directory, and the vectors cached in it between commands.
 
-The directory where a person's own files of clipkit are kept from one command to the next.
+Vectors are found by a key of everything they depend on: model, data and settings. Each kind of
+file has a folder of its own: ``vectors``, ``models``, ``thumbnails``.
 """
 
 import os
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PLACE = "CLIPKIT_CACHE"
-"""Environment variable: another directory for the cache, or ``off``."""
+"""Environment variable that names another cache directory, or is ``off``."""
 
 
 def cache_folder() -> Path | None:
@@ -25,19 +26,19 @@ def cache_folder() -> Path | None:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         return Path(base).expanduser() / "clipkit"
-    except RuntimeError:  # nobody's home is known
+    except RuntimeError:  # the home directory is unknown
         return None
 
 
-LIMIT = 2 << 30  # bytes; what was not used for the longest time goes first
-_SHARE = 4  # one entry takes at most one part in so many of the limit
+LIMIT = 2 << 30  # bytes; the least recently used entries are deleted first
+_SHARE = 4  # an entry may take at most 1/4 of the limit
 
 Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept under a key: arrays by name, and texts beside them."""
+    """Cached arrays and strings by name."""
 
     arrays: Arrays
     texts: dict[str, str]
@@ -46,19 +47,19 @@ class Entry:
 class VectorCache:
     """Arrays by key in a directory of bounded size; an entry is one safetensors file.
 
-    Whatever goes wrong (a full disk, a damaged file, no right to write) costs the work that the
-    cache would have saved, and nothing else. Several processes may use it at a time.
+    A failure (full disk, damaged file, missing permission) is a cache miss, never an error.
+    Several processes may use the same directory.
 
     Args:
-        folder: made when something is first kept.
-        limit: most bytes.
+        folder: created by the first ``put``.
+        limit: maximum size in bytes.
     """
 
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         self.folder, self.limit = folder, limit
 
     def get(self, key: str) -> Entry | None:
-        """What is kept under a key, or None."""
+        """The entry of a key, or None."""
         from safetensors import SafetensorError, safe_open
 
         file = self._file(key)
@@ -72,7 +73,7 @@ class VectorCache:
         return Entry(arrays, texts)
 
     def put(self, key: str, arrays: Arrays, texts: dict[str, str]) -> None:
-        """Keep arrays and texts, if there is room; what was used longest ago makes way."""
+        """Store an entry unless it is too large, and evict the least recently used ones."""
         from safetensors.numpy import save
 
         size = sum(array.nbytes for array in arrays.values())
@@ -105,13 +106,11 @@ class VectorCache:
 
 
 def key_of(*parts: object) -> str:
-    """A key that is equal for equal parts: texts, numbers, and lists of them."""
+    """A hash of strings, numbers, and lists of them; equal parts give equal keys."""
     return blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
 def user_cache() -> VectorCache | None:
-    """The person's own cache, ``~/.cache/clipkit/vectors`` if not told otherwise; None if off."""
+    """The vector cache, by default in ``~/.cache/clipkit/vectors``; None if caching is off."""
     folder = cache_folder()
-    if folder is None:
-        return None
-    return VectorCache(folder if os.environ.get(PLACE) else folder / "vectors")
+    return None if folder is None else VectorCache(folder / "vectors")

@@ -1,4 +1,4 @@
-"""Vectors kept between commands: the same values, never another model's or data's, bounded."""
+"""The vector cache: exact values, separate keys for other models and data, bounded size."""
 
 import os
 
@@ -13,7 +13,7 @@ from clipkit.user_cache import VectorCache, key_of, user_cache
 from tests.helpers.toys import unit_rows
 
 
-def test_what_is_put_in_comes_out(tmp_path):
+def test_round_trip(tmp_path):
     cache = VectorCache(tmp_path / "a" / "b")
     assert cache.get("one") is None
     cache.put("one", {"x": unit_rows(3, 4)}, {"what": "drei Äpfel"})
@@ -23,7 +23,7 @@ def test_what_is_put_in_comes_out(tmp_path):
     assert cache.get("two") is None
 
 
-def test_the_least_used_makes_way(tmp_path):
+def test_the_least_recently_used_entry_is_evicted(tmp_path):
     cache = VectorCache(tmp_path, limit=4 * 5000)
     for number in range(4):
         cache.put(str(number), {"x": np.zeros(1100, np.float32)}, {})
@@ -36,7 +36,7 @@ def test_the_least_used_makes_way(tmp_path):
     assert cache.get("large") is None  # more than a quarter of all
 
 
-def test_what_goes_wrong_with_the_cache_is_no_error(tmp_path):
+def test_a_failure_is_a_cache_miss(tmp_path):
     cache = VectorCache(tmp_path)
     cache.put("one", {"x": unit_rows(2, 4)}, {})
     cache._file("one").write_bytes(b"damaged")
@@ -46,17 +46,17 @@ def test_what_goes_wrong_with_the_cache_is_no_error(tmp_path):
     assert VectorCache(tmp_path / "file").get("one") is None
 
 
-def test_where_the_cache_lies(tmp_path, monkeypatch):
+def test_cache_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPKIT_CACHE", "off")
     assert user_cache() is None
     monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path))
-    assert user_cache().folder == tmp_path
+    assert user_cache().folder == tmp_path / "vectors"
     monkeypatch.delenv("CLIPKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert user_cache().folder == tmp_path / "x" / "clipkit" / "vectors"
 
 
-def test_keys_tell_parts_apart():
+def test_keys_of_different_parts_differ():
     parts = [("a", ["b", "c"]), ("a", ["bc"]), ("a", ["b"], ["c"]), ("ab", ["c"])]
     assert len({key_of(*part) for part in parts}) == 4
 
@@ -105,7 +105,7 @@ def test_pairs_are_encoded_once(encodings, colour_folder, tiny_checkpoint, with_
     assert ("a bleu picture" in third.texts) == with_captions
 
 
-def test_a_part_of_a_source_is_another_one(encodings, colour_folder, tiny_checkpoint):
+def test_a_subset_of_a_source_has_its_own_entry(encodings, colour_folder, tiny_checkpoint):
     from dataclasses import replace
 
     encoder, source = clipkit.load_model(tiny_checkpoint), open_source(colour_folder)

@@ -192,13 +192,13 @@ def print_hits(hits: "Sequence[Hit]") -> None:
 
 
 def print_pictures(hits: "Hits") -> None:
-    """The pictures of hits, each under its key, in a terminal that can show any."""
+    """The images of hits, each below its key, if the terminal can show images."""
     from clipkit.display.terminal import find_drawer
 
     draw = find_drawer(os.environ) if sys.stdout.isatty() else None
     if draw is None:
         note(
-            "no pictures are shown: expected a terminal with 24-bit colours "
+            "no images are shown: expected a terminal with 24-bit colours "
             "(COLORTERM=truecolor); --html writes a page of them"
         )
         return
@@ -206,7 +206,7 @@ def print_pictures(hits: "Hits") -> None:
         picture = hits.picture(hit)
         print(f"\n{rank:4}  {printable(hit.key)}")
         print(
-            draw(picture) if picture else "      its picture cannot be read\n",
+            draw(picture) if picture else "      the image cannot be read\n",
             end="",
         )
 

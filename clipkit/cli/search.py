@@ -64,7 +64,7 @@ def search(
 
     opened = VectorIndex.open(index)
     if not len(opened):
-        note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds pictures")
+        note(f"{index} is empty, so there is nothing to find; `clipkit index add` adds images")
         return
 
     from clipkit.tasks.search import write_page

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clipkit.cli.output import note, note_skipped, print_facts
+from clipkit.cli.options import Json
+from clipkit.cli.output import note, note_skipped, print_facts, print_json
 from clipkit.errors import ClipkitError
 from clipkit.progress import is_main_process
 
@@ -20,8 +21,9 @@ def train(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one field; repeatable."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Pretrain a dual encoder on image–caption pairs."""
     from clipkit.config import load_config
@@ -30,7 +32,7 @@ def train(
         resolved = load_config(config, settings or [])
     except ClipkitError:
         if not is_main_process():
-            # torchrun ends all processes when one ends: the first is to tell what is wrong.
+            # torchrun stops all processes when one ends; the main process must report first.
             time.sleep(10)
             raise typer.Exit(1) from None
         raise
@@ -46,8 +48,11 @@ def train(
     if not result.finished:
         overrides = [word for setting in settings or [] for word in ("--set", setting)]
         words = ["clipkit", "train", str(config), *overrides, "--out", str(out), "--resume"]
-        note(f"stopped at step {result.step}, saved; go on with: {shlex.join(words)}")
+        note(f"stopped at step {result.step}, saved; continue with: {shlex.join(words)}")
         raise typer.Exit(130)
+    if as_json:
+        print_json(result.to_dict())
+        return
     print_facts(
         [
             ("run", out),

@@ -86,7 +86,7 @@ def test_hits_are_shown_under_their_keys(hits, monkeypatch, capsys):
     assert f"   1  red.png\n{wanted}" in out
     assert "   2  gone" in out
     assert "\x1b[2J" not in out
-    assert out.endswith("      its picture cannot be read\n")
+    assert out.endswith("      the image cannot be read\n")
 
 
 def test_a_pipe_gets_no_images(hits, monkeypatch, capsys):

@@ -252,7 +252,7 @@ def test_the_command_to_go_on_can_be_pasted(run, colour_folder, tmp_path, monkey
     monkeypatch.setattr(Trainer, "take_step", interrupting)
     words = ["train", "my config.toml", "--out", "it's a run", "--set", "data.train=my photos"]
     _, err = run(*words, code=130)
-    command = shlex.split(err.strip().rpartition("go on with: ")[2])
+    command = shlex.split(err.strip().rpartition("continue with: ")[2])
     assert command[:2] == ["clipkit", "train"]
     page = (tmp_path / "it's a run" / "report.html").read_text()
     assert "--out &#x27;it&#x27;&quot;&#x27;&quot;&#x27;s a run&#x27; --resume" in page

@@ -33,7 +33,7 @@ def test_a_search_finds_nothing(index, monkeypatch, capsys):
         assert not end.value.code
         out, err = capsys.readouterr()
         assert out == ""
-        assert "is empty, so there is nothing to find; `clipkit index add` adds pictures" in err
+        assert "is empty, so there is nothing to find; `clipkit index add` adds images" in err
 
 
 def test_a_map_of_it_is_refused(index, tmp_path):

@@ -217,6 +217,9 @@ class VectorIndex:
     def __len__(self) -> int:
         return self.manifest.count
 
+    def __repr__(self) -> str:
+        return f"VectorIndex({str(self.path)!r}, {len(self):,} vectors of {self.model})"
+
     @property
     def spec(self) -> str:
         """The FAISS factory string that it was built with."""

@@ -8,7 +8,8 @@ from typing import Any
 from clipkit.artifacts import is_complete, write_text
 from clipkit.config import LoopConfig, TrainConfig, load_config, parse_config
 from clipkit.data.loader import PairLoader
-from clipkit.data.source import Source
+from clipkit.data.open_source import open_source
+from clipkit.data.source import Data, Source
 from clipkit.display.html import bullets, card
 from clipkit.errors import FULL, ArtifactError, ConfigError, DataError, TrainingError
 from clipkit.models.checkpoint import Towers
@@ -85,7 +86,7 @@ def train(
     config: TrainConfig | dict[str, Any] | str | Path,
     out: str | Path,
     *,
-    data: str | Path | Source | None = None,
+    data: Data | None = None,
     resume: bool = False,
 ) -> TrainResult:
     """Train a model; Ctrl-C saves a checkpoint and returns a result with ``finished=False``.
@@ -96,7 +97,9 @@ def train(
     Args:
         config: a TOML file, a nested dictionary with its content, or a TrainConfig.
         out: run directory.
-        data: image–caption pairs to train on, instead of ``data.train``.
+        data: image–caption pairs to train on, instead of ``data.train``: whatever ``open_source``
+            opens, or a map-style torch Dataset or another iterable of ``(image, caption)`` pairs.
+            Pairs are read into memory once, and to resume you pass them again.
         resume: continue from the last checkpoint, step for step as if never interrupted.
 
     Raises:
@@ -114,8 +117,9 @@ def train(
             f"config is a {type(config).__name__}, expected a TOML file, a dictionary or a "
             "TrainConfig"
         )
+    source = None if data is None or isinstance(data, str | Path) else open_source(data)
     if data is not None:
-        spec = data.spec if isinstance(data, Source) else str(data)
+        spec = str(data) if source is None else source.spec
         config = replace(config, data=replace(config.data, train=spec))
     if not config.data.train:
         raise ConfigError("data.train is empty; name the image–caption pairs to train on")
@@ -126,7 +130,6 @@ def train(
         )
     if config.train.tensorboard:
         require_tensorboard()
-    source = data if isinstance(data, Source) else None
     with join_world() as world, freed_memory_kept():
         return _train(config, out, world, source, resume=resume)
 

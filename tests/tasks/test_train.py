@@ -289,3 +289,28 @@ def test_a_file_a_dictionary_and_a_config_train_the_same_run(colour_folder, tmp_
     assert json.loads(json.dumps(result.to_dict()))["held_out"] == result.held_out
     with pytest.raises(TypeError, match="config is a list, expected a TOML file"):
         train([1], tmp_path / "wrong")
+
+
+class Pairs:
+    """Images as torchvision's ToTensor gives them, with captions, like a map-style Dataset."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, number):
+        file = self.files[number]
+        pixels = torch.from_numpy(np.array(Image.open(file).convert("RGB")))
+        return pixels.permute(2, 0, 1) / 255, file.with_suffix(".txt").read_text().strip()
+
+
+def test_a_dataset_of_tensors_trains_the_same_run_as_its_files(colour_folder, tmp_path):
+    files = sorted(colour_folder.glob("*.png"))
+    config = configured(colour_folder, data={"val": str(colour_folder)}, train={"epochs": 1})
+    from_files = train(config, tmp_path / "files")
+    from_pairs = train(config, tmp_path / "pairs", data=Pairs(files))
+    assert curve(from_files.run) == curve(from_pairs.run)
+    with pytest.raises(TypeError, match="leave out the normalisation"):
+        train(config, tmp_path / "wrong", data=[(torch.full((3, 8, 8), -1.0), "red")])

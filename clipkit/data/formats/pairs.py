@@ -19,9 +19,10 @@ _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 def open_pairs(pairs: Iterable[Any]) -> Source:
     """Read ``(image, caption)`` pairs into memory, once.
 
-    An image is a PIL image, a uint8 array ``[height, width, 3]`` or a path; a caption is a string
-    or a list of strings. Images other than paths are stored as PNG, which loses nothing. The keys
-    are the positions of the pairs.
+    An image is a PIL image, a uint8 array ``[height, width, 3]``, a torch tensor
+    ``[3, height, width]`` of uint8 or of floats from 0 to 1 (torchvision's ``ToTensor``), or a
+    path; a caption is a string or a list of strings. Images other than paths are stored as PNG,
+    which loses nothing. The keys are the positions of the pairs.
 
     Raises:
         TypeError: an item is not a pair, or its image or caption has the wrong type.
@@ -48,6 +49,8 @@ def open_pairs(pairs: Iterable[Any]) -> Source:
 def _image(image: Any, number: int) -> dict[str, Any]:
     if isinstance(image, str | os.PathLike):
         return {"bytes": None, "path": str(Path(image).absolute())}
+    if hasattr(image, "detach"):  # a torch tensor, recognised without importing torch
+        image = _from_tensor(image.detach().cpu().numpy(), number)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise TypeError(
@@ -65,6 +68,24 @@ def _image(image: Any, number: int) -> dict[str, Any]:
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=1)
     return {"bytes": stream.getvalue(), "path": None}
+
+
+def _from_tensor(pixels: np.ndarray[Any, Any], number: int) -> np.ndarray[Any, Any]:
+    """A tensor [3, height, width] as uint8 [height, width, 3]."""
+    floats = pixels.dtype.kind == "f"
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not (floats or pixels.dtype == np.uint8):
+        raise TypeError(
+            f"image {number} is a tensor of {pixels.dtype} {list(pixels.shape)}, expected uint8 or "
+            "floats from 0 to 1, [3, height, width]"
+        )
+    if floats:
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise TypeError(
+                f"image {number} is a tensor with values from {pixels.min():.3g} to "
+                f"{pixels.max():.3g}, expected 0 to 1; leave out the normalisation"
+            )
+        pixels = (255 * pixels).round().astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
 def _captions(captions: Any, number: int) -> list[str]:

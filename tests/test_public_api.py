@@ -98,3 +98,12 @@ def test_a_users_script_passes_strict_type_checks():
     ]
     done = subprocess.run([*command, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_handles_name_themselves(colour_folder, tiny_checkpoint, tmp_path):
+    encoder = clipkit.load_model(tiny_checkpoint)
+    index = clipkit.build_index(colour_folder, tmp_path / "index", encoder)
+    store = clipkit.open_store(index.manifest.source["store"])
+    assert repr(encoder) == f"Encoder('{encoder.model}', dim=32, device='{encoder.device}')"
+    assert repr(index) == f"VectorIndex('{index.path}', 12 vectors of {encoder.model})"
+    assert repr(store) == f"EmbeddingStore('{store.path}', 12 vectors of {encoder.model})"

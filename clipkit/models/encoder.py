@@ -65,6 +65,9 @@ class Encoder:
         self.preprocess = preprocess
         self._convolutional = is_convolutional(network.clip)
 
+    def __repr__(self) -> str:
+        return f"Encoder({str(self.model)!r}, dim={self.dim}, device={str(self.device)!r})"
+
     def _repr_html_(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         facts = [

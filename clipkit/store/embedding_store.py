@@ -204,6 +204,9 @@ class EmbeddingStore:
         """How its images were read: "exact" or "fast"."""
         return str(self.manifest.detail.get("decode", EXACT))
 
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.path)!r}, {len(self):,} vectors of {self.model})"
+
     def __len__(self) -> int:
         return self.manifest.count
 

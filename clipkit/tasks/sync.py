@@ -19,6 +19,7 @@ from tqdm import tqdm
 from clipkit.artifacts import is_complete
 from clipkit.data.images import Decode, Skipped, content_hash
 from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
+from clipkit.data.source import Data
 from clipkit.data.workers import worker_count
 from clipkit.errors import ArtifactError, DataError
 from clipkit.index.incremental import IndexedRows
@@ -351,7 +352,7 @@ def sync_index(
 
 def add_images(
     index: str | Path | VectorIndex,
-    data: str | Path | Source | EmbeddingStore,
+    data: Data | EmbeddingStore,
     encoder: "Encoder | None" = None,
     *,
     prefix: str | None = None,
@@ -403,12 +404,12 @@ def add_images(
         return update.changes
 
 
-def _open(data: str | Path | Source | EmbeddingStore) -> Source | EmbeddingStore:
+def _open(data: Data | EmbeddingStore) -> Source | EmbeddingStore:
     if isinstance(data, Source | EmbeddingStore):
         return data
-    path = Path(data)
-    is_store = is_complete(path) and shard_numbers(path)
-    return EmbeddingStore.open(path) if is_store else open_source(data, metadata=True)
+    if isinstance(data, str | Path) and is_complete(Path(data)) and shard_numbers(Path(data)):
+        return EmbeddingStore.open(data)
+    return open_source(data, metadata=True)
 
 
 def _root(source: Source) -> Root:

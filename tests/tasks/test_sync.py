@@ -235,6 +235,19 @@ def test_adding_what_lies_within_removes_nothing(index, photos, encoder):
         sync_index(index, photos / "more" / "one.png", encoder=encoder)
 
 
+def test_listed_images_are_added_to_their_folder(index, photos, encoder):
+    paint(photos / "new-1.png", "red", 40)
+    paint(photos / "new-2.png", "blue", 50)
+    before = ids_of(index)
+    changes = add_images(index, [photos / "new-1.png", photos / "new-2.png"], encoder)
+    assert counts(changes) == {"added": 2, "encoded": 2}
+    after = ids_of(index)
+    assert {key: after[key] for key in before} == before
+    assert set(after) - set(before) == {"new-1.png", "new-2.png"}
+    with pytest.raises(DataError, match="no file matches the pattern"):
+        add_images(index, [photos / "*.gif"], encoder)
+
+
 def test_a_store_is_added(index, photos, tmp_path, encoder):
     paint(photos / "red" / "new.png", "red", 40)
     (photos / "red" / "red-0.png").unlink()

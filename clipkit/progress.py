@@ -1,10 +1,10 @@
-"""Progress reporting: throughput, data-loading time, graceful interruption."""
+"""Progress on stderr: bars, status messages, throughput, graceful interruption."""
 
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
@@ -14,9 +14,49 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
+_silent = False
+
+
+def silence(silent: bool = True) -> None:
+    """Hide all later progress bars and status messages of this process, or show them again."""
+    global _silent
+    _silent = silent
+
+
+def progress_bar(
+    items: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    unit: str = "it",
+    total: int | None = None,
+    initial: int = 0,
+    shown: bool = True,
+) -> "tqdm[Any]":
+    """A tqdm bar on stderr.
+
+    Args:
+        items: what to iterate over; None for a bar that the caller updates.
+        desc: what is done, such as ``"encoding"``.
+        unit: what is counted, such as ``"img"``.
+        total: number of units; None if it is unknown.
+        initial: units that are already done.
+        shown: False hides the bar. It is also hidden after ``silence()``, or if stderr is not a
+            terminal.
+    """
+    return tqdm(
+        items,
+        desc=desc,
+        unit=unit,
+        total=total,
+        initial=initial,
+        disable=None if shown and not _silent else True,
+    )
+
+
 def print_status(message: str) -> None:
-    """Print a message on stderr, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    """Print a message on stderr, above a progress bar if there is one; not after ``silence()``."""
+    if not _silent:
+        tqdm.write(message, file=sys.stderr)
 
 
 def is_main_process() -> bool:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.predictions import LabelScore, Prediction, Predictions, rank
@@ -17,6 +16,7 @@ from clipkit.errors import CaptionError, ModelMismatchError
 from clipkit.evaluation.calibration import softmax
 from clipkit.models.encoder import Encoder
 from clipkit.models.tokenizer import CONTEXT, ROOM, encode, shorten
+from clipkit.progress import progress_bar
 from clipkit.user_cache import key_of, user_cache
 
 Vectors = NDArray[np.float32]
@@ -297,8 +297,8 @@ def class_weights(encoder: Encoder, labels: Sequence[str], templates: Sequence[s
     if cached is not None:
         return cached.arrays["weights"]
     weights = np.empty((len(labels), encoder.dim), np.float32)
-    hidden = None if count > _AT_ONCE else True
-    with tqdm(total=count, unit="caption", desc="encoding labels", disable=hidden) as bar:
+    shown = count > _AT_ONCE
+    with progress_bar(total=count, unit="caption", desc="encoding labels", shown=shown) as bar:
         for first, last in _parts([len(texts) for texts in captions]):
             texts = [text for one in captions[first:last] for text in one]
             vectors = _encode(encoder, texts, labels[first:last])

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from clipkit.progress import silence
+
 COLUMNS, MACHINE, OUTPUT, GENERAL = "Columns", "Model and machine", "Output", "General"
 
 MODEL_HELP = (
@@ -120,7 +122,10 @@ class Verbosity(IntEnum):
 verbosity = Verbosity.NORMAL
 _VERBOSITY = {
     "--verbose": (Verbosity.VERBOSE, "Show where warnings and errors come from."),
-    "--quiet": (Verbosity.QUIET, "Print results and errors only: no notes, no warnings."),
+    "--quiet": (
+        Verbosity.QUIET,
+        "Print results and errors only: no progress, notes or warnings.",
+    ),
 }
 
 
@@ -132,6 +137,7 @@ def _take_verbosity(args: list[str]) -> list[str]:
     for word in args[:end]:
         if word in _VERBOSITY:
             verbosity = _VERBOSITY[word][0]
+    silence(verbosity == Verbosity.QUIET)
     return [word for word in args[:end] if word not in _VERBOSITY] + args[end:]
 
 

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from clipkit.data.duplicates import LOOK, content_hash, look
 from clipkit.data.images import Skipped
 from clipkit.data.open_source import Row, Source, row_image
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import ImageError
+from clipkit.progress import progress_bar
 
 TINY = 16  # pixels; a model sees such an image enlarged at least 14 times
 EXAMPLES = 5
@@ -132,10 +131,7 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
     workers = worker_count("auto")
     results = map_ordered(_examine, source.rows, workers=workers, ahead=4 * workers)
     total = None if source.streaming else len(source.rows)
-    # disable=None: no bar where stderr is not a terminal.
-    for row, seen in tqdm(
-        results, "checking", total, unit=" images", file=sys.stderr, disable=None
-    ):
+    for row, seen in progress_bar(results, desc="checking", total=total, unit=" images"):
         key = row["key"]
         found.rows += 1
         if key in keys:

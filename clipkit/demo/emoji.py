@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from clipkit.data.duplicates import content_hash
 from clipkit.data.images import read_image
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import DataError, MissingExtraError
+from clipkit.progress import progress_bar
 
 STYLES = {
     "Apple": "Appl",
@@ -184,7 +184,7 @@ def write_sets(train: Path, unseen: Path) -> EmojiFacts:
     """
     drawings = find_drawings()
     work = map_ordered(_read, drawings, workers=worker_count("auto"), ahead=64)
-    bar = tqdm(work, total=len(drawings), unit="img", desc="reading drawings", disable=None)
+    bar = progress_bar(work, total=len(drawings), unit="img", desc="reading drawings")
     images = list(bar)
     held_out = [image for image in images if image.drawing.style == UNSEEN]
     contents = {image.content for image in held_out}

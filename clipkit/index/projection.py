@@ -3,9 +3,9 @@
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from clipkit.errors import DataError, MissingExtraError
+from clipkit.progress import progress_bar
 from clipkit.store.shards import Vectors
 
 COMPONENTS = 50
@@ -63,7 +63,7 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
     near = PrecomputedNeighbors(*neighbours(reduced, count))
     affinities = PerplexityBasedNN(knn_index=near, perplexity=perplexity, random_state=seed)
     start = rescale(reduced[:, :2].astype(np.float64))
-    with tqdm(total=sum(STEPS), unit="step", desc="laying out", disable=None) as bar:
+    with progress_bar(total=sum(STEPS), unit="step", desc="laying out") as bar:
 
         def report(*_: object) -> None:
             bar.update(REPORT_EVERY)

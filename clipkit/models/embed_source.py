@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from clipkit.data.images import Decode, Skipped
 from clipkit.data.open_source import Source, no_captions, row_image
@@ -17,6 +16,7 @@ from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import DataError, ImageError
 from clipkit.models.encoder import AdaptiveBatcher, BatchSize, Encoder, Vectors
 from clipkit.models.tokenizer import TruncationReport, tokenize
+from clipkit.progress import progress_bar
 from clipkit.user_cache import Entry, key_of, user_cache
 
 Row = dict[str, Any]
@@ -143,7 +143,7 @@ def encode_pairs(
 
     vectors, rows = [], []
     total = None if source.streaming else len(source.rows)
-    with tqdm(total=total, unit="img", desc="encoding", disable=None if progress else True) as bar:
+    with progress_bar(total=total, unit="img", desc="encoding", shown=progress) as bar:
         for part, encoded in encoded_batches(
             encoder,
             wanted(),

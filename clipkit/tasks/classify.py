@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from clipkit.classifiers.heads import Labels, Templates, load_classifier
 from clipkit.classifiers.predictions import Prediction, Predictions
 from clipkit.classifiers.zero_shot import ACCEPTED, Classifier, ZeroShotClassifier
@@ -15,6 +13,7 @@ from clipkit.data.workers import worker_count
 from clipkit.errors import CaptionError, DataError
 from clipkit.models.embed_source import cached_pairs, encoded_batches
 from clipkit.models.encoder import Encoder
+from clipkit.progress import progress_bar
 
 
 def classify(
@@ -115,8 +114,7 @@ def predict_images(
     classifier.require(encoder.model)
     zero_shot = _with_background(classifier) if each or reject else None
     total = None if any(s.streaming for s in sources) else sum(len(s.rows) for s in sources)
-    disable = None if progress else True
-    with tqdm(total=total, unit="img", desc="classifying", disable=disable) as bar:
+    with progress_bar(total=total, unit="img", desc="classifying", shown=progress) as bar:
         for vectors, rows in encoded_batches(
             encoder,
             _rows(sources, on_skip),

@@ -1,11 +1,8 @@
 """Encode images and store their vectors: ``clipkit embed IMAGES --out STORE``."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from tqdm import tqdm
 
 from clipkit.artifacts import is_complete, partial_path
 from clipkit.data.images import Decode, content_hash
@@ -13,6 +10,7 @@ from clipkit.data.open_source import Data, Row, Source, open_source, row_record,
 from clipkit.data.workers import worker_count
 from clipkit.errors import DataError, SkipLimitError
 from clipkit.models.embed_source import encoded_batches
+from clipkit.progress import print_status, progress_bar
 from clipkit.store.embedding_store import EmbeddingStore, Owner, StoreWriter, decode_of
 from clipkit.store.incremental import StoredVectors
 from clipkit.store.shards import Vectors, digest
@@ -77,7 +75,7 @@ def embed(
     decode = decode or cast(Decode | None, decode_of(Path(out))) or DEFAULT_DECODE
     with (
         EmbeddingStore.create(out, encoder.model, decode=decode, replace=True) as writer,
-        tqdm(total=total, unit="img", desc="embedding", disable=None) as bar,
+        progress_bar(total=total, unit="img", desc="embedding") as bar,
     ):
         known = StoredVectors(writer.path, writer.owner)
         walk = _Walk(source, writer, known, bar, skip_limit)
@@ -94,10 +92,9 @@ def embed(
                 walk.store(vectors, rows)
         except KeyboardInterrupt:
             bar.close()
-            print(
+            print_status(
                 f"stopped: {len(writer.done)} encoded images are saved for {writer.path}; "
-                "run the same command again to continue",
-                file=sys.stderr,
+                "run the same command again to continue"
             )
             raise
         walk.finish()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread, require_methods
@@ -22,6 +21,7 @@ from clipkit.evaluation.bootstrap import Estimate, interval, resamples
 from clipkit.models.embed_source import cached_pairs
 from clipkit.models.encoder import Encoder
 from clipkit.models.loading import load_model
+from clipkit.progress import progress_bar
 
 ZERO_SHOT = "zero-shot"
 MOST_HELD_OUT = 4
@@ -170,8 +170,8 @@ def probe(
     results = [_result(ZERO_SHOT, 0, [_hits(text, tested)], tested)]
     best: tuple[float, Classifier] = (-1.0, text)
     work = [(method, count) for method in methods for count in possible]
-    hidden = None if progress else True
-    with one_thread(), tqdm(total=len(work) * seeds, desc="probing", disable=hidden) as bar:
+    fits = len(work) * seeds
+    with one_thread(), progress_bar(total=fits, desc="probing", shown=progress) as bar:
         for method, count in work:
             hits = []
             for seed in range(seeds):

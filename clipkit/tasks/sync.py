@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from clipkit.artifacts import is_complete
 from clipkit.data.images import Decode, Skipped, content_hash
@@ -38,7 +37,7 @@ from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.models.embed_source import encoded_batches
 from clipkit.models.loading import load_model_ref
-from clipkit.progress import print_status
+from clipkit.progress import print_status, progress_bar
 from clipkit.store.embedding_store import EmbeddingStore, StoreWriter
 from clipkit.store.incremental import StoredVectors
 from clipkit.store.shards import Record, Vectors, digest, shard_numbers
@@ -109,7 +108,7 @@ class Update:
             EmbeddingStore.create(
                 self.delta, index.model, decode=index.decode, replace=True
             ) as delta,
-            tqdm(total=total, unit="img", desc="reading", disable=None) as bar,
+            progress_bar(total=total, unit="img", desc="reading") as bar,
         ):
             rows = self._rows(source, delta, wanted, bar)
             first = next(rows, None)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from clipkit.artifacts import ModelRef
 from clipkit.config import ModelConfig, TrainConfig
@@ -29,6 +28,7 @@ from clipkit.errors import ConfigError, ImageError
 from clipkit.models.checkpoint import Towers, fingerprint, vector_dim
 from clipkit.models.dual_encoder import DualEncoder, LockedTower
 from clipkit.models.tokenizer import TruncationReport, split_caption, tokenize
+from clipkit.progress import progress_bar
 
 BATCH = 64
 """Images, or captions, that go through a locked tower at a time."""
@@ -121,7 +121,8 @@ def _caption_features(
     rows = list(captions.values())
 
     def encode(start: int) -> Iterator[Encoded]:
-        for at in tqdm(range(start, len(rows), BATCH), desc="locked text tower", disable=None):
+        starts = range(start, len(rows), BATCH)
+        for at in progress_bar(starts, desc="locked text tower"):
             tokens = torch.from_numpy(np.stack(rows[at : at + BATCH]))
             features = network.features("text", tokens.to(network.scale.device))
             yield features.cpu().numpy()[:, None], {}
@@ -153,7 +154,7 @@ class _ImageMaker:
         results = map_ordered(
             self._read, rest, workers=worker_count(self.config.data.workers), ahead=2 * BATCH
         )
-        with tqdm(total=len(rest), unit="img", desc="locked image tower", disable=None) as bar:
+        with progress_bar(total=len(rest), unit="img", desc="locked image tower") as bar:
             while some := list(islice(results, max(1, BATCH // views))):
                 bad = {key: found for key, found in some if isinstance(found, str)}
                 # A bad row goes through as zeros, so that every row keeps its place.

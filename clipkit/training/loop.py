@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from clipkit.artifacts import Manifest, ModelRef
 from clipkit.config import LoopConfig, TrainConfig
@@ -23,7 +22,7 @@ from clipkit.errors import DataError
 from clipkit.evaluation.retrieval import retrieval_recall
 from clipkit.models.checkpoint import save_checkpoint
 from clipkit.models.tokenizer import TruncationReport
-from clipkit.progress import Meter, print_status, share_done
+from clipkit.progress import Meter, print_status, progress_bar, share_done
 from clipkit.training.data import HeldOut, other_data
 from clipkit.training.recovery import last_good_checkpoint, require_finite_steps, roll_back
 from clipkit.training.run_directory import RunDirectory
@@ -181,11 +180,11 @@ class TrainingLoop:
         if self.finished:
             return
         self._started = time.perf_counter() - self.seconds
-        with tqdm(
+        with progress_bar(
             total=self.steps or None,
             initial=self.step,
             unit="step",
-            disable=None if self.world.is_main_process else True,
+            shown=self.world.is_main_process,
             desc="training",
         ) as bar:
             while True:

@@ -1,5 +1,6 @@
 """The commands, end to end: exit codes, what goes to which stream, and the values they print."""
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import typer
 from PIL import Image
 
 import clipkit
+from clipkit import progress
 from clipkit.cli import main
 from clipkit.data.images import find_images, read_image
 from clipkit.data.prompts import DEFAULT_TEMPLATES
@@ -144,6 +146,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_1(run, tmp_path, monkeypatch, 
 
 RAISING = """
 import sys
+from clipkit import progress
 from clipkit.cli import main
 from clipkit.tasks import info
 def broken(path):
@@ -272,7 +275,10 @@ EXCEPTIONS = {("index build", "--model"), ("map", "--html")}
 """Options that add something to the shared text."""
 
 
-def test_quiet_and_verbose_stand_before_or_after_the_command(run, colour_folder, tmp_path):
+def test_quiet_and_verbose_stand_before_or_after_the_command(
+    run, colour_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(progress, "_silent", False)
     (colour_folder / "red-1.png").write_bytes(b"")
     words = ["init", colour_folder, "--out"]
     _, err = run(*words, tmp_path / "a.toml")
@@ -289,6 +295,27 @@ def test_quiet_and_verbose_stand_before_or_after_the_command(run, colour_folder,
     _, err = run("info", tmp_path / "nothing", "--verbose", code=1)
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("error: ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_quiet_hides_progress_bars_and_status_messages(
+    run, colour_folder, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(progress, "_silent", False)
+    words = ["classify", colour_folder, "--model", tiny_checkpoint, "--labels", "red,blue"]
+    printed = {}
+    for more in ((), ("--quiet",), ()):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        out, _ = run(*words, *more)
+        progress.print_status("a status")
+        printed[more] = out, terminal.getvalue()
+    assert "classifying" in printed[()][1]
+    assert "a status" in printed[()][1]
+    assert printed[("--quiet",)] == (printed[()][0], "")
 
 
 def test_shells_complete_commands():

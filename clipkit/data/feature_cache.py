@@ -1,8 +1,8 @@
-"""Features of a locked tower, computed once and kept on disk, memory-mapped.
+"""Features of a locked tower, computed once, stored on disk and memory-mapped.
 
-A directory ``image-HASH`` or ``caption-HASH`` with ``features.npy``, ``float32 [n, views, …]``; the
-hash is over all that decides the features, so that equal features are found again and others are
-made beside them. Its rows are those of the table they were made of, in the same order.
+Each set of features is a directory ``KIND-HASH`` with ``features.npy``, float32 [n, views, …]. Its
+rows are in the order of the keys. The hash covers everything that the features depend on, so equal
+settings find them again, and different settings are stored next to them.
 """
 
 import json
@@ -29,21 +29,21 @@ from clipkit.errors import ArtifactError, ImageError
 FEATURES_FILE = "features.npy"
 PROGRESS_FILE = "progress.json"
 SAVED_ROWS = 1000
-"""Rows between two notes of how far the features have come, from where they can go on."""
+"""Number of rows between two progress records, from which an interrupted computation resumes."""
 
 Encoded = tuple[NDArray[np.float32], dict[str, str]]
-"""Features of some rows, float32 [m, views, …], and why rows could not be read, by key; such rows
-hold zeros."""
+"""Features of consecutive rows, float32 [m, views, …], and by key the reasons why rows could not be
+read. The features of such rows are zeros."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Stored features, found by key.
+    """Stored features by key.
 
     Attributes:
         values: float32 [n, views, …], memory-mapped.
-        rows: the row of each key.
-        skipped: why an item has no features, by key.
+        rows: row number by key.
+        skipped: reason why an item has no features, by key.
     """
 
     values: NDArray[np.float32]
@@ -51,7 +51,11 @@ class Features:
     skipped: dict[str, str]
 
     def draw(self, key: str, generator: random.Random) -> NDArray[np.float32]:
-        """One view's features of an item, float32 […]; raises ImageError where it has none."""
+        """The features of one random view of an item, float32 […].
+
+        Raises:
+            ImageError: the item could not be read and has no features.
+        """
         if key in self.skipped:
             raise ImageError(self.skipped[key])
         views = self.values.shape[1]
@@ -68,20 +72,20 @@ def stored_features(
     keys: Sequence[str],
     encode: Callable[[int], Iterator[Encoded]],
 ) -> Features:
-    """The features of some items: read where they are stored, else computed and stored.
+    """Open the stored features of some items, computing and storing them first if necessary.
 
-    An interrupted computation goes on where it stopped.
+    An interrupted computation resumes where it stopped.
 
     Args:
-        folder: holds one directory for each different set of features.
-        kind: "image" or "caption".
-        model: the tower that makes them.
-        facts: what else decides them but the keys, as plain data.
-        keys: of the items, in order; each once.
-        encode: the features from a row on, batch by batch.
+        folder: contains one directory for each set of features.
+        kind: "image" or "text", the prefix of the directory's name.
+        model: the tower that computes the features.
+        facts: everything else that the features depend on except the keys; JSON-serialisable.
+        keys: unique keys of the items, in order.
+        encode: yields the features from a given row on, in batches.
 
     Raises:
-        ArtifactError: they cannot be written, or what is there is damaged.
+        ArtifactError: the features cannot be written, or the stored ones are damaged.
     """
     names = sha256("\0".join(keys).encode("utf-8", "surrogatepass")).hexdigest()
     facts = facts | {"tower": model.fingerprint, "keys": names}
@@ -127,8 +131,8 @@ def _compute(
             writer.finish(Manifest("features", model, count, detail=detail))
         except OSError as error:
             raise ArtifactError(
-                f"the features {path} cannot be written ({error.strerror}); make room, or name "
-                "another place in data.feature_dir"
+                f"cannot write the features {path}: {error.strerror}; free some disk space, or "
+                "name another directory in data.feature_dir"
             ) from None
 
 
@@ -142,8 +146,8 @@ def _read_progress(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_rows(stream: BinaryIO, values: NDArray[np.float32], start: int, count: int) -> None:
-    """Write rows into a .npy file of ``count`` rows; its header stands before the first."""
-    # Not through a memory map, which a full disk would end with a signal instead of an error.
+    """Write rows into a .npy file of ``count`` rows, after rewriting its header."""
+    # Not through a memory map, where a full disk kills the process with SIGBUS.
     stream.seek(0)
     header = {"descr": "<f4", "fortran_order": False, "shape": (count, *values.shape[1:])}
     np.lib.format.write_array_header_1_0(stream, header)
@@ -152,4 +156,6 @@ def _write_rows(stream: BinaryIO, values: NDArray[np.float32], start: int, count
 
 
 def _damaged(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(f"{path / FEATURES_FILE} is damaged ({found}); remove {path} to make anew")
+    return ArtifactError(
+        f"{path / FEATURES_FILE} is damaged ({found}); delete {path} to compute the features again"
+    )

@@ -1,4 +1,4 @@
-"""Decoded pictures of a run, kept in a file that is mapped into memory."""
+"""A cache of the decoded images of a training run, in a memory-mapped temporary file."""
 
 import mmap
 import os
@@ -15,21 +15,21 @@ from clipkit.data.transforms import Pixels
 
 Setting = Literal["auto", "yes", "no"]
 AUTO_LIMIT = 2 << 30  # bytes
-_DISK_SHARE = 4  # at most one part in so many of the free disk
+_DISK_SHARE = 4  # at most 1/4 of the free disk space
 _SEGMENT = 64 << 20  # bytes mapped at a time
 
 
 class ImageCache:
-    """Pictures by row number, each kept when it is first decoded, for as long as the run lasts.
+    """Images by row number, each stored when it is first decoded, until the run ends.
 
-    A picture that comes from here is the one that was put in, bit for bit, so that a run does not
-    depend on what fits. The file has no name: it goes with the process, however that ends, and
-    can never be another run's or out of date. Filling it costs no pass of its own, for the first
-    epoch decodes every picture in any case. Safe to use from several threads.
+    Cached images are identical to decoded ones, so the results of a run do not depend on how many
+    fit. The file is unlinked at once: it disappears with the process, however that ends, and can
+    neither be stale nor belong to another run. The first epoch fills it, without a pass of its own.
+    Thread-safe.
 
     Args:
-        folder: where the file lies.
-        limit: most bytes to keep.
+        folder: directory for the temporary file.
+        limit: maximum size in bytes.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -43,7 +43,7 @@ class ImageCache:
         self._places: dict[int, tuple[int, int, tuple[int, ...]]] = {}
 
     def get(self, row: int) -> Pixels | None:
-        """The picture of a row, uint8 [h, w, 3], not to be written to; None if it is not kept."""
+        """The image of a row, uint8 [h, w, 3], read-only; None if it is not cached."""
         place = self._places.get(row)
         if place is None:
             return None
@@ -52,29 +52,29 @@ class ImageCache:
         return np.frombuffer(self._segments[segment], np.uint8, size, start).reshape(shape)
 
     def put(self, row: int, picture: Pixels) -> None:
-        """Keep a picture, uint8 [h, w, 3], if there is room for it."""
+        """Store an image, uint8 [h, w, 3], if there is room for it."""
         with self._lock:
             start = self._reserve(picture.nbytes)
         if start is None:
             return
         try:
-            # Not through the map: there a full disk ends the process, here it is an error.
+            # Not through the memory map, where a full disk kills the process with SIGBUS.
             written = os.pwrite(self._file, np.ascontiguousarray(picture).data, start)
         except OSError:
             written = 0
         if written == picture.nbytes:
             self._places[row] = (start // _SEGMENT, start % _SEGMENT, picture.shape)
         else:
-            self.limit = 0  # the disk is full: what is kept stays, nothing more is
+            self.limit = 0  # the disk is full: keep what is cached and add nothing more
 
     def _reserve(self, size: int) -> int | None:
-        """Where so many bytes may lie, in one segment; None where there is no room."""
+        """Offset of ``size`` free bytes within one segment; None if there is no room."""
         left = -self.used % _SEGMENT
         start = self.used if size <= left else self.used + left
         if size > _SEGMENT or start + size > self.limit:
             return None
         if start == len(self._segments) * _SEGMENT:
-            # A file with a hole: it takes no disk before it is written to.
+            # A sparse file: it uses no disk space until it is written to.
             os.ftruncate(self._file, start + _SEGMENT)
             self._segments.append(
                 mmap.mmap(self._file, _SEGMENT, prot=mmap.PROT_READ, offset=start)
@@ -84,7 +84,10 @@ class ImageCache:
 
 
 def open_cache(setting: Setting, folder: Path) -> ImageCache | None:
-    """A cache in ``folder`` as the setting wants it, in at most a quarter of the free disk."""
+    """Open a cache in ``folder`` that takes at most 1/4 of the free disk space; None for "no".
+
+    "auto" limits it further, to ``AUTO_LIMIT`` bytes.
+    """
     if setting == "no":
         return None
     limit = shutil.disk_usage(folder).free // _DISK_SHARE

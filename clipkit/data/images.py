@@ -1,6 +1,7 @@
-"""Find images below a directory, and read one safely, whatever its file holds.
+"""Find the image files below a directory, read an image safely, and hash the content of a file.
 
-What a file holds, as a number by which it is found again under another name.
+Every problem with a file is an ``ImageError`` with a short reason, so that callers can skip the
+image and report why.
 """
 
 import io
@@ -22,16 +23,23 @@ from PIL import Image, UnidentifiedImageError
 
 from clipkit.errors import DataError, ImageError
 
+Decode = Literal["exact", "fast"]
+"""How to read images: "exact" as Pillow and open_clip do, "fast" at a sufficient size."""
+Reduction = Callable[[int, int], int]
+"""Maps width and height to the factor, 1, 2, 4 or 8, by which an image may be reduced."""
+
 _NAMES = ["jpg", "jpeg", "jfif", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "pgm"]
 _NAMES += ["avif", "jp2", "heic", "heif", "hif"]
 SUFFIXES = frozenset(f".{name}" for name in _NAMES)
-MAX_PIXELS = 178_956_970  # twice Pillow's own warning level: where Pillow too refuses
+MAX_PIXELS = 178_956_970  # twice Pillow's warning level, where Pillow raises an error
 MAX_ASPECT = 100
 
-# Closed on purpose: Pillow's EPS reader, for one, starts Ghostscript on what it is given.
+_CHUNK = 1 << 20  # bytes read at a time
+
+# An allowlist for safety: Pillow's EPS reader, for example, runs Ghostscript on the file.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO", "HEIF")
-# Brands of files that hold pictures coded as AV1 (AVIF 1.1, section 6) and, where none of those
-# stands beside them, as HEVC (ISO/IEC 23008-12, annex B).
+# Brands of AV1-coded files (AVIF 1.1, section 6), and of HEVC-coded ones (ISO/IEC 23008-12,
+# annex B) if no AVIF brand is listed too.
 _AVIF = {b"avif", b"avis"}
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
@@ -49,31 +57,32 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class Skipped:
-    """One item that is left out (or a part of it), and why."""
+    """An item that is skipped, wholly or in part, and the reason."""
 
     key: str
     reason: str
 
 
 def find_images(root: Path) -> tuple[list[str], list[Skipped]]:
-    """List the images below ``root`` by their suffix, without opening any.
+    """List the images below ``root`` by their suffix, without opening them.
 
-    Links are followed, each directory is listed once; names that start with a dot are ignored.
+    Symbolic links are followed, but each directory is listed only once. Names that start with a dot
+    are ignored.
 
     Returns:
-        The keys (POSIX paths relative to ``root``), sorted, and what was left out.
+        The sorted keys (POSIX paths relative to ``root``), and the skipped items.
 
     Raises:
-        DataError: ``root`` is no directory.
+        DataError: ``root`` is not a directory.
     """
     if not root.is_dir():
-        raise DataError(f"{printable(root)} is no directory, expected a folder of images")
+        raise DataError(f"{printable(root)} is not a directory, expected a folder of images")
     keys: list[str] = []
     skipped: list[Skipped] = []
     seen: set[tuple[int, int]] = set()
     folders, links = [""], deque[str]()
     while folders or links:
-        # Linked directories come last, so that an image keeps the key of its real place.
+        # Linked directories come last, so that an image gets the key of its real path.
         folder = folders.pop() if folders else links.popleft()
         try:
             entries = _list_once(root, folder, seen)
@@ -96,7 +105,7 @@ def _list_once(root: Path, folder: str, seen: set[tuple[int, int]]) -> list[os.D
     path = root / folder
     status = path.stat()
     if (status.st_dev, status.st_ino) in seen:
-        raise OSError("a link to a directory that is listed already")
+        raise OSError("a link to a directory that is already listed")
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(path) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]
@@ -105,18 +114,18 @@ def _list_once(root: Path, folder: str, seen: set[tuple[int, int]]) -> list[os.D
 
 def _refusal(entry: os.DirEntry[str]) -> str | None:
     if os.path.isdir(entry):
-        return "is a directory, not an image; what is in it is read"
+        return "is a directory, not an image; its contents are read"
     if not is_utf8(entry.path):
-        return "its name is not UTF-8; rename it"
+        return "its name is not valid UTF-8; rename it"
     try:
         mode = entry.stat().st_mode
     except OSError as error:
         return f"cannot be opened: {_why(error)}"
-    return None if stat.S_ISREG(mode) else "is no regular file"
+    return None if stat.S_ISREG(mode) else "is not a regular file"
 
 
 def is_utf8(text: str | os.PathLike[str]) -> bool:
-    """Whether a path or text holds no undecodable bytes (lone surrogates)."""
+    """Whether a path or text is free of undecodable bytes (lone surrogates)."""
     try:
         os.fspath(text).encode()
     except UnicodeEncodeError:
@@ -129,34 +138,29 @@ def printable(text: str | os.PathLike[str]) -> str:
     return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-Decode = Literal["exact", "fast"]
-"""How pictures are read: as Pillow and open_clip do, or at the size that is enough."""
-Reduction = Callable[[int, int], int]
-"""From width and height to the whole number, 1, 2, 4 or 8, that a picture may be divided by."""
-
-
 def largest_reduction(spare: float) -> int:
-    """The largest such number that is at most ``spare``."""
+    """The largest factor for a ``Reduction`` that is at most ``spare``."""
     return next((number for number in (8, 4, 2) if number <= spare), 1)
 
 
 def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Image.Image:
-    """Read one image as an 8-bit RGB picture, upright, fully loaded.
+    """Read one image as 8-bit RGB, upright and fully loaded.
 
-    The EXIF orientation is applied; transparency lies on white; 16 bits are scaled to 8; of an
-    animation the first frame is taken. Safe to call from several threads at a time.
+    Applies the EXIF orientation, composites transparency over white, scales 16 bits to 8, and takes
+    the first frame of an animation. Thread-safe.
 
     Args:
         source: a file or its content.
-        reduction: how much smaller the picture may be; None: not at all. A JPEG is decoded at the
-            smaller size, by the scaled inverse transform of its 8 x 8 blocks, which takes a
-            fraction of the time; of other pictures blocks of pixels are averaged.
+        reduction: gives the factor by which the image may be reduced; None reads it in full. A JPEG
+            is decoded at the reduced size, by the scaled inverse transform of its 8 x 8 blocks, in
+            a fraction of the time. For other formats, blocks of pixels are averaged.
 
     Raises:
-        ImageError: empty, truncated, damaged, not an image, longer than 100 times its width,
-            above 178 million pixels, or not readable; the message is the reason alone.
+        ImageError: the image is empty, truncated, damaged, unreadable or of an unknown format, has
+            more than 178 million pixels, or one side over 100 times the other. The message is only
+            the reason, without the file name.
     """
-    # Kept in place once set: taking a filter out again would race with other threads.
+    # The filter stays: removing it would race with other threads.
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
     try:
@@ -165,22 +169,23 @@ def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Imag
             factor = _factor(image.size, reduction) if reduction else 1
             smaller = factor > 1 and _draft(image, factor)
             image.load()
-            picture = _to_rgb(_upright(image))
-            return picture if smaller or factor == 1 else picture.reduce(factor)
+            rgb = _to_rgb(_upright(image))
+            return rgb if smaller or factor == 1 else rgb.reduce(factor)
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise ImageError(_too_large("it")) from None
-    # Damaged bytes make decoders raise nearly anything: OSError, SyntaxError, struct.error, …
+    # On damaged data decoders raise almost anything: OSError, SyntaxError, struct.error, …
     except Exception as error:
         raise ImageError(f"is damaged or truncated: {_why(error)}") from None
 
 
 def open_regular(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
-    """A regular file that is not empty, or its content, as a stream.
+    """Open a regular, non-empty file, or its content, as a stream.
 
     Raises:
-        ImageError: it is something else, or cannot be opened; the message is the reason alone.
+        ImageError: the file is empty, not a regular file, or cannot be opened. The message is only
+            the reason.
     """
     if isinstance(source, bytes):
         stream: BinaryIO = io.BytesIO(source)
@@ -191,7 +196,7 @@ def open_regular(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
             if stat.S_ISDIR(status.st_mode):
                 raise ImageError("is a directory, not an image")
             if not stat.S_ISREG(status.st_mode):
-                raise ImageError("is no regular file")
+                raise ImageError("is not a regular file")
             stream = source.open("rb")
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot be opened: {_why(error)}") from None
@@ -211,14 +216,14 @@ def _identified(stream: BinaryIO) -> Image.Image:
 
 
 def _unknown(head: bytes) -> str:
-    """Why no reader takes a file that begins so."""
+    """The reason why no reader supports a file with these first bytes."""
     end = min(int.from_bytes(head[:4]), len(head)) if head[4:8] == b"ftyp" else 0
     brands = {head[at : at + 4] for at in (8, *range(16, end, 4))}
     if brands & _AVIF:
         if "AVIF" not in _formats():
-            return "is an AVIF picture, which Pillow reads from version 11.3 on; upgrade Pillow"
+            return "is an AVIF image, which needs Pillow 11.3 or newer; upgrade Pillow"
     elif brands & _HEIC and "HEIF" not in _formats():
-        return "is a HEIC picture, which takes pillow-heif; pip install 'clipkit[heif]'"
+        return "is a HEIC image, which needs pillow-heif; pip install 'clipkit[heif]'"
     return "is not an image of a known format"
 
 
@@ -240,12 +245,12 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _factor(size: tuple[int, int], reduction: Reduction) -> int:
-    # Whether it lies on its side is known only once it is loaded.
+    # The orientation is known only after loading, so the image may be on its side.
     return min(reduction(*size), reduction(*size[::-1]))
 
 
 def _draft(image: Image.Image, factor: int) -> bool:
-    """Have a JPEG decoded at 1 / ``factor`` of its size; False for another format."""
+    """Set up a JPEG to be decoded at 1 / ``factor`` of its size; False for other formats."""
     size = (max(1, image.width // factor), max(1, image.height // factor))
     return image.draft(None, size) is not None
 
@@ -255,17 +260,17 @@ def _too_large(size: str) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Only after load(): a PNG may hold its EXIF behind the pixels, and Pillow turns TIFFs itself.
+    # Only after load(): a PNG may store EXIF after the pixels, and Pillow rotates TIFFs itself.
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # good pixels beside damaged EXIF: read them as they lie
+    except Exception:  # damaged EXIF but intact pixels: leave the orientation as it is
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ImageError("has float pixels without a known white; save it with 8 or 16 bits")
+        raise ImageError("has float pixels of unknown range; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         high_byte = np.clip(np.asarray(image), 0, 65535) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
@@ -284,17 +289,16 @@ def _why(error: Exception) -> str:
     return text[:1].lower() + text[1:]
 
 
-_CHUNK = 1 << 20  # bytes read at a time
-
-
 def content_hash(source: Path | bytes) -> str:
-    """XXH3 of a file or its content: 128 bits as 32 hexadecimal digits.
+    """The 128-bit XXH3 hash of a file or its content, as 32 hexadecimal digits.
 
-    It takes 0.2 ms for the JPEG of a 12-megapixel photo, where SHA-256 takes 2. Someone who forges
-    two files with one hash gains that the second is found by the vector of the first.
+    It takes 0.2 ms for the JPEG of a 12-megapixel photo; SHA-256 takes 2 ms. The hash is not
+    cryptographic: the only effect of a forged collision is that the second file gets the vector of
+    the first.
 
     Raises:
-        ImageError: the file is empty, irregular or cannot be read; the message is the reason alone.
+        ImageError: the file is empty, not a regular file, or cannot be read. The message is only
+            the reason.
     """
     digest = xxhash.xxh3_128()
     with open_regular(source) as stream:

@@ -1,4 +1,4 @@
-"""Labels × templates as captions."""
+"""Read labels and prompt templates, and combine them to captions for zero-shot classification."""
 
 import os
 import re
@@ -12,10 +12,10 @@ SLOT = "{}"
 IMAGENET = "imagenet"
 TEMPLATE_SETS = ("openai", "simple")
 
-# Averaging over phrasings steadies a label's vector: on ImageNet one template is worth 1.3 points
-# over bare labels and eighty another 3.5 (Radford et al. 2021, §3.1.4), most of it from the first
-# few. These name no style or subject ("a sculpture of", "a type of pet") that could be wrong for
-# the images at hand; the bare slot serves labels that are phrases or plurals already.
+# Averaging over several phrasings improves a label's vector: on ImageNet, one template gains 1.3
+# points over bare labels and eighty gain another 3.5 (Radford et al. 2021, §3.1.4), most of it with
+# the first few. These name no style or subject ("a sculpture of", "a type of pet") that could be
+# wrong for the user's images. The bare slot is for labels that are already phrases or plurals.
 DEFAULT_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -25,7 +25,7 @@ DEFAULT_TEMPLATES = (
     "{}",
 )
 
-# Captions that fit many an image: what a label is held against where none may fit.
+# Generic captions: a label must beat these if an image may match none of the labels.
 BACKGROUND = (
     "a photo.",
     "a picture of something.",
@@ -45,15 +45,15 @@ BACKGROUND = (
 
 
 def read_labels(labels: str | Path) -> list[Label]:
-    """Labels, from ``cat,dog,red fox``, from a file with one per line, or ``imagenet``.
+    """Read labels from text like ``cat,dog,red fox``, a file with one per line, or ``imagenet``.
 
-    Each may have words of its own or a path, see ``parse_label``. Blank lines and surrounding
+    A label may have its own phrases or a path, see ``parse_label``. Blank lines and surrounding
     spaces are ignored.
 
     Raises:
-        CaptionError: a file that is missing or no UTF-8 text; fewer than two labels; an empty or
-            a repeated one (case does not count: the tokenizer reads lower case); two that nothing
-            can tell apart.
+        CaptionError: the file is missing or not UTF-8 text; there are fewer than two labels; a
+            label is empty or repeated (ignoring case, since the tokenizer lowercases); or two
+            labels cannot be distinguished.
     """
     text = str(labels)
     if text == IMAGENET and not os.path.isfile(text):
@@ -62,7 +62,7 @@ def read_labels(labels: str | Path) -> list[Label]:
         lines, where = _lines(Path(text), "labels"), text
     elif isinstance(labels, Path) or _looks_like_path(text):
         raise CaptionError(
-            f"{text} is no file, expected a file with one label per line or labels like "
+            f"{text} is not a file, expected a file with one label per line or labels like "
             "cat,dog,red fox; check the path"
         )
     else:
@@ -78,38 +78,38 @@ def _looks_like_path(text: str) -> bool:
 
 
 def check_labels(labels: Sequence[str], where: str = "the list of labels") -> None:
-    """Raise CaptionError unless there are two labels or more, none empty and none twice."""
+    """Raise CaptionError unless there are at least two labels, none of them empty or repeated."""
     if not any(labels):
-        raise CaptionError(f"{where} holds no label, expected two or more; name them")
+        raise CaptionError(f"{where} contains no labels, expected two or more; add them")
     if not all(labels):
         raise CaptionError(
-            f"{where} holds an empty label as number {labels.index('') + 1}, "
+            f"{where} contains an empty label at position {labels.index('') + 1}, "
             "expected text between the commas; remove the extra comma"
         )
     if len(labels) == 1:
         raise CaptionError(
-            f"{where} holds only {labels[0]!r}, expected two or more labels, since the "
-            "probability of a single one is always 1; add what else an image may show"
+            f"{where} contains only {labels[0]!r}, expected two or more labels, since the "
+            "probability of a single label is always 1; add what else an image may show"
         )
     seen: dict[str, str] = {}
     for label in labels:
         if label.lower() in seen:
             raise CaptionError(
-                f"{where} holds {label!r} twice (first as {seen[label.lower()]!r}), expected each "
-                "label once, case aside; remove one"
+                f"{where} contains {label!r} twice (first as {seen[label.lower()]!r}), expected "
+                "each label once, ignoring case; remove one"
             )
         seen[label.lower()] = label
 
 
 def read_templates(name: str | Path | None) -> list[str]:
-    """Templates from a file with one per line, each with a slot ``{}``, or of a known set.
+    """Read templates from a file with one per line, each with a slot ``{}``, or a known set.
 
     Args:
-        name: the file; ``openai`` for the 80 that OpenAI's models were measured with on ImageNet,
-            ``simple`` for 7 of them that do nearly as well; None for ``DEFAULT_TEMPLATES``.
+        name: a file; ``openai`` for the 80 templates that OpenAI evaluated on ImageNet with;
+            ``simple`` for 7 of them that perform nearly as well; None for ``DEFAULT_TEMPLATES``.
 
     Raises:
-        CaptionError: the file is missing, no UTF-8 text or empty, or a template has no slot.
+        CaptionError: the file is missing, empty or not UTF-8 text, or a template has no slot.
     """
     if name is None:
         return list(DEFAULT_TEMPLATES)
@@ -118,13 +118,13 @@ def read_templates(name: str | Path | None) -> list[str]:
         return _template_set(str(name))
     if not file.is_file():
         raise CaptionError(
-            f"{file} is no file, expected a file with one template per line, like "
+            f"{file} is not a file, expected a file with one template per line, like "
             f"a photo of a {{}}., or one of {', '.join(TEMPLATE_SETS)}; check the path"
         )
     templates = _lines(file, "templates")
     if not templates:
         raise CaptionError(
-            f"{file} holds no template, expected one per line; add a photo of a {{}}."
+            f"{file} contains no templates, expected one per line, for example a photo of a {{}}."
         )
     check_templates(templates)
     return templates
@@ -154,7 +154,7 @@ def label_captions(labels: Sequence[str], templates: Sequence[str]) -> list[list
         CaptionError: a template has no slot.
     """
     check_templates(templates)
-    # Not str.format, for which braces in a label would mean something.
+    # Not str.format, which would interpret braces in a label.
     return [
         [template.replace(SLOT, phrase) for phrase in phrases_of(label) for template in templates]
         for label in labels
@@ -166,6 +166,6 @@ def _lines(file: Path, what: str) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CaptionError(
-            f"{file} cannot be read ({error}), expected {what} in UTF-8, one per line; save it so"
+            f"cannot read {file}: {error}; expected {what} in UTF-8, one per line"
         ) from None
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Work done ahead by threads, results in order."""
+"""Prefetching with threads: an ordered parallel map, and the number of threads."""
 
 import os
 from collections import deque
@@ -13,21 +13,21 @@ Result = TypeVar("Result")
 def map_ordered(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int
 ) -> Iterator[Result]:
-    """``map(function, items)`` with ``workers`` threads working up to ``ahead`` items ahead.
+    """``map(function, items)`` in ``workers`` threads, prefetching up to ``ahead`` results.
 
-    Threads suffice where the work is Pillow's, which lets go of the interpreter while it decodes
-    and resizes. Results come in the order of ``items``, which is read in the caller's thread and
-    never more than ``ahead`` items beyond the result asked for, so memory is bounded.
+    Threads suffice for Pillow, which releases the GIL while it decodes and resizes. Results come in
+    the order of ``items``. The caller's thread reads ``items``, at most ``ahead`` beyond the next
+    result, so memory is bounded.
 
-    An exception of ``function`` or of ``items`` is raised in its place, after the results before
-    it. When the caller stops early (an exception, Ctrl-C, closing the generator), waiting work is
-    dropped, and what is under way is waited for.
+    An exception from ``function`` or ``items`` is raised in its place, after the results before it.
+    If the caller stops early (an exception, Ctrl-C, closing the generator), pending items are
+    cancelled and running calls are waited for.
 
     Args:
-        function: called with one item; with several threads it must be safe to call from them.
-        items: may be endless.
-        workers: 0 works in the caller's own thread, with nothing ahead.
-        ahead: at least 1 item.
+        function: called with one item; must be thread-safe if there are several workers.
+        items: may be infinite.
+        workers: number of threads; 0 runs in the caller's thread, without prefetching.
+        ahead: at least 1.
     """
     if not workers:
         yield from map(function, items)
@@ -41,7 +41,7 @@ def map_ordered(
                 while failure is None and len(waiting) < ahead:
                     try:
                         waiting.append(pool.submit(function, next(source)))
-                    except Exception as error:  # StopIteration included: it comes last as well
+                    except Exception as error:  # including StopIteration, which also comes last
                         failure = error
                 if not waiting:
                     break
@@ -53,7 +53,7 @@ def map_ordered(
 
 
 def worker_count(setting: int | str) -> int:
-    """How many threads to decode with: as asked, or for ``"auto"`` one per core, at most 16."""
+    """Number of decoding threads: ``setting``, or for ``"auto"`` one per core, at most 16."""
     if isinstance(setting, int):
         return setting
     return min(

@@ -65,7 +65,7 @@ def formats(monkeypatch):
 )
 def test_heic_without_its_plugin_names_the_extra(formats, head):
     formats.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match=r"HEIC picture, .*pip install 'clipkit\[heif\]'"):
+    with pytest.raises(ImageError, match=r"HEIC image, .*pip install 'clipkit\[heif\]'"):
         read_image(head)
 
 
@@ -74,7 +74,7 @@ def test_avif_without_its_plugin_names_pillows_version(formats):
     Image.OPEN.pop("AVIF", None)
     images._formats.cache_clear()
     formats.setattr(Image, "init", lambda: None)
-    with pytest.raises(ImageError, match=r"AVIF picture, .*11\.3.*upgrade Pillow"):
+    with pytest.raises(ImageError, match=r"AVIF image, .*11\.3.*upgrade Pillow"):
         read_image(ftyp("avif", "mif1", "miaf"))
 
 

@@ -255,7 +255,7 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     assert reason(tmp_path / "x.jpg") == "is a directory, not an image"
-    assert reason(tmp_path / "pipe.jpg") == "is no regular file"
+    assert reason(tmp_path / "pipe.jpg") == "is not a regular file"
     assert reason(tmp_path / "none.jpg") == "cannot be opened: no such file or directory"
     assert reason(tmp_path / "loop.jpg") == "cannot be opened: too many levels of symbolic links"
     assert reason(Path("a\0b.jpg")).startswith("cannot be opened")
@@ -298,7 +298,7 @@ def test_find_images_lists_without_opening(tmp_path):
 
 
 def test_find_images_refuses_what_is_no_directory(tmp_path):
-    with pytest.raises(DataError, match="is no directory"):
+    with pytest.raises(DataError, match="is not a directory"):
         find_images(tmp_path / "none")
 
 
@@ -307,7 +307,7 @@ def test_a_directory_named_like_an_image(tmp_path):
     (tmp_path / "x.jpg" / "y.jpg").touch()
     keys, skipped = find_images(tmp_path)
     assert keys == ["x.jpg/y.jpg"]
-    assert skipped == [Skipped("x.jpg", "is a directory, not an image; what is in it is read")]
+    assert skipped == [Skipped("x.jpg", "is a directory, not an image; its contents are read")]
 
 
 def test_links_are_followed_once(tmp_path):
@@ -325,7 +325,7 @@ def test_links_are_followed_once(tmp_path):
     keys, skipped = find_images(root)
     assert keys == ["away/b.jpg", "file.jpg", "real/a.jpg"]
     assert [item.key for item in skipped] == ["again", "dangling.jpg", "real/up", "self.jpg"]
-    assert "listed already" in skipped[0].reason
+    assert "already listed" in skipped[0].reason
     assert skipped[1].reason == "cannot be opened: no such file or directory"
 
 

@@ -24,15 +24,15 @@ def test_labels_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("", "holds no label"),
-        (" , ", "holds no label"),
-        ("cat,,dog", "empty label as number 2"),
+        ("", "contains no labels"),
+        (" , ", "contains no labels"),
+        ("cat,,dog", "empty label at position 2"),
         ("cat", "only 'cat', .* always 1"),
         ("cat,dog,Cat", r"'Cat' twice \(first as 'cat'\)"),
         ("a,b,a", "'a' twice"),
-        ("labels.txt", "labels.txt is no file"),
-        ("data/labels", "data/labels is no file"),
-        (Path("labels"), "labels is no file"),
+        ("labels.txt", "labels.txt is not a file"),
+        ("data/labels", "data/labels is not a file"),
+        (Path("labels"), "labels is not a file"),
     ],
 )
 def test_bad_labels(labels, message):
@@ -64,7 +64,7 @@ def test_templates_that_cannot_be_used(tmp_path):
     file.write_text("a photo of a {}.\na photo of a {label}.\n")
     with pytest.raises(CaptionError, match=r"'a photo of a {label}\.' has no slot"):
         read_templates(file)
-    with pytest.raises(CaptionError, match="is no file"):
+    with pytest.raises(CaptionError, match="is not a file"):
         read_templates(tmp_path)
 
 

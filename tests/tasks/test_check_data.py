@@ -143,7 +143,7 @@ def test_what_is_wrong_is_told_by_kind(report):
     assert [item.key for item in found["has no caption"].examples] == ["silent.png"]
     assert found["is tiny (… x … pixels)"].examples[0].reason == "is tiny (9 x 30 pixels)"
     assert [
-        item.key for item in found["is a directory, not an image; what is in it is read"].examples
+        item.key for item in found["is a directory, not an image; its contents are read"].examples
     ]
     assert "has no label" not in found
     assert len(found) == 4

@@ -116,7 +116,7 @@ def _refusal(entry: os.DirEntry[str]) -> str | None:
     if os.path.isdir(entry):
         return "is a directory, not an image; its contents are read"
     if not is_utf8(entry.path):
-        return "its name is not valid UTF-8; rename it"
+        return "its name is not UTF-8; rename it"
     try:
         mode = entry.stat().st_mode
     except OSError as error:

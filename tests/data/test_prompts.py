@@ -43,7 +43,7 @@ def test_bad_labels(labels, message):
 @pytest.mark.parametrize("read", [read_labels, read_templates])
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "contains no"), (b"\n \n", "holds no"), (b"caf\xe9 {}\n", "in UTF-8")],
+    [(b"", "contains no"), (b"\n \n", "contains no"), (b"caf\xe9 {}\n", "in UTF-8")],
 )
 def test_bad_files(tmp_path, read, content, message):
     file = tmp_path / "list.txt"

@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 PLACE = "CLIPKIT_CACHE"
-"""Environment variable that names another cache directory, or is ``off``."""
+"""Environment variable with the path of the cache directory, or ``off`` to disable caching."""
+LIMIT = 2 << 30  # bytes; the least recently used entries are deleted first
+_SHARE = 4  # an entry may take at most 1/4 of the limit
+
+Arrays = dict[str, NDArray[np.float32]]
 
 
 def cache_folder() -> Path | None:
-    """``$CLIPKIT_CACHE``, else ``clipkit`` in the user's cache directory; None if there is none."""
+    """``$CLIPKIT_CACHE``, or by default ``~/.cache/clipkit``; None if caching is off."""
     own = os.environ.get(PLACE)
     if own:
         return None if own == "off" else Path(own)
@@ -28,12 +32,6 @@ def cache_folder() -> Path | None:
         return Path(base).expanduser() / "clipkit"
     except RuntimeError:  # the home directory is unknown
         return None
-
-
-LIMIT = 2 << 30  # bytes; the least recently used entries are deleted first
-_SHARE = 4  # an entry may take at most 1/4 of the limit
-
-Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)

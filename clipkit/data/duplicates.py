@@ -1,6 +1,7 @@
-"""Images of one set that are byte for byte in another: what training must not have seen.
+"""Find duplicate images: byte-identical files in two sets, and near-duplicates in one.
 
-Find images that are the same, or nearly: resized, recompressed, slightly cropped.
+Byte-identical files are cheap to find and reveal held-out images in the training set. A perceptual
+hash also finds resized, recompressed and slightly cropped copies, but needs every image decoded.
 """
 
 import os
@@ -17,18 +18,32 @@ from PIL import Image
 from clipkit.data.open_source import Source
 
 MOST = 200_000
-"""Training images looked at; of more, so many drawn at random."""
+"""Maximum number of training images to compare; larger sets are sampled at random."""
+
+# Measured on 1,000 Flickr8k photos. A photo and its copy at half the size differ in at most 3 of 64
+# bits, and their thumbnails by 0.7. Of copies shrunk by a quarter and recompressed to JPEG quality
+# 30, 99.9 % are within both limits; of copies cropped by 2 % at each edge, about 85 %. None of the
+# half million pairs of different photos is within either limit. Drawings on white often share
+# bits, so both limits must be met.
+NEAR_BITS = 7
+NEAR_COLOURS = 5.0
+"""Maximum mean difference of two thumbnails, on a scale from 0 to 255."""
+
+_HASH, _THUMB = 8, 8 * 8 * 3
+LOOK = _HASH + _THUMB
+_ROWS, _PAIRS = 256, 100_000  # block sizes of the comparison, which bound the memory
+_DCT = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32) + 1) / 64)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Held-out images that training has, too.
+    """Held-out images that are also training images.
 
     Attributes:
-        keys: of a held-out image and of its copy in training.
-        held_out: how many images are held out.
-        looked_at: how many training images were compared, of how many.
-        training: how many training images there are.
+        keys: pairs of keys, of a held-out image and its copy in the training set.
+        held_out: number of held-out images.
+        looked_at: number of training images that were compared.
+        training: number of all training images.
     """
 
     keys: list[tuple[str, str]]
@@ -40,19 +55,19 @@ class Shared:
 def shared_images(
     training: Source, held_out: Source, seed: int = 0, most: int = MOST
 ) -> Shared | None:
-    """Find held-out images whose bytes are those of a training image.
+    """Find held-out images that are byte-identical to a training image.
 
-    Only training images of the same size in bytes are read: 100,000 files took 6 s. Copies that
-    were resized or stored anew are for ``check_data`` to find, which decodes every image.
+    Reads only training images that have the same size in bytes as a held-out image: 100,000 files
+    took 6 s. ``check_data`` also finds resized and re-encoded copies; it decodes every image.
 
     Args:
-        training: what is trained on.
-        held_out: what is measured on.
-        seed: of the sample.
-        most: training images looked at.
+        training: the training set.
+        held_out: the held-out set.
+        seed: seed of the random sample.
+        most: maximum number of training images to compare.
 
     Returns:
-        what they share; None where one of them is a stream, which would have to be read whole.
+        The shared images; None if either source is a stream, which would have to be read in full.
     """
     if training.streaming or held_out.streaming:
         return None
@@ -77,12 +92,12 @@ def shared_images(
 
 
 def _sizes(source: Source, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Size in bytes and number of images, as stored; those with nothing there are left out."""
+    """Stored size in bytes and row number of each image; skips missing and empty images."""
     import pyarrow.compute as pc
 
     stored, paths = source.rows.data.column("image").flatten()
     lengths = pc.fill_null(pc.binary_length(stored), -1).to_numpy()
-    # A selection of rows keeps the whole table and the numbers of those selected.
+    # After a selection, datasets keeps the whole table and the numbers of the selected rows.
     chosen = source.rows._indices
     places = None if chosen is None else chosen.column(0).to_numpy()
     for number in numbers:
@@ -91,14 +106,17 @@ def _sizes(source: Source, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         if size < 0:
             try:
                 size = os.stat(paths[place].as_py()).st_size
-            except (OSError, TypeError):  # no file, or neither bytes nor a path
+            except (
+                OSError,
+                TypeError,
+            ):  # the file is missing, or the row has neither bytes nor a path
                 continue
         if size:
             yield size, number
 
 
 def _content(image: dict[str, Any]) -> bytes | None:
-    """A hash of an image's bytes; None where they cannot be read."""
+    """A hash of an image's stored bytes; None if they cannot be read."""
     data = image["bytes"]
     try:
         data = Path(image["path"]).read_bytes() if data is None else data
@@ -107,33 +125,19 @@ def _content(image: dict[str, Any]) -> bytes | None:
     return blake2b(data, digest_size=16).digest()
 
 
-# Measured on 1,000 Flickr8k photos. A photo and its copy at half the size differ in at most 3 of 64
-# bits, their thumbnails by 0.7; shrunk by a quarter and recompressed to JPEG quality 30,
-# 99.9 % are within both limits; cropped by 2 % at each edge, about 85 %. Of the half million pairs
-# of different photos none is within either. Drawings on white do share bits: both must agree.
-NEAR_BITS = 7
-NEAR_COLOURS = 5.0
-"""Most mean difference of two thumbnails, in steps of 0 to 255."""
-
-_HASH, _THUMB = 8, 8 * 8 * 3
-LOOK = _HASH + _THUMB
-_ROWS, _PAIRS = 256, 100_000  # compared at a time, which bounds the memory
-_DCT = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32) + 1) / 64)
-
-
 def content_hash(image: Image.Image) -> bytes:
-    """16 bytes that are equal for images of the same pixels, whatever files they came from."""
+    """A 16-byte hash of mode, size and pixels, independent of the file format."""
     shape = f"{image.mode} {image.size}".encode()
     return blake2b(image.tobytes(), digest_size=16, key=shape).digest()
 
 
 def look(image: Image.Image) -> NDArray[np.uint8]:
-    """What an RGB image looks like from afar, uint8 [200]: 64 bits, then an 8×8 thumbnail.
+    """The coarse appearance of an RGB image, uint8 [200]: a 64-bit hash, then an 8×8 thumbnail.
 
-    The bits are a perceptual hash (Zauner 2010, §3.2.1): of the 8×8 lowest frequencies of the
-    grey image at 32×32 pixels, which lie above their median.
+    The hash is perceptual (Zauner 2010, §3.2.1). Its bits say which of the 8×8 lowest frequencies
+    of the grey image at 32×32 pixels are above their median.
     """
-    # A box filter costs half as much, but misses a fifth of the copies of small drawings.
+    # A box filter takes half the time, but misses a fifth of the copies of small drawings.
     small = np.asarray(
         image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=3), np.float32
     )
@@ -145,14 +149,14 @@ def look(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def near_groups(looks: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """A group number for each image, equal for those that look nearly the same.
+    """Group near-duplicates: a group number for each image, int64 [n].
 
-    Two images are near when their bits differ in at most 7 and their thumbnails by at most 5 on
-    average; groups are what chains of near ones join. Hashes that differ in 7 of 64 bits agree in
-    one of their 8 bytes (the pigeonhole principle), so only images that share a byte are compared.
+    Two images are near-duplicates if their hashes differ in at most 7 bits and their thumbnails by
+    at most 5 on average. Groups are the connected components. Hashes that differ in at most 7 of
+    64 bits agree in at least one of their 8 bytes, so only images that share a byte are compared.
 
     Args:
-        looks: uint8 [n, 200].
+        looks: uint8 [n, 200], from ``look``.
     """
     distinct, inverse = np.unique(looks, axis=0, return_inverse=True)
     groups = np.arange(len(distinct))
@@ -170,10 +174,10 @@ def _join(
     signs: NDArray[np.float32],
     thumbs: NDArray[np.uint8],
 ) -> None:
-    """Join the groups of near images within a bucket, in place."""
+    """Merge the groups of near-duplicates within a bucket, in place."""
     for start in range(0, len(bucket), _ROWS):
         rest = bucket[start:]
-        # The inner product of ±1 vectors is 64 less twice the bits that differ.
+        # The inner product of ±1 vectors is 64 minus twice the number of different bits.
         close = signs[rest[:_ROWS]] @ signs[rest].T >= 64 - 2 * NEAR_BITS
         close &= groups[rest[:_ROWS], None] != groups[rest]
         pairs = rest[np.argwhere(np.triu(close, 1))]

@@ -1,4 +1,4 @@
-"""Go through a source once and keep what a report about it needs: counts and hashes, no images."""
+"""Collect the statistics and problems of a source in one pass, without storing images."""
 
 import io
 import os
@@ -26,7 +26,7 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Spread:
-    """Smallest, middle, 95th of 100, and largest of some numbers."""
+    """Minimum, median, 95th percentile and maximum of some numbers."""
 
     min: int
     median: int
@@ -44,7 +44,7 @@ class Spread:
 
 @dataclass
 class Problem:
-    """Items with the same thing wrong, whatever numbers the reason holds; a few as examples."""
+    """Items with the same problem, grouped by reason without its numbers, with a few examples."""
 
     reason: str
     count: int = 0
@@ -59,7 +59,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one row's image showed."""
+    """The properties of one row's image."""
 
     width: int
     height: int
@@ -71,14 +71,17 @@ class _Seen:
 
 @dataclass
 class Survey:
-    """What one pass over a source found.
+    """The result of one pass over a source.
 
     Attributes:
-        keys, contents, looks: of each image that can be read, in the source's order.
-        widths, heights: pixels; sizes: bytes as stored, in all.
-        forms: how many images of each format and mode, like ``JPEG RGB``.
-        per_image: how many images have how many captions.
-        problems: what is wrong, by kind.
+        rows: number of rows, readable or not.
+        size: total size of the readable images as stored, in bytes.
+        keys, contents, looks: key, content hash and appearance of each readable image, in order.
+        widths, heights: size of each readable image, in pixels.
+        forms: number of images by format and mode, like ``JPEG RGB``.
+        labels: number of images by label.
+        per_image: number of images by number of captions.
+        problems: problems by kind.
     """
 
     rows: int = 0
@@ -95,16 +98,16 @@ class Survey:
 
     @property
     def looks(self) -> NDArray[np.uint8]:
-        """How each image looks from afar, uint8 [n, 200]."""
+        """The appearance of each readable image (see ``look``), uint8 [n, 200]."""
         return np.frombuffer(bytes(self._looks), np.uint8).reshape(-1, LOOK)
 
     def tell(self, key: str, reason: str) -> None:
-        """Note that something is wrong with an item."""
+        """Record a problem with an item."""
         kind = re.sub(r"(?<![\w-])\d[\d.,]*\b", "…", reason)
         self.problems.setdefault(kind, Problem(kind)).add(Skipped(key, reason))
 
     def add_image(self, key: str, seen: _Seen) -> None:
-        """Note one image that can be read."""
+        """Record a readable image."""
         self.keys.append(key)
         self.contents.append(seen.content)
         self._looks += seen.look
@@ -119,10 +122,10 @@ class Survey:
 def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
     """Read every image and caption of a source once.
 
-    Memory grows by about 300 bytes an image.
+    It takes about 300 bytes of memory per image.
 
     Args:
-        source: where to look.
+        source: the data.
         on_caption: called with each caption, in order.
     """
     found = Survey()
@@ -135,7 +138,7 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
         key = row["key"]
         found.rows += 1
         if key in keys:
-            found.tell(key, "has a key that an earlier item has, too")
+            found.tell(key, "has the same key as an earlier item")
         keys.add(key)
         if isinstance(seen, _Seen):
             found.add_image(key, seen)
@@ -152,7 +155,7 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
             found.labels[row["label"]] += 1
     for item in source.skipped:
         found.tell(item.key, item.reason)
-    # Where no image has any, the source is of another kind, and nothing is missing.
+    # If no image at all has a caption (or label), this source has none, and none is missing.
     for reason, problem in missing.items():
         if 0 < problem.count < found.rows:
             found.problems[reason] = Problem(reason, problem.count, problem.examples)
@@ -160,7 +163,7 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
 
 
 def _examine(row: Row) -> tuple[Row, _Seen | str]:
-    """What a row's image shows, or why it cannot be read; the row itself without its bytes."""
+    """The row without its image, and the image's properties or the reason it cannot be read."""
     stored = row["image"]
     row = {name: value for name, value in row.items() if name != "image"}
     try:

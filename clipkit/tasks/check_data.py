@@ -1,4 +1,4 @@
-"""Report what is in data and what is wrong with it: ``clipkit data check DATA``."""
+"""Report the content and the problems of a data source: ``clipkit data check DATA``."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Groups:
-    """Images that belong together: how many groups, how many images in them, the largest few."""
+    """Groups of duplicates: number of groups, images in them, and keys of the largest few."""
 
     groups: int
     images: int
@@ -26,13 +26,15 @@ class Groups:
 
 @dataclass(frozen=True)
 class Leaks:
-    """What two sets share.
+    """Images and captions that two sets share.
 
     Attributes:
         against: the other set.
-        exact, near: images of this set that the other holds too, pixel by pixel or nearly.
-        captions: different captions that both hold.
-        exact_examples, near_examples: a key of this set beside one of the other.
+        exact, near: number of images of this set with the same, or nearly the same, pixels as an
+            image of the other.
+        captions: number of distinct captions that both contain.
+        exact_examples, near_examples: pairs of keys, of this set and the other.
+        caption_examples: some of the shared captions.
     """
 
     against: str
@@ -46,15 +48,23 @@ class Leaks:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in data and what is wrong with it.
+    """The content and the problems of a data source.
 
     Attributes:
-        images: how many can be read; rows: how many there are, readable or not.
-        bytes: the images' size as stored.
-        captions_per_image: how many images have how many captions.
-        labels, formats: how many images of each, the most frequent first.
-        caption_tokens: lengths with start and end token, before anything is cut.
-        exact, near: images of the same pixels; groups that look the same without being so.
+        spec, kind: the source and its format.
+        rows: number of rows, readable or not.
+        images: number of readable images.
+        bytes: total size of the readable images as stored.
+        captions: number of captions.
+        captions_per_image: number of images by number of captions.
+        labels, formats: number of images by label and by format, the most frequent first.
+        widths, heights: in pixels; None without readable images.
+        problems: problems by kind, the most frequent first.
+        caption_tokens: caption lengths with start and end token, before truncation.
+        cut: truncated captions.
+        repeated: captions that occur more than once.
+        exact, near: groups of images with the same pixels, and of those that look nearly the same.
+        leaks: what the source shares with ``against``; None without it.
     """
 
     spec: str
@@ -81,7 +91,7 @@ class DataReport:
         return asdict(self)
 
     def render(self) -> str:
-        """The report for a person."""
+        """The report as text."""
         lines = [f"{self.spec} ({self.kind})", *_render_content(self), *_render_captions(self)]
         return "\n".join([*lines, *_render_problems(self), *_render_leaks(self.leaks)])
 
@@ -94,20 +104,19 @@ def check_data(
     caption: str | None = None,
     label: str | None = None,
 ) -> DataReport:
-    """Go through data once and report what is in it and what is wrong with it.
+    """Read a data source once and report its content and its problems.
 
     Args:
         spec: any source that ``open_source`` opens.
-        against: another one, of the same column names: what both hold is reported as leaks.
-        image, caption, label: column names, where they are not the usual ones.
+        against: a second source with the same column names; shared images and captions are
+            reported as leaks.
+        image, caption, label: column names, if they differ from the default ones.
 
     Raises:
         DataError: a source cannot be opened.
     """
     sources = [open_source(spec, image=image, caption=caption, label=label)]
-    if (
-        against is not None
-    ):  # opened before the first is gone through: a misspelt name shows at once
+    if against is not None:  # before the first source is read, so that a misspelt name fails early
         sources.append(open_source(against, image=image, caption=caption, label=label))
     captions = CaptionSurvey()
     found = survey(sources[0], captions.add)
@@ -144,7 +153,7 @@ def _report(
 
 
 def _groups(pairs: Iterable[tuple[Hashable, str]]) -> Groups:
-    """Groups of two keys or more that share their first."""
+    """Group the keys of (group, key) pairs; keeps groups of at least two keys."""
     members: dict[Hashable, list[str]] = {}
     for group, key in pairs:
         members.setdefault(group, []).append(key)
@@ -157,12 +166,12 @@ def _find_leaks(found: Survey, captions: CaptionSurvey, against: Source) -> Leak
     other_captions = CaptionSurvey(known=captions.counts)
     other = survey(against, other_captions.add)
     near = near_groups(np.concatenate([found.looks, other.looks])).tolist()
-    twins = dict(zip(other.contents, other.keys, strict=True))
+    identical = dict(zip(other.contents, other.keys, strict=True))
     alike = dict(zip(near[len(found.keys) :], other.keys, strict=True))
     exact_pairs, near_pairs = [], []
     for key, content, group in zip(found.keys, found.contents, near, strict=False):
-        if content in twins:
-            exact_pairs.append((key, twins[content]))
+        if content in identical:
+            exact_pairs.append((key, identical[content]))
         elif group in alike:
             near_pairs.append((key, alike[group]))
     shared = [key for key in captions.counts if key in other_captions.counts]

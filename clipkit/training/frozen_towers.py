@@ -1,6 +1,4 @@
-"""Features of locked towers for a training run: from pictures and captions to what is stored.
-
-Locked towers: which of their parts are frozen, and which are trained on top.
+"""Freeze locked towers, and cache their features so that training need not run them in every step.
 
 Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image Text Tuning".
 """
@@ -31,27 +29,85 @@ from clipkit.models.tokenizer import TruncationReport, split_caption, tokenize
 from clipkit.progress import progress_bar
 
 BATCH = 64
-"""Images, or captions, that go through a locked tower at a time."""
+"""Batch size for encoding images or captions with a locked tower."""
+
+
+def lock_towers(config: ModelConfig, clip: Any) -> dict[str, LockedTower]:
+    """Freeze the pretrained parts of the towers that ``config.lock`` names.
+
+    Args:
+        config: names the towers and the origin of their weights.
+        clip: the open_clip model.
+
+    Returns:
+        The locked towers by name, each with its frozen body and its trainable head.
+
+    Raises:
+        ConfigError: a locked tower has random weights, or nothing is left to train.
+    """
+    if set(config.lock) == {"image", "text"}:
+        raise ConfigError("model.lock names both towers, which leaves nothing to train; name one")
+    locked = {}
+    if "text" in config.lock:
+        locked["text"] = LockedTower(_text_tower(config, clip), nn.Identity())
+    if "image" in config.lock:
+        locked["image"] = _image_tower(config, clip.visual)
+    for tower in locked.values():
+        tower.body.requires_grad_(False).eval()
+    return locked
+
+
+def _image_tower(config: ModelConfig, visual: Any) -> LockedTower:
+    if config.init_from:
+        return LockedTower(visual, nn.Identity())
+    if not config.image_weights:
+        raise _random_weights("image", "model.init_from or model.image_weights")
+    if visual.trunk.num_classes:  # its last layer serves as the projection
+        raise ConfigError(
+            "model.lock cannot part this image tower from its projection; set vision.timm_proj to "
+            '"linear" or "mlp"'
+        )
+    return LockedTower(visual.trunk, visual.head)
+
+
+def _text_tower(config: ModelConfig, clip: Any) -> nn.Module:
+    if not config.init_from:
+        raise _random_weights("text", "model.init_from")
+    if hasattr(clip, "text"):
+        return clip.text  # type: ignore[no-any-return]
+    # In open_clip's CLIP, the parts of the text tower are attributes of the model itself.
+    tower = nn.Module()
+    for name in ("token_embedding", "positional_embedding", "transformer", "ln_final"):
+        setattr(tower, name, getattr(clip, name))
+    tower.text_projection = clip.text_projection
+    return tower
+
+
+def _random_weights(tower: str, fields: str) -> ConfigError:
+    return ConfigError(
+        f'model.lock names "{tower}", whose weights would stay random; set {fields}, or leave it '
+        "out"
+    )
 
 
 @dataclass(frozen=True)
 class CaptionFeatures:
-    """Stored features of captions, found by their tokens."""
+    """Stored features of captions, looked up by their tokens."""
 
     features: Features
 
     def of(self, tokens: Tensor) -> Tensor:
-        """int64 [n, 77] to float32 [n, dim]."""
+        """Features of tokenised captions: int64 [n, 77] to float32 [n, dim]."""
         rows = [self.features.rows[_key(row)] for row in tokens.cpu().numpy()]
         return torch.from_numpy(self.features.values[rows, 0])
 
 
 def uses_features(config: TrainConfig, source: Source) -> bool:
-    """Whether locked towers are run once, before training, instead of in every step.
+    """Whether locked towers run once, before training, instead of in every step.
 
     Raises:
-        ConfigError: they shall be, and the training pairs are a stream, or captions are changed;
-            or there are none and yet they are set.
+        ConfigError: the features of a stream or of augmented captions would be cached, or a field
+            about cached features is set without a locked tower.
     """
     if not config.model.lock and (config.data.feature_dir or config.data.feature_views > 1):
         raise ConfigError(
@@ -76,14 +132,17 @@ def uses_features(config: TrainConfig, source: Source) -> bool:
 def locked_features(
     network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
 ) -> tuple[Features | None, CaptionFeatures | None]:
-    """Features of the images and of the captions of a source, of those towers that are locked.
+    """Encode the images and captions of a source with the locked towers, or open cached features.
 
     Args:
-        network: holds the locked towers.
+        network: the network with the locked towers.
         towers: their preprocessing.
-        config: of the run: views, augmentation, seed, precision, and what is done to long captions.
-        source: a table.
-        folder: where features are stored.
+        config: the run's views, augmentation, seed, precision and policy for long captions.
+        source: the training data, not a stream.
+        folder: directory of the cached features.
+
+    Returns:
+        The features of the images and of the captions; None for a tower that is not locked.
     """
     made_of = (network, towers, config, source, folder)
     return (
@@ -95,7 +154,7 @@ def locked_features(
 def _image_features(
     network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
 ) -> Features:
-    """Of the images of a source, of one or several views each."""
+    """Features of the images of a source, with one or several views each."""
     maker = _ImageMaker(network, towers, config, source)
     views = config.data.feature_views
     facts = {"views": views, "precision": network.precision, "data": source.fingerprint}
@@ -110,8 +169,8 @@ def _image_features(
 def _caption_features(
     network: DualEncoder, towers: Towers, config: TrainConfig, source: Source, folder: Path
 ) -> CaptionFeatures:
-    """Of the captions of a source, each once."""
-    blank = tokenize("")[0]  # stands in where a process has no pair
+    """Features of the distinct captions of a source."""
+    blank = tokenize("")[0]  # used for padding when a process has no pair
     captions = {_key(blank): blank}
     for batch in source.rows.select_columns("captions").iter(batch_size=1000):
         texts = [text for some in batch["captions"] for text in some]
@@ -133,7 +192,7 @@ def _caption_features(
 
 
 class _ImageMaker:
-    """Images of a table through the locked image tower, the next ones being read meanwhile."""
+    """Encodes the images of a table with the locked image tower, prefetching the next ones."""
 
     def __init__(
         self, network: DualEncoder, towers: Towers, config: TrainConfig, source: Source
@@ -148,7 +207,7 @@ class _ImageMaker:
         )
 
     def encode(self, start: int) -> Iterator[Encoded]:
-        """Features of the rows from ``start`` on, float32 [m, views, …], and what was bad."""
+        """Yield the features of the rows from ``start`` on, and the reasons for unreadable rows."""
         views, rows = self.config.data.feature_views, self.source.rows
         rest = rows.select(range(start, len(rows)))
         results = map_ordered(
@@ -157,7 +216,7 @@ class _ImageMaker:
         with progress_bar(total=len(rest), unit="img", desc="locked image tower") as bar:
             while some := list(islice(results, max(1, BATCH // views))):
                 bad = {key: found for key, found in some if isinstance(found, str)}
-                # A bad row goes through as zeros, so that every row keeps its place.
+                # An unreadable row is encoded as zeros, so that row numbers stay the same.
                 nothing = torch.zeros(views, 3, *self.size)
                 images = [nothing if isinstance(found, str) else found for _, found in some]
                 batch = torch.cat(images).to(self.network.scale.device)
@@ -166,7 +225,7 @@ class _ImageMaker:
                 bar.update(len(some))
 
     def _read(self, row: Row) -> tuple[str, Tensor | str]:
-        """A row's key and its views, float32 [views, 3, height, width], or why there are none."""
+        """A row's key, and its views, float32 [views, 3, height, width], or the reason for none."""
         key = row["key"]
         try:
             image = row_image(row)
@@ -189,58 +248,3 @@ def _reference(config: TrainConfig, towers: Towers, body: str) -> ModelRef:
 def _key(tokens: NDArray[np.int64]) -> str:
     """A caption's tokens up to the end token, as text."""
     return tokens[: tokens.argmax() + 1].astype("<u2").tobytes().hex()
-
-
-def lock_towers(config: ModelConfig, clip: Any) -> dict[str, LockedTower]:
-    """Freeze the towers that ``config.lock`` names: those parts whose weights were loaded.
-
-    Args:
-        config: which towers, and where their weights came from.
-        clip: the open_clip model.
-
-    Raises:
-        ConfigError: a tower with random weights is to be locked, or nothing is left to train.
-    """
-    if set(config.lock) == {"image", "text"}:
-        raise ConfigError("model.lock names both towers, which leaves nothing to train; name one")
-    locked = {}
-    if "text" in config.lock:
-        locked["text"] = LockedTower(_text_tower(config, clip), nn.Identity())
-    if "image" in config.lock:
-        locked["image"] = _image_tower(config, clip.visual)
-    for tower in locked.values():
-        tower.body.requires_grad_(False).eval()
-    return locked
-
-
-def _image_tower(config: ModelConfig, visual: Any) -> LockedTower:
-    if config.init_from:
-        return LockedTower(visual, nn.Identity())
-    if not config.image_weights:
-        raise _random_weights("image", "model.init_from or model.image_weights")
-    if visual.trunk.num_classes:  # its last layer stands for the projection
-        raise ConfigError(
-            "model.lock cannot part this image tower from its projection; set vision.timm_proj to "
-            '"linear" or "mlp"'
-        )
-    return LockedTower(visual.trunk, visual.head)
-
-
-def _text_tower(config: ModelConfig, clip: Any) -> nn.Module:
-    if not config.init_from:
-        raise _random_weights("text", "model.init_from")
-    if hasattr(clip, "text"):
-        return clip.text  # type: ignore[no-any-return]
-    # open_clip's CLIP holds the parts of its text tower itself.
-    tower = nn.Module()
-    for name in ("token_embedding", "positional_embedding", "transformer", "ln_final"):
-        setattr(tower, name, getattr(clip, name))
-    tower.text_projection = clip.text_projection
-    return tower
-
-
-def _random_weights(tower: str, fields: str) -> ConfigError:
-    return ConfigError(
-        f'model.lock names "{tower}", whose weights would stay random; set {fields}, or leave it '
-        "out"
-    )

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser state dealt out over processes, for towers beyond one card.
+"""Shard weights, gradients and optimiser state over processes, for towers too large for one GPU.
 
 Torch's FSDP2 (Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data
 Parallel"): each block's weights are gathered when it runs and dropped afterwards.
@@ -19,14 +19,14 @@ from clipkit.models.transformer import PACKED, offer_packed
 from clipkit.training.distributed import World
 
 METHODS = ("encode_images", "encode_tokens", PACKED)
-"""What is called on a network or its blocks beside ``forward``, and gathers weights likewise."""
+"""Methods of a network or its blocks that, like ``forward``, gather the weights first."""
 
 
 def shard(network: DualEncoder, world: World) -> None:
-    """Deal a network's weights out over the processes, block by block, in place.
+    """Shard a network's weights over the processes, block by block, in place.
 
     Args:
-        network: on its device, the same in every process.
+        network: on its device, with the same weights in every process.
         world: the processes.
 
     Raises:
@@ -45,7 +45,7 @@ def shard(network: DualEncoder, world: World) -> None:
     blocks = list(_blocks(network))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    # The temperature is one number, which cannot be dealt out, and the loss asks for it.
+    # The temperature is a scalar, which cannot be sharded, and the loss needs it.
     numbers = {parameter for parameter in network.parameters() if not parameter.ndim}
     fully_shard(network, mesh=mesh, ignored_params=numbers)
     for module in (*blocks, network):
@@ -55,18 +55,18 @@ def shard(network: DualEncoder, world: World) -> None:
 
 
 def _leave_group(mesh: DeviceMesh) -> None:
-    """Let go of the group of processes, which ends its threads only when nothing holds it.
+    """Release the process group, whose threads end only when nothing references it.
 
-    A thread that is there when the interpreter ends, and lets go of a tensor just then, takes the
-    process down ("terminate called without an active exception").
+    A thread that still runs when the interpreter exits, and releases a tensor at that moment,
+    crashes the process ("terminate called without an active exception").
     """
-    # Torch keeps meshes in caches of its own, and a mesh keeps the group.
+    # Torch caches meshes, and a mesh references the group.
     getattr(mesh, "_pg_registry", {}).clear()
-    gc.collect()  # modules that are dealt out hold themselves, and the group
+    gc.collect()  # sharded modules are reference cycles that include the group
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost members of a network's lists of modules: its layers."""
+    """The layers of a network: outermost members of its module lists that have parameters."""
     for child in module.children():
         listed = isinstance(module, nn.ModuleList | nn.Sequential)
         if listed and next(child.parameters(), None) is not None:
@@ -76,22 +76,22 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether this process holds only a part of a tensor."""
+    """Whether a tensor is sharded over the processes."""
     return isinstance(tensor, DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's part of a tensor."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts; all processes must ask."""
+    """The whole tensor; a collective operation, so all processes must call it."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def whole_state(state: Any) -> Any:
-    """Nested dictionaries and lists with every tensor whole, on the CPU where it was a shard."""
+    """Nested dictionaries and lists with all tensors whole; sharded ones move to the CPU."""
     if isinstance(state, dict):
         return {key: whole_state(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -100,7 +100,7 @@ def whole_state(state: Any) -> Any:
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, or of it the part that this process holds of ``example``."""
+    """Shard a whole tensor like ``example``; unchanged if ``example`` is not sharded."""
     if not is_shard(example) or tensor.shape != example.shape:
         return tensor
     mesh = example.device_mesh
@@ -110,7 +110,7 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Take over whole weights, as a checkpoint holds them."""
+    """Load the whole weights of a checkpoint into a network, sharded or not."""
     current = network.state_dict()
     network.load_state_dict(
         {name: like(t, current[name]) if name in current else t for name, t in weights.items()}
@@ -118,13 +118,13 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over the whole state of an optimiser, as a checkpoint holds it."""
+    """Load the whole optimiser state of a checkpoint, for sharded weights or not."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    dealt = {
+    sharded = {
         number: {
             name: like(value, parameters[number]) if isinstance(value, Tensor) else value
             for name, value in entries.items()
         }
         for number, entries in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": dealt})
+    optimizer.load_state_dict(state | {"state": sharded})

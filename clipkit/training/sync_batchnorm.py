@@ -1,4 +1,4 @@
-"""Batch normalisation over a batch that several processes share."""
+"""Synchronised batch normalisation: statistics over the batches of all processes."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from clipkit.training.distributed import World
 
 
 def share_statistics(network: nn.Module, world: World) -> None:
-    """Let batch normalisation see the pairs of all processes, in place: on GPUs by torch's own.
+    """Synchronise batch normalisation over all processes, in place; on GPUs with torch's layers.
 
-    Of N processes with chunks of m pairs it sees N · m at a time, as one process does with chunks
-    of N · m; without chunks the whole batch. Names in a checkpoint stay what they are.
+    With micro-batches of m pairs in each of N processes, statistics are over N · m pairs, as in one
+    process with micro-batches of N · m. The names in a checkpoint do not change.
 
     Args:
-        network: with any layers.
+        network: any network.
         world: the processes.
     """
     if world.size == 1:
@@ -35,13 +35,13 @@ def share_statistics(network: nn.Module, world: World) -> None:
 
 
 def count_rows(network: nn.Module, rows: int) -> None:
-    """Say how many rows of what a network is given next are pairs: blank ones at the end.
+    """Set how many rows of the next batch are real pairs; the padding rows after them are ignored.
 
-    What torch has for GPUs counts those too.
+    Torch's layers, which are used on GPUs, count padding rows too.
 
     Args:
         network: after ``share_statistics``.
-        rows: at least 0.
+        rows: number of real pairs, at least 0.
     """
     for module in network.modules():
         if isinstance(module, SharedNorm):
@@ -49,14 +49,15 @@ def count_rows(network: nn.Module, rows: int) -> None:
 
 
 class SharedNorm(_BatchNorm):
-    """A batch normalisation whose statistics are those of the rows of all processes.
+    """Batch normalisation with statistics over the rows of all processes.
 
     Args:
-        norm: whose weights, running statistics and, of timm's, activation it takes over.
-        world: the processes; all must run it equally often.
+        norm: the layer to replace; its weights, running statistics and, for timm's layers,
+            activation are reused.
+        world: the processes; all must call the layer equally often.
 
     Attributes:
-        rows: how many of the rows that it is given count, from the first; None: all.
+        rows: number of rows, from the first, that count in the statistics; None counts all.
     """
 
     rows: int | None
@@ -75,7 +76,7 @@ class SharedNorm(_BatchNorm):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [n, channels, …]; where it does not train, by the running statistics."""
+        """Normalise [n, channels, …]; in evaluation mode with the running statistics."""
         if not self.training:
             mean, var, batch = self.running_mean, self.running_var, self.running_mean is None
             normed = F.batch_norm(x, mean, var, self.weight, self.bias, batch, 0.0, self.eps)
@@ -90,13 +91,13 @@ class SharedNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch, as torch does."""
+        """Update the running statistics with those of a batch, as torch does."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.running_mean is None or self.running_var is None:
             return
         share = self.momentum
-        if share is None:  # then they are the mean over all batches
+        if share is None:  # a cumulative mean over all batches
             share = 1 / int(self.num_batches_tracked or 1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         unbiased = var * (count / (count - 1).clamp_min_(1))
@@ -106,10 +107,10 @@ class SharedNorm(_BatchNorm):
 class _Shared(torch.autograd.Function):
     """Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1, over the rows of all processes.
 
-    Each process has mean and variance of its own rows, which are then joined (Chan, Golub &
-    LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
-    section 2): exact where sums of squares would cancel, in one exchange. Torch's own kernels do
-    what runs over all pixels.
+    Each process computes mean and variance of its own rows. One all-gather combines them (Chan,
+    Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", section 2), without the cancellation that sums of squares suffer from. Torch's
+    kernels do all work per pixel.
     """
 
     @staticmethod
@@ -136,7 +137,7 @@ class _Shared(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         gain = torch.ones_like(mean) if weight is None else weight
         wide = _wide(x)
-        # As if the statistics were given: what comes through them is taken off below.
+        # Treats the statistics as constants; the gradient through them is subtracted below.
         of_x, of_gain, of_bias = torch.ops.aten.native_batch_norm_backward(
             _wide(upstream), wide, gain, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
@@ -153,7 +154,7 @@ class _Shared(torch.autograd.Function):
 
 
 def _joined(x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each channel over all processes, and how many numbers they are of."""
+    """Mean and variance of each channel over all processes, and the number of values."""
     channels = x.shape[1]
     mean, var = x.new_zeros(2, channels)
     count = x.new_tensor([x.numel() / channels])
@@ -168,10 +169,10 @@ def _joined(x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least in float32: sums of bf16 would lose what is added last."""
+    """Cast half precision to float32: sums in bf16 would lose small addends."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _along(of_channels: Tensor, x: Tensor) -> Tensor:
-    """[channels] so that it goes with [n, channels, …]."""
+    """Reshape [channels] to broadcast with ``x``, [n, channels, …]."""
     return of_channels.view(-1, *[1] * (x.ndim - 2))

@@ -36,7 +36,7 @@ def test_a_file_gives_the_features_of_its_model(donor, tmp_path, suffix):
         torch.save(donor.state_dict(), file)
     else:
         save_file(donor.state_dict(), file)
-    with pytest.warns(UserWarning, match=r"fc\.\w+, fc\.\w+ left out"):
+    with pytest.warns(UserWarning, match=r"fc\.\w+, fc\.\w+ skipped"):
         built = towers(file)
     pictures = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_a_file_gives_the_features_of_its_model(donor, tmp_path, suffix):
 
 def test_a_classifier_of_another_width_is_left_out(donor, tmp_path):
     save_file(donor.state_dict(), tmp_path / "w.safetensors")
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="skipped"):
         built = towers(tmp_path / "w.safetensors", vision={"timm_proj": ""})
     assert built.clip.visual.trunk.fc.weight.shape == (32, 512)
     headless = timm.create_model("resnet10t", num_classes=0).state_dict()
@@ -80,7 +80,7 @@ class Trap:
             lambda w: w.update({"bn1.weight": torch.ones(3)}),
             re.escape("bn1.weight is [3], expected [64]"),
         ),
-        (lambda w: w.update(epoch=3), "is no state dict"),
+        (lambda w: w.update(epoch=3), "is not a state dict"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, sentence):
@@ -92,10 +92,10 @@ def test_what_does_not_fit_is_named(tmp_path, change, sentence):
 
 
 def test_a_file_that_is_missing_damaged_or_would_run_code(tmp_path):
-    with pytest.raises(ModelError, match="is no file"):
+    with pytest.raises(ModelError, match="is not a file"):
         towers(tmp_path / "absent.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot read"):
         towers(tmp_path / "bad.safetensors")
     torch.save({"a": Trap()}, tmp_path / "trap.pth")
     with pytest.raises(ModelError, match="would run code"):

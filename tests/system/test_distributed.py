@@ -175,7 +175,9 @@ def test_a_batch_that_cannot_be_shared(colour_folder, tmp_path, monkeypatch):
         yield World(rank=1, size=2)
 
     monkeypatch.setattr("clipkit.tasks.train.join_world", two)
-    with pytest.raises(ConfigError, match="batch_size is 3, which 2 processes"):
+    with pytest.raises(
+        ConfigError, match="batch_size is 3, expected a multiple of the number of processes"
+    ):
         train(configured(colour_folder, train={"batch_size": 3}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -9,6 +9,7 @@ import typer
 
 from clipkit.cli.options import (
     OUTPUT,
+    BatchSize,
     Csv,
     Device,
     Html,
@@ -20,6 +21,7 @@ from clipkit.cli.options import (
     Precision,
     PrecisionName,
     Templates,
+    Workers,
 )
 from clipkit.cli.output import (
     load_encoder,
@@ -121,6 +123,8 @@ def classify(
     image_column: ImageColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
     html: Html = None,
     csv: Csv = None,
@@ -149,7 +153,14 @@ def classify(
     reject = reject or examples is not None
     encoder, classifier = choice.load(model, precision, device, background=each or reject)
     if examples:
-        calibrate_rejection(examples, encoder, classifier, progress=not as_json)
+        calibrate_rejection(
+            examples,
+            encoder,
+            classifier,
+            batch_size=batch_size,
+            workers=workers,
+            progress=not as_json,
+        )
     if save:
         save_classifier(classifier, save, {"labels": labels, "templates": templates})
     skipped: list[str] = []
@@ -168,6 +179,8 @@ def classify(
             each=each,
             reject=reject,
             on_skip=on_skip,
+            batch_size=batch_size,
+            workers=workers,
             progress=not as_json,
         )
         if not _print(predictions, writer, as_json, quiet=csv == Path("-")):

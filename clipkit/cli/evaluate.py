@@ -9,6 +9,7 @@ from clipkit.cli.classify import read_choice
 from clipkit.cli.options import (
     DATA_HELP,
     MODEL_HELP,
+    BatchSize,
     CaptionColumn,
     Csv,
     Data,
@@ -22,6 +23,7 @@ from clipkit.cli.options import (
     Precision,
     RequiredModel,
     Templates,
+    Workers,
     new_group,
 )
 from clipkit.cli.output import (
@@ -63,6 +65,8 @@ def retrieval(
     caption_column: CaptionColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
     html: Html = None,
     csv: Csv = None,
@@ -83,6 +87,8 @@ def retrieval(
         source,
         load_encoder(model, precision, device),
         equal_captions=equal_captions,
+        batch_size=batch_size,
+        workers=workers,
         progress=not as_json,
     )
     _print_report(report, source, as_json=as_json, html=html, csv=csv)
@@ -98,6 +104,8 @@ def zero_shot(
     label_column: LabelColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
     html: Html = None,
     csv: Csv = None,
@@ -115,7 +123,14 @@ def zero_shot(
     from clipkit.tasks.evaluate import evaluate_zero_shot
 
     encoder, classifier = choice.load(model, precision, device)
-    report = evaluate_zero_shot(source, encoder, classifier, progress=not as_json)
+    report = evaluate_zero_shot(
+        source,
+        encoder,
+        classifier,
+        batch_size=batch_size,
+        workers=workers,
+        progress=not as_json,
+    )
     _print_report(report, source, as_json=as_json, html=html, csv=csv)
 
 
@@ -167,6 +182,8 @@ def suite(
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("results"),
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a model on many data sets.
@@ -182,7 +199,16 @@ def suite(
     from clipkit.tasks.suite import evaluate_suite
 
     encoder = load_encoder(model, precision, device)
-    found = evaluate_suite(sets, encoder, out, root=suite.parent, report=note, progress=not as_json)
+    found = evaluate_suite(
+        sets,
+        encoder,
+        out,
+        root=suite.parent,
+        report=note,
+        batch_size=batch_size,
+        workers=workers,
+        progress=not as_json,
+    )
     if as_json:
         for record in found:
             print_json(record.to_dict())
@@ -211,6 +237,8 @@ def compare(
     label_column: LabelColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
     csv: Csv = None,
 ) -> None:
@@ -236,6 +264,8 @@ def compare(
         labels=classes,
         templates=templates,
         names=(one, other),
+        batch_size=batch_size,
+        workers=workers,
         progress=not as_json,
     )
     for text in found.reports[0].notes:
@@ -306,6 +336,8 @@ def probe(
     label_column: LabelColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
     csv: Csv = None,
 ) -> None:
@@ -339,6 +371,8 @@ def probe(
         shots=counts,
         methods=chosen,
         seeds=seeds,
+        batch_size=batch_size,
+        workers=workers,
         progress=not as_json,
     )
     for text in found.notes:

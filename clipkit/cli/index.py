@@ -62,6 +62,7 @@ def add(
     caption_column: CaptionColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
     workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
@@ -76,6 +77,7 @@ def add(
         _open(data, image_column, caption_column),
         _encoder_of(index, precision, device),
         prefix=prefix,
+        batch_size=batch_size,
         workers=workers,
     )
     _print_changes(changes, as_json)
@@ -93,6 +95,7 @@ def sync(
     ] = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
     workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
@@ -103,7 +106,8 @@ def sync(
     from clipkit.tasks.sync import sync_index
 
     encoder = _encoder_of(index, precision, device)
-    _print_changes(sync_index(index, data, encoder, workers=workers), as_json)
+    changes = sync_index(index, data, encoder, batch_size=batch_size, workers=workers)
+    _print_changes(changes, as_json)
 
 
 def _open(data: list[str], image_column: str | None, caption_column: str | None) -> "str | Source":
@@ -330,6 +334,8 @@ def build(
     caption_column: CaptionColumn = None,
     precision: Precision = None,
     device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     as_json: Json = False,
 ) -> None:
     """Index a store, or images.
@@ -347,7 +353,16 @@ def build(
     source = _open(data, image_column, caption_column)
     embedded = not isinstance(source, str)
     encoder = load_encoder(model, precision, device) if embedded else None
-    index = build_index(source, out, encoder, spec=spec, target=target, decode=decode)
+    index = build_index(
+        source,
+        out,
+        encoder,
+        spec=spec,
+        target=target,
+        decode=decode,
+        batch_size=batch_size,
+        workers=workers,
+    )
     store = EmbeddingStore.open(index.manifest.source["store"])
     if embedded:
         note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")

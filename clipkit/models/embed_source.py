@@ -107,8 +107,8 @@ def encode_pairs(
     encoder: Encoder,
     source: Source,
     *,
-    workers: int,
-    batch_size: int = 64,
+    batch_size: BatchSize = 64,
+    workers: int | str = "auto",
     limit: int | None = None,
     progress: bool = True,
     with_captions: bool = True,
@@ -120,8 +120,8 @@ def encode_pairs(
     Args:
         encoder: the model.
         source: where the pairs come from.
-        workers: decoding threads.
-        batch_size: images per batch.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         limit: maximum number of rows to read.
         progress: show a progress bar on stderr.
         with_captions: encode the captions too, and skip images without one.
@@ -148,7 +148,7 @@ def encode_pairs(
             encoder,
             wanted(),
             batch_size=batch_size,
-            workers=workers,
+            workers=worker_count(workers),
             on_skip=unused.__setitem__,
             known=known,
         ):
@@ -186,7 +186,13 @@ _WANTED = ["key", "captions", "label"]
 
 
 def cached_pairs(
-    encoder: Encoder, source: Source, *, with_captions: bool = True, progress: bool = True
+    encoder: Encoder,
+    source: Source,
+    *,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
+    with_captions: bool = True,
+    progress: bool = True,
 ) -> EncodedPairs:
     """``encode_pairs`` with a cache in the user's cache directory.
 
@@ -196,6 +202,8 @@ def cached_pairs(
     Args:
         encoder: the model.
         source: where the pairs come from.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         with_captions: encode the captions too, and skip images without one.
         progress: show a progress bar on stderr.
 
@@ -212,7 +220,8 @@ def cached_pairs(
     pairs = encode_pairs(
         encoder,
         source,
-        workers=worker_count("auto"),
+        batch_size=batch_size,
+        workers=workers,
         progress=progress,
         with_captions=with_captions,
     )

@@ -12,7 +12,7 @@ from clipkit.data.open_source import Row, Source, open_source
 from clipkit.data.workers import worker_count
 from clipkit.errors import CaptionError, DataError
 from clipkit.models.embed_source import cached_pairs, encoded_batches
-from clipkit.models.encoder import Encoder
+from clipkit.models.encoder import BatchSize, Encoder
 from clipkit.progress import progress_bar
 
 
@@ -26,7 +26,8 @@ def classify(
     each: bool = False,
     reject: bool = False,
     calibrate: str | Path | Source | None = None,
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> Predictions:
     """Classify images by labels, or by a saved classifier.
@@ -43,7 +44,8 @@ def classify(
         reject: reject images that show none of the labels.
         calibrate: images that do show one of the labels; 95 % of images like these are accepted.
             Implies ``reject``.
-        batch_size: images encoded at once.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -62,7 +64,14 @@ def classify(
     reject = reject or examples is not None
     encoder, classifier = load_classifier(labels, encoder, templates, background=each or reject)
     if examples:
-        calibrate_rejection(examples, encoder, classifier, progress=progress)
+        calibrate_rejection(
+            examples,
+            encoder,
+            classifier,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
     skipped: list[Skipped] = []
     predictions = predict_images(
         sources,
@@ -73,6 +82,7 @@ def classify(
         reject=reject,
         on_skip=lambda key, reason: skipped.append(Skipped(key, reason)),
         batch_size=batch_size,
+        workers=workers,
         progress=progress,
     )
     found = Predictions(tuple(predictions), encoder.model, tuple(skipped))
@@ -90,7 +100,8 @@ def predict_images(
     each: bool = False,
     reject: bool = False,
     on_skip: Callable[[str, str], None],
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> Iterator[Prediction]:
     """Classify images one batch after the other, as ``classify`` does, without collecting them.
@@ -104,7 +115,8 @@ def predict_images(
         each: judge each label by itself.
         reject: reject images that show none of the labels.
         on_skip: called with the key and the reason for each image that cannot be read.
-        batch_size: images encoded at once.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -119,7 +131,7 @@ def predict_images(
             encoder,
             _rows(sources, on_skip),
             batch_size=batch_size,
-            workers=worker_count("auto"),
+            workers=worker_count(workers),
             on_skip=on_skip,
         ):
             bar.update(len(rows))
@@ -143,6 +155,8 @@ def calibrate_rejection(
     classifier: Classifier,
     *,
     accepted: float = ACCEPTED,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> float:
     """Set the threshold for rejection by example images, and return it.
@@ -152,6 +166,8 @@ def calibrate_rejection(
         encoder: the model.
         classifier: a zero-shot classifier with background captions; its threshold is set.
         accepted: the share of such images to accept.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -159,7 +175,14 @@ def calibrate_rejection(
         DataError: none of the images can be read.
     """
     zero_shot = _with_background(classifier)
-    pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+    pairs = cached_pairs(
+        encoder,
+        source,
+        batch_size=batch_size,
+        workers=workers,
+        with_captions=False,
+        progress=progress,
+    )
     zero_shot.calibrate(pairs.images, accepted)
     return zero_shot.threshold
 

@@ -14,7 +14,7 @@ from clipkit.errors import DataError
 from clipkit.evaluation.report import ClassificationOutcome, Report, RetrievalOutcome
 from clipkit.evaluation.retrieval import EqualCaptions
 from clipkit.evaluation.significance import Difference, compare_classification, compare_retrieval
-from clipkit.models.encoder import Encoder
+from clipkit.models.encoder import BatchSize, Encoder
 from clipkit.models.loading import load_model
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 
@@ -123,6 +123,8 @@ def compare(
     templates: Templates = None,
     equal_captions: EqualCaptions = "merge",
     names: tuple[str, str] | None = None,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> Comparison:
     """Compare two models by retrieval, or by zero-shot classification if labels are given.
@@ -135,6 +137,8 @@ def compare(
         templates: captions with a ``{}`` in place of the label, as for ``evaluate_zero_shot``.
         equal_captions: as for ``evaluate_retrieval``.
         names: what to call the models.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -153,12 +157,27 @@ def compare(
     encoders = [load_model(m) if isinstance(m, (str, Path)) else m for m in (first, second)]
     if classes is None:
         reports = [
-            evaluate_retrieval(source, encoder, equal_captions=equal_captions, progress=progress)
+            evaluate_retrieval(
+                source,
+                encoder,
+                equal_captions=equal_captions,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress,
+            )
             for encoder in encoders
         ]
     else:
         reports = [
-            evaluate_zero_shot(source, encoder, classes, captions, progress=progress)
+            evaluate_zero_shot(
+                source,
+                encoder,
+                classes,
+                captions,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress,
+            )
             for encoder in encoders
         ]
     one, other = (report.outcome for report in reports)

@@ -1,6 +1,7 @@
 """Evaluate a model: ``clipkit eval retrieval`` and ``clipkit eval zero-shot``."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from clipkit.evaluation.classification import measure_classification
 from clipkit.evaluation.report import ClassificationOutcome, Report, RetrievalOutcome, Task
 from clipkit.evaluation.retrieval import EqualCaptions, measure_retrieval, relevant_pairs
 from clipkit.models.embed_source import EncodedPairs, cached_pairs
-from clipkit.models.encoder import Encoder
+from clipkit.models.encoder import BatchSize, Encoder
 from clipkit.models.loading import load_model
 from clipkit.reports import plots
 
@@ -29,6 +30,8 @@ def evaluate_retrieval(
     encoder: Encoder | None = None,
     *,
     equal_captions: EqualCaptions = "merge",
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> Report:
     """Recall@1, 5, 10 and 50, median rank and mAP, from captions to images and back.
@@ -40,6 +43,8 @@ def evaluate_retrieval(
             relevant to all of its images. ``"apart"`` keeps each relevant to its own image alone,
             the protocol of Karpathy & Fei-Fei 2015, which counts another image with the same
             sentence as wrong.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -47,7 +52,7 @@ def evaluate_retrieval(
     """
     source = open_source(data)
     encoder = encoder or load_model()
-    pairs = cached_pairs(encoder, source, progress=progress)
+    pairs = cached_pairs(encoder, source, batch_size=batch_size, workers=workers, progress=progress)
     relevance = relevant_pairs(pairs.texts, pairs.owners, equal_captions)
     results, estimates = measure_retrieval(pairs.images, pairs.captions, relevance)
     captions = [pairs.texts[i] for i in relevance.captions]
@@ -98,6 +103,8 @@ def evaluate_zero_shot(
     labels: Labels | None = None,
     templates: Templates = None,
     *,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> Report:
     """Accuracy, precision, F1, ROC-AUC and calibration of a zero-shot or saved classifier.
@@ -110,6 +117,8 @@ def evaluate_zero_shot(
             data matches if it has the same words; case, hyphens and underscores do not matter.
         templates: captions with a ``{}`` in place of the label, a file with one per line,
             ``"openai"`` or ``"simple"``; None for the default templates.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -120,15 +129,22 @@ def evaluate_zero_shot(
         ModelMismatchError: the classifier was built for another model.
     """
     source = open_source(data, caption="")
+    encode = partial(
+        cached_pairs,
+        batch_size=batch_size,
+        workers=workers,
+        with_captions=False,
+        progress=progress,
+    )
     if labels is None:
         captions = list_templates(templates)
         encoder = encoder or load_model()
-        pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+        pairs = encode(encoder, source)
         own = list[str](own_labels(pairs.labels, source.spec))
         classifier: Classifier = ZeroShotClassifier.from_labels(encoder, own, captions)
     else:
         encoder, classifier = load_classifier(labels, encoder, templates)
-        pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+        pairs = encode(encoder, source)
     rows, targets = targets_of(pairs.labels, classifier.labels, source.spec)
     result, estimates, fitted = measure_classification(
         classifier.logits(pairs.images[rows]), targets

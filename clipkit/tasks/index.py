@@ -31,7 +31,7 @@ from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.store.shards import shard_numbers
 
 if TYPE_CHECKING:
-    from clipkit.models.encoder import Encoder
+    from clipkit.models.encoder import BatchSize, Encoder
     from clipkit.models.text_encoder_numpy import QueryEncoder
 
 
@@ -90,6 +90,8 @@ def build_index(
     spec: str = "Flat",
     target: TuningTarget = TARGET,
     decode: Decode | None = None,
+    batch_size: "BatchSize" = "auto",
+    workers: int | str = "auto",
 ) -> VectorIndex:
     """Build an index of a store, or of images, which are embedded into ``OUT.store`` first.
 
@@ -104,6 +106,8 @@ def build_index(
             recall of text queries.
         target: the recall and memory that ``"auto"`` aims at.
         decode: how images are read, as of ``embed``; ignored for a store.
+        batch_size: images encoded at once, as of ``embed``; ignored for a store.
+        workers: decoding threads, as of ``embed``; ignored for a store.
 
     Raises:
         SpecError: the spec is malformed, impossible for these vectors, or too large for the memory.
@@ -115,12 +119,24 @@ def build_index(
     out = Path(out)
     store = _as_store(data)
     if store is None:
-        from clipkit.tasks.embed import default_encoder
+        from clipkit.tasks.embed import default_encoder, embed
 
         assert not isinstance(data, EmbeddingStore)
         source = _open_source(data)
         encoder = encoder or default_encoder(_store_beside(out))
-        store = _embed(source, out, spec, encoder, decode)
+        # Refuse now what can be refused, not after hours of encoding.
+        if spec != AUTO:
+            new_index(spec, encoder.dim, None if source.streaming else len(source.rows))
+        with ArtifactWriter(out, "index", replace=True):
+            pass
+        store = embed(
+            source,
+            _store_beside(out),
+            encoder,
+            decode=decode,
+            batch_size=batch_size,
+            workers=workers,
+        )
     elif encoder is not None and not store.model.external:
         what, repair = f"the store {store.path}", "use its own model, or embed the images again"
         store.model.require(encoder.model, what=what, repair=repair)
@@ -170,19 +186,6 @@ def _open_source(data: Data) -> Source:
 
 def _store_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.store")
-
-
-def _embed(
-    source: Source, out: Path, spec: str, encoder: "Encoder", decode: Decode | None
-) -> EmbeddingStore:
-    from clipkit.tasks.embed import embed
-
-    # Refuse now what can be refused, not after hours of encoding.
-    if spec != AUTO:
-        new_index(spec, encoder.dim, None if source.streaming else len(source.rows))
-    with ArtifactWriter(out, "index", replace=True):
-        pass
-    return embed(source, _store_beside(out), encoder, decode=decode)
 
 
 @dataclass(frozen=True)

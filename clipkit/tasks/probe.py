@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from clipkit.display.dataframe import data_frame
 from clipkit.display.html import bullets, card, table
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate, interval, resamples
-from clipkit.models.embed_source import cached_pairs
-from clipkit.models.encoder import Encoder
+from clipkit.models.embed_source import EncodedPairs, cached_pairs
+from clipkit.models.encoder import BatchSize, Encoder
 from clipkit.models.loading import load_model
 from clipkit.progress import progress_bar
 
@@ -128,6 +129,8 @@ def probe(
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     methods: Sequence[str] = tuple(METHODS),
     seeds: int = 5,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> ProbeReport:
     """Fit classifiers on a few labelled images per class, and measure their accuracy.
@@ -144,6 +147,8 @@ def probe(
         shots: numbers of labelled images per class.
         methods: of ``METHODS``.
         seeds: the number of draws.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -160,11 +165,19 @@ def probe(
     source = open_source(data, caption="")
     test_source = None if test is None else open_source(test, caption="")
     encoder = encoder or load_model()
-    names, pool = _labelled(source, encoder, given, progress)
+    encode = partial(
+        cached_pairs,
+        encoder,
+        batch_size=batch_size,
+        workers=workers,
+        with_captions=False,
+        progress=progress,
+    )
+    names, pool = _labelled(encode(source), source.spec, given)
     if test_source is None:
         pool, tested = _split(pool)
     else:
-        _, tested = _labelled(test_source, encoder, names, progress)
+        _, tested = _labelled(encode(test_source), test_source.spec, names)
     text = ZeroShotClassifier.from_labels(encoder, names, captions)
     possible, notes = _possible_shots(pool, names, sorted(set(shots)), source)
     results = [_result(ZERO_SHOT, 0, [_hits(text, tested)], tested)]
@@ -209,12 +222,11 @@ def draw(pool: Labelled, shots: int, seed: int) -> tuple[Labelled, Labelled]:
 
 
 def _labelled(
-    source: Source, encoder: Encoder, labels: Sequence[str] | None, progress: bool
+    pairs: EncodedPairs, spec: str, labels: Sequence[str] | None
 ) -> tuple[list[str], Labelled]:
     """The class names, and the vectors of the images that have a label."""
-    pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
-    names = list[str](own_labels(pairs.labels, source.spec) if labels is None else labels)
-    rows, targets = targets_of(pairs.labels, names, source.spec)
+    names = list[str](own_labels(pairs.labels, spec) if labels is None else labels)
+    rows, targets = targets_of(pairs.labels, names, spec)
     return names, Labelled(pairs.images[rows], targets)
 
 

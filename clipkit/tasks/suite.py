@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 from clipkit import __version__
 from clipkit.artifacts import write_text
@@ -24,7 +24,7 @@ from clipkit.evaluation.report import Report
 from clipkit.evaluation.retrieval import EqualCaptions
 from clipkit.evaluation.suite import SuiteSet, read_suite
 from clipkit.models.embed_source import cached_pairs
-from clipkit.models.encoder import Encoder
+from clipkit.models.encoder import BatchSize, Encoder
 from clipkit.models.loading import load_model
 from clipkit.progress import print_status
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
@@ -145,6 +145,14 @@ class _OpenSet:
         return {"labels": labels, "templates": self.templates}
 
 
+class Encoding(TypedDict, total=False):
+    """How images are encoded: the options of ``cached_pairs`` that do not change its result."""
+
+    batch_size: BatchSize
+    workers: int | str
+    progress: bool
+
+
 def evaluate_suite(
     suite: str | Path | Sequence[SuiteSet],
     encoder: Encoder | None = None,
@@ -152,6 +160,8 @@ def evaluate_suite(
     *,
     root: str | Path | None = None,
     report: Callable[[str], None] = print_status,
+    batch_size: BatchSize = "auto",
+    workers: int | str = "auto",
     progress: bool = True,
 ) -> SuiteReport:
     """Evaluate a model on each data set of a suite that has no result yet.
@@ -167,6 +177,8 @@ def evaluate_suite(
         root: the directory that paths in the suite are relative to; None for the directory of the
             TOML file, or the current directory.
         report: called with one line about each data set.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
+        workers: decoding threads; ``"auto"`` is one per core.
         progress: show progress bars on stderr.
 
     Raises:
@@ -185,10 +197,11 @@ def evaluate_suite(
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"cannot write to {out} ({error.strerror})") from None
+    encoding: Encoding = {"batch_size": batch_size, "workers": workers, "progress": progress}
     records, failed = [], []
     for one in sets:
         try:
-            record, new = _evaluate(open_set(one, root, encoder, progress), encoder, out, progress)
+            record, new = _evaluate(open_set(one, root, encoder, encoding), encoder, out, encoding)
         except ClipkitError as error:
             failed.append(one.name)
             report(f"{one.name}: {error}")
@@ -204,7 +217,9 @@ def evaluate_suite(
     return SuiteReport(tuple(records))
 
 
-def open_set(one: SuiteSet, root: Path, encoder: Encoder, progress: bool = True) -> _OpenSet:
+def open_set(
+    one: SuiteSet, root: Path, encoder: Encoder, encoding: Encoding | None = None
+) -> _OpenSet:
     """Open a data set with its labels and templates.
 
     Raises:
@@ -237,7 +252,7 @@ def open_set(one: SuiteSet, root: Path, encoder: Encoder, progress: bool = True)
     if one.labels:
         labels = list[str](read_labels(_near(one.labels, root)))
     else:
-        pairs = cached_pairs(encoder, source, with_captions=False, progress=progress)
+        pairs = cached_pairs(encoder, source, with_captions=False, **(encoding or {}))
         labels = list[str](own_labels(pairs.labels, one.data))
     captions = templates or list_templates(None)
     return _OpenSet(one.name, one.task, source, labels, captions, one.equal_captions)
@@ -249,7 +264,7 @@ def _near(name: str, root: Path) -> str:
 
 
 def _evaluate(
-    opened: _OpenSet, encoder: Encoder, out: Path, progress: bool
+    opened: _OpenSet, encoder: Encoder, out: Path, encoding: Encoding
 ) -> tuple[SuiteRecord, bool]:
     """The record of a data set, and whether it is new."""
     model, source = encoder.model, opened.source
@@ -261,12 +276,10 @@ def _evaluate(
         return _read_record(file), False
     if opened.task == "retrieval":
         report = evaluate_retrieval(
-            source, encoder, equal_captions=opened.equal_captions, progress=progress
+            source, encoder, equal_captions=opened.equal_captions, **encoding
         )
     else:
-        report = evaluate_zero_shot(
-            source, encoder, opened.labels, opened.templates, progress=progress
-        )
+        report = evaluate_zero_shot(source, encoder, opened.labels, opened.templates, **encoding)
     record = _record(opened, report)
     write_text(file, json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return record, True

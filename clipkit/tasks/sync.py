@@ -43,7 +43,7 @@ from clipkit.store.incremental import StoredVectors
 from clipkit.store.shards import Record, Vectors, digest, shard_numbers
 
 if TYPE_CHECKING:
-    from clipkit.models.encoder import Encoder
+    from clipkit.models.encoder import BatchSize, Encoder
 
 
 Shards = Iterable[tuple[Vectors, pa.Table]]
@@ -92,7 +92,11 @@ class Update:
         self._fingerprint: dict[str, str] = {}
 
     def encode(
-        self, source: Source, encoder: "Encoder | None", workers: int | str
+        self,
+        source: Source,
+        encoder: "Encoder | None",
+        batch_size: "BatchSize",
+        workers: int | str,
     ) -> EmbeddingStore:
         """Write new and changed images into a store beside the index, or continue that store.
 
@@ -114,7 +118,7 @@ class Update:
             first = next(rows, None)
             if first is not None:
                 encoder = encoder or load_model_ref(index.model, f"the index {index.path}")
-                self._encode(chain([first], rows), delta, encoder, workers, bar)
+                self._encode(chain([first], rows), delta, encoder, batch_size, workers, bar)
             if not self._seen:
                 raise DataError(
                     f"{source.spec} holds no image, nothing is removed; name a folder of images"
@@ -165,6 +169,7 @@ class Update:
         rows: Iterator[Row],
         delta: StoreWriter,
         encoder: "Encoder",
+        batch_size: "BatchSize",
         workers: int | str,
         bar: Any,
     ) -> None:
@@ -187,7 +192,7 @@ class Update:
             for vectors, encoded in encoded_batches(
                 encoder,
                 rows,
-                batch_size="auto",
+                batch_size=batch_size,
                 workers=worker_count(workers),
                 on_skip=self._skip,
                 decode=cast(Decode, self.writer.index.decode),
@@ -315,6 +320,7 @@ def sync_index(
     data: str | Path | Source | None = None,
     encoder: "Encoder | None" = None,
     *,
+    batch_size: "BatchSize" = "auto",
     workers: int | str = "auto",
 ) -> Changes:
     """Bring an index up to date with its images: new, changed, renamed and deleted ones.
@@ -328,6 +334,7 @@ def sync_index(
         data: one of its folders or tables, a folder within one, or its only folder at a new
             place; None: all that it was built from.
         encoder: the model of the index; None loads it if there is something to encode.
+        batch_size: images encoded at once; ``"auto"`` fits the device.
         workers: decoding threads; ``"auto"`` is one per core.
 
     Raises:
@@ -342,7 +349,7 @@ def sync_index(
             source = where if isinstance(where, Source) else open_source(where, metadata=True)
             scope, roots = _scope_of(source, roots, writer.path)
             update = Update(writer, scope, roots)
-            store = update.encode(source, encoder, workers)
+            store = update.encode(source, encoder, batch_size, workers)
             update.apply(store.shards(), update.gone(source))
             update.clear()
             total.add(update.changes)
@@ -355,6 +362,7 @@ def add_images(
     encoder: "Encoder | None" = None,
     *,
     prefix: str | None = None,
+    batch_size: "BatchSize" = "auto",
     workers: int | str = "auto",
 ) -> Changes:
     """Add images, or an embedding store, to an index; images that it has are brought up to date.
@@ -367,6 +375,7 @@ def add_images(
         data: a store, or whatever ``open_source`` opens.
         encoder: as for ``sync_index``.
         prefix: prefix of the keys of a folder that is new to the index; None: its name.
+        batch_size: as for ``sync_index``.
         workers: as for ``sync_index``.
 
     Raises:
@@ -395,7 +404,7 @@ def add_images(
             roots = [*roots, scope.root]
         update = Update(writer, scope, roots)
         if isinstance(opened, Source):
-            update.apply(update.encode(opened, encoder, workers).shards(), [])
+            update.apply(update.encode(opened, encoder, batch_size, workers).shards(), [])
             update.clear()
         else:
             update.apply(update.shards_of(opened), [])

@@ -87,7 +87,7 @@ def check_networks(world: World, model: dict, dtype: torch.dtype, chunk: int, fi
         return info_nce(images[: len(pairs)], texts[: len(pairs)], scale, world=world)
 
     chunks = chunked(*filled, chunk)
-    found = backward(part, chunks, as_input(dtype), loss_of, seed=0, counted=len(pairs))
+    found = backward(part, chunks, as_input(dtype), loss_of, seed=0, pairs=len(pairs))
     sum_gradients(part.parameters(), world)
     assert_close(found, wanted, CLOSE[dtype])
     for (name, one), other in zip(whole.named_parameters(), part.parameters(), strict=True):

@@ -1,3 +1,5 @@
+"""Towers of a training run: patch dropout, gradient checkpointing, refused settings."""
+
 import sys
 
 import pytest
@@ -15,7 +17,7 @@ from tests.helpers.models import tiny_model
 
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
 TIMM = {"timm_model_name": "resnet10t", "timm_proj": "linear", "image_size": 32}
-# It takes its own 160 pixels, 100 patches.
+# The model has a fixed size of 160 pixels, 100 patches.
 TIMM_VIT = {"timm_model_name": "test_vit", "timm_pool": "", "image_size": 160}
 
 
@@ -29,7 +31,7 @@ def towers(model):
     return build_towers(parse_config({"model": model}).model, 0.07, seed=0)
 
 
-def pictures(n, size):
+def random_images(n, size):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -39,20 +41,20 @@ def captions(n):
 
 
 def saved_bytes(function, argument):
-    """The result of a function, and the memory that the graph under it holds."""
-    held = {}
+    """The result of a function, and the bytes that its autograd graph saves."""
+    saved = {}
 
     def pack(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function(argument)
-    return result, sum(held.values())
+    return result, sum(saved.values())
 
 
 @pytest.mark.parametrize("tower", ["images", "captions"])
-def test_checkpointing_holds_less_and_gives_the_same_gradient(tower):
+def test_checkpointing_saves_less_and_gives_the_same_gradient(tower):
     gradients, memory = [], []
     for checkpointing in (False, True):
         built = towers(deep_model() | {"patch_dropout": 0.5})
@@ -61,13 +63,13 @@ def test_checkpointing_holds_less_and_gives_the_same_gradient(tower):
         network = DualEncoder(built.clip).double().train()
         torch.manual_seed(3)
         if tower == "images":
-            vectors, held = saved_bytes(network.encode_images, pictures(8, 32).double())
+            vectors, size = saved_bytes(network.encode_images, random_images(8, 32).double())
         else:
-            vectors, held = saved_bytes(network.encode_tokens, captions(8))
+            vectors, size = saved_bytes(network.encode_tokens, captions(8))
         (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
         found = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
         gradients.append(found)
-        memory.append(held - sum(p.nbytes for p in network.parameters()))
+        memory.append(size - sum(p.nbytes for p in network.parameters()))
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-6)
@@ -82,7 +84,7 @@ def test_checkpointing_of_a_timm_transformer():
         if checkpointing:
             checkpoint_gradients(built.clip)
             assert built.clip.visual.trunk.grad_checkpointing
-        DualEncoder(built.clip).train().encode_images(pictures(2, 160))[:, 0].sum().backward()
+        DualEncoder(built.clip).train().encode_images(random_images(2, 160))[:, 0].sum().backward()
         gradients.append({n: p.grad for n, p in built.clip.visual.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
@@ -94,7 +96,7 @@ def test_checkpointing_is_refused_where_statistics_would_count_twice(vision):
         checkpoint_gradients(towers(deep_model(**vision)).clip)
 
 
-def test_the_learner_switches_checkpointing_on():
+def test_the_trainer_enables_checkpointing():
     for setting in (False, True):
         config = parse_config({"train": {"grad_checkpointing": setting, "precision": "fp32"}})
         clip = Trainer(towers(tiny_model()), config, World()).towers.clip
@@ -103,16 +105,16 @@ def test_the_learner_switches_checkpointing_on():
 
 
 def tokens_seen(built, inner, size, training):
-    """How many tokens of each picture come to a part of the image tower."""
+    """How many tokens of each image reach a module of the image tower."""
     seen = []
     hook = inner.register_forward_hook(lambda module, given, result: seen.append(given[0].shape[1]))
-    DualEncoder(built.clip).train(training).encode_images(pictures(2, size))
+    DualEncoder(built.clip).train(training).encode_images(random_images(2, size))
     hook.remove()
     return seen
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75])
-def test_patches_are_dropped_in_training_alone(tiny_checkpoint, share):
+def test_patches_are_dropped_only_in_training(tiny_checkpoint, share):
     kept = int(16 * (1 - share))
     for model in (tiny_model(), {"init_from": str(tiny_checkpoint)}):
         built = towers(model | {"patch_dropout": share})
@@ -140,7 +142,7 @@ def test_patches_of_named_and_timm_towers_are_dropped():
         ({"vision": RESNET | {"timm_drop": 0.5}}, "only a timm tower has one"),
     ],
 )
-def test_options_that_would_do_nothing(model, sentence):
+def test_settings_without_effect_are_refused(model, sentence):
     with pytest.raises(ConfigError, match=sentence):
         towers(tiny_model() | model)
 
@@ -156,6 +158,6 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     assert trainer.network.training
 
 
-def test_compiling_shards_is_refused():
+def test_compiling_with_fsdp_is_refused():
     with pytest.raises(ConfigError, match=r"train\.compile and train\.fsdp"):
         parse_config({"train": {"compile": True, "fsdp": True}})

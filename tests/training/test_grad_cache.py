@@ -1,17 +1,18 @@
+"""Gradients in micro-batches against the gradient of the whole batch."""
+
 from functools import partial
 
 import pytest
 import torch
 
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training import grad_cache as module
 from clipkit.training.grad_cache import backward
 from clipkit.training.loss import info_nce
 from tests.helpers.models import tiny_model
 from tests.helpers.steps import RESNET, batch, network, prepare
 
 
-def in_chunks(size, n=10):
+def in_micro_batches(size, n=10):
     images, tokens = batch(n)
     return list(zip(images.split(size), tokens.split(size), strict=True))
 
@@ -28,14 +29,14 @@ def assert_same_gradients(one, other):
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 100])
-def test_equals_the_whole_batch_with_groups(size):
+def test_equals_the_gradient_of_the_whole_batch(size):
     groups = torch.arange(10) % 7
     whole, parts = network(tiny_model()), network(tiny_model())
     images, tokens = batch()
     wanted = info_nce(*whole(prepare(images), tokens), groups)
     wanted.backward()
     loss_of = partial(info_nce, groups=groups)
-    found = backward(parts, in_chunks(size), prepare, loss_of, seed=0)
+    found = backward(parts, in_micro_batches(size), prepare, loss_of, seed=0)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-7)
     assert not found.requires_grad
     assert_same_gradients(parts, whole)
@@ -54,28 +55,28 @@ TIMM = {"image_size": 32, "timm_proj": "linear"}
     ],
     ids=["patches", "dropout", "stochastic depth"],
 )
-def test_random_parts_are_drawn_alike_in_both_passes(model):
-    """Against one graph over all chunks that draws from the same seeds."""
+def test_both_passes_draw_the_same_random_numbers(model):
+    """Compared with one graph of all micro-batches, with the same seeds."""
     whole, parts = network(model), network(model)
     encoded = []
-    for number, (images, tokens) in enumerate(in_chunks(4)):
+    for number, (images, tokens) in enumerate(in_micro_batches(4)):
         torch.manual_seed(7 + number)
         encoded.append(whole(prepare(images), tokens)[:2])
     images, texts = (torch.cat(part) for part in zip(*encoded, strict=True))
     wanted = info_nce(images, texts, whole.scale)
     wanted.backward()
-    found = backward(parts, in_chunks(4), prepare, info_nce, seed=7)
+    found = backward(parts, in_micro_batches(4), prepare, info_nce, seed=7)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-7)
     assert_same_gradients(parts, whole)
     other = network(model)
-    assert backward(other, in_chunks(4), prepare, info_nce, seed=8).item() != found.item()
+    assert backward(other, in_micro_batches(4), prepare, info_nce, seed=8).item() != found.item()
 
 
-def test_running_statistics_count_each_chunk_once():
+def test_running_statistics_count_each_micro_batch_once():
     once, twice = network(RESNET), network(RESNET)
-    for images, _ in in_chunks(5):
+    for images, _ in in_micro_batches(5):
         once.encode_images(prepare(images))
-    backward(twice, in_chunks(5), prepare, info_nce, seed=0)
+    backward(twice, in_micro_batches(5), prepare, info_nce, seed=0)
     buffers = dict(once.named_buffers())
     changed = 0
     for name, buffer in twice.named_buffers():
@@ -84,18 +85,17 @@ def test_running_statistics_count_each_chunk_once():
     assert changed
 
 
-def test_only_one_chunk_holds_a_graph(monkeypatch):
-    """Encoded with a graph: never more than a chunk at a time."""
-    held = []
+def test_only_one_micro_batch_at_a_time_has_a_graph(monkeypatch):
+    sizes = []
     model = network(tiny_model())
     original = DualEncoder.encode_images
 
     def watched(self, images):
         vectors = original(self, images)
         if vectors.requires_grad:
-            held.append(len(images))
+            sizes.append(len(images))
         return vectors
 
     monkeypatch.setattr(DualEncoder, "encode_images", watched)
-    module.backward(model, in_chunks(3), prepare, info_nce, seed=0)
-    assert held == [3, 3, 3, 1]
+    backward(model, in_micro_batches(3), prepare, info_nce, seed=0)
+    assert sizes == [3, 3, 3, 1]

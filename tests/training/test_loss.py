@@ -1,15 +1,17 @@
+"""The tiled loss against its definition and against open_clip."""
+
 import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clipkit.models.tokenizer import TruncationReport, tokenize
-from clipkit.training.loss import Sweep, caption_groups, chance_loss, info_nce, pair_groups
+from clipkit.training.loss import TiledLogits, caption_groups, chance_loss, info_nce, pair_groups
 from tests.helpers.steps import pairs
 
 
 def textbook(images, texts, scale, groups=None, weights=None, duplicates="mask"):
-    """The definition, pair by pair."""
+    """The definition of the loss, computed pair by pair."""
     n, total = len(images), 0.0
     groups = torch.arange(n) if groups is None else groups
     groups = groups.reshape(n, -1)
@@ -71,7 +73,7 @@ def test_equals_open_clips_loss(tile, scale):
 
 
 def far_apart(dtype):
-    """Pairs of which one finds its caption at a logit of 100 and another at −100."""
+    """Pairs whose matching logits range from −100 to 100."""
     images, texts, scale = pairs(40, dtype=dtype, scale=100.0)
     with torch.no_grad():
         texts[0] = images[0]
@@ -81,18 +83,20 @@ def far_apart(dtype):
 
 
 @pytest.mark.parametrize("tile", [8, 100])
-def test_logits_too_far_apart_for_one_exponential(tile, monkeypatch):
-    careful = []
-    original = Sweep._careful_normalisers
-    monkeypatch.setattr(Sweep, "_careful_normalisers", lambda *a: careful.append(1) or original(*a))
+def test_logits_too_far_apart_for_one_exponential_per_tile(tile, monkeypatch):
+    calls = []
+    original = TiledLogits._exact_normalisers
+    monkeypatch.setattr(
+        TiledLogits, "_exact_normalisers", lambda *a: calls.append(1) or original(*a)
+    )
     wanted, found = far_apart(torch.float32), far_apart(torch.float32)
     ours = info_nce(*found, tile=tile)
-    assert careful, "the vectors are no case of what is tested"
+    assert calls, "the logits are not far enough apart to test this"
     # The loss is near 100: one unit in the last place is 8e-6.
     assert_equal(ours, open_clip.loss.ClipLoss()(*wanted), found, wanted, 1e-4)
 
 
-def test_no_logits_of_all_pairs_are_held():
+def test_the_matrix_of_all_pairs_is_never_materialised():
     found = pairs(64, dtype=torch.float32)
     largest = 0
 
@@ -106,7 +110,7 @@ def test_no_logits_of_all_pairs_are_held():
 
     with Watch():
         info_nce(*found, tile=8).backward()
-    assert largest == 64 * 16  # the vectors themselves; all pairs would be 64 × 64
+    assert largest == 64 * 16  # the vectors; the whole matrix has 64 × 64 logits
 
 
 @pytest.mark.parametrize("duplicates", ["mask", "positive"])
@@ -126,7 +130,7 @@ def test_logits_far_apart_with_weights_and_duplicates(duplicates):
         torch.testing.assert_close(a.grad, b.grad.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_distinct_pairs_have_no_duplicates():
+def test_without_duplicates_all_settings_give_the_same_loss():
     images, texts, scale = pairs(9)
     groups = torch.arange(9)
     for duplicates in ("mask", "positive"):
@@ -134,21 +138,15 @@ def test_distinct_pairs_have_no_duplicates():
         assert loss == info_nce(images, texts, scale)
 
 
-def test_equal_captions_get_equal_groups():
+def test_captions_that_differ_in_case_space_or_final_punctuation_are_equal():
     same = ["a dog", "A  Dog", "a dog ", "a dog.", "a dog ...", "a&#32;dog !", "a dog?!"]
     others = ["a cat", "dog a", "a dog. a", ". a dog", "a", "", "a dog a dog", "2.5", "25"]
     groups = caption_groups(torch.from_numpy(tokenize(same + others))).tolist()
     assert len(set(groups[: len(same)])) == 1
     assert len(set(groups)) == 1 + len(others)
-    long = ["very " * 80 + "long", "very " * 80 + "short"]  # what is not read makes no difference
-    assert (
-        len(
-            set(
-                caption_groups(torch.from_numpy(tokenize(long, report=TruncationReport()))).tolist()
-            )
-        )
-        == 1
-    )
+    long = ["very " * 80 + "long", "very " * 80 + "short"]  # equal up to token 77
+    truncated = torch.from_numpy(tokenize(long, report=TruncationReport()))
+    assert len(set(caption_groups(truncated).tolist())) == 1
 
 
 def test_pairs_are_duplicates_by_image_or_by_caption():
@@ -176,8 +174,8 @@ def test_chance_loss_is_the_loss_of_constant_vectors(name, weights, duplicates):
     assert found == pytest.approx(wanted.item(), abs=1e-7)
 
 
-def test_equal_captions_as_targets_come_to_the_same_as_negatives():
-    """Their vectors are equal, so that a pair's own caption has the logit of each of its likes."""
+def test_duplicate_captions_as_positives_equal_duplicate_captions_as_negatives():
+    """Duplicate captions have equal vectors, so their logits equal the pair's own."""
     groups = torch.tensor(GROUPS["captions"])
     found = []
     for duplicates in ("positive", "ignore", "mask"):

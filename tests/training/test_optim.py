@@ -1,3 +1,5 @@
+"""Optimizers, parameter groups and the learning-rate schedule."""
+
 import io
 
 import pytest
@@ -35,7 +37,7 @@ def four_pairs():
 
 
 class Toy(nn.Module):
-    """A matrix, a gain, a table and a temperature."""
+    """A matrix, a gain, an embedding table and a temperature."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +47,7 @@ class Toy(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(5, 6))
         self.logit_scale = nn.Parameter(torch.tensor(1.0))
 
-    def learn(self, optimizer, step):
+    def take_step(self, optimizer, step):
         torch.manual_seed(step)
         optimizer.zero_grad()
         x = self.matrix @ torch.randn(20, 5) * self.gain[:, None] + self.positional_embedding.T
@@ -53,7 +55,7 @@ class Toy(nn.Module):
         optimizer.step()
 
 
-def test_weight_decay_spares_gains_biases_and_temperature():
+def test_weight_decay_excludes_gains_biases_and_temperature():
     clip = tiny_clip()
     groups = build_optimizer(clip, optim(weight_decay=0.3)).param_groups
     names = {id(p): name for name, p in clip.named_parameters()}
@@ -62,9 +64,9 @@ def test_weight_decay_spares_gains_biases_and_temperature():
     assert decay["logit_scale"] == 0
     assert decay["token_embedding.weight"] == 0.3
     for name, value in decay.items():
-        spared = clip.get_parameter(name).ndim < 2
-        assert value == (0 if spared else 0.3), name
-        assert spared or not ("bias" in name or "ln_" in name)
+        excluded = clip.get_parameter(name).ndim < 2
+        assert value == (0 if excluded else 0.3), name
+        assert excluded or not ("bias" in name or "ln_" in name)
 
 
 def test_frozen_parameters_are_left_out():
@@ -76,7 +78,7 @@ def test_frozen_parameters_are_left_out():
     assert not frozen & {id(p) for group in groups for p in group["params"]}
 
 
-def test_adamw_is_the_fused_one_with_clips_settings():
+def test_adamw_is_fused_and_has_the_settings_of_clip():
     optimizer = build_optimizer(Toy(), optim())
     assert type(optimizer) is torch.optim.AdamW
     for group in optimizer.param_groups:
@@ -85,13 +87,13 @@ def test_adamw_is_the_fused_one_with_clips_settings():
     assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-6)
 
 
-def test_sgd_follows_the_textbook():
-    """Sutskever et al. 2013 as torch writes it: v = m v + g, w = w - lr (g + m v)."""
+def test_sgd_equals_its_definition():
+    """Nesterov momentum (Sutskever et al. 2013) in torch: v = m v + g, w = w - lr (g + m v)."""
     ours, rate, momentum = Toy(), 0.01, 0.7
     optimizer = build_optimizer(ours, optim(name="sgd", lr=rate, momentum=momentum, weight_decay=0))
     wanted, velocity = ours.matrix.detach().clone(), torch.zeros_like(ours.matrix)
     for step in range(3):
-        ours.learn(optimizer, step)
+        ours.take_step(optimizer, step)
         gradient = ours.matrix.grad
         velocity = momentum * velocity + gradient
         wanted -= rate * (gradient + momentum * velocity)
@@ -99,17 +101,17 @@ def test_sgd_follows_the_textbook():
 
 
 @pytest.mark.parametrize("name", optimizer_names())
-def test_every_optimizer_learns_and_resumes_bit_for_bit(name):
+def test_every_optimizer_trains_and_resumes_bit_for_bit(name):
     config = optim(name=name, lr=1e-2, weight_decay=0.01)
     whole = Toy()
     before = {key: value.clone() for key, value in whole.state_dict().items()}
     optimizer = build_optimizer(whole, config)
     for step in range(3):
-        whole.learn(optimizer, step)
+        whole.take_step(optimizer, step)
     file = io.BytesIO()
     torch.save({"weights": whole.state_dict(), "optimizer": optimizer.state_dict()}, file)
     for step in range(3, 6):
-        whole.learn(optimizer, step)
+        whole.take_step(optimizer, step)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     again = Toy()
@@ -118,18 +120,20 @@ def test_every_optimizer_learns_and_resumes_bit_for_bit(name):
     optimizer = build_optimizer(again, config)
     optimizer.load_state_dict(state["optimizer"])
     for step in range(3, 6):
-        again.learn(optimizer, step)
+        again.take_step(optimizer, step)
     for key, value in again.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key
         assert not torch.equal(value, before[key]), key
 
 
-FEW = ("adamw", "sgd", "muon")
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in optimizer_names() if name not in FEW]
+FAST = ("adamw", "sgd", "muon")
+REST = [
+    pytest.param(name, marks=pytest.mark.slow) for name in optimizer_names() if name not in FAST
+]
 
 
-@pytest.mark.parametrize("name", [*FEW, *REST])
-def test_a_learner_resumes_bit_for_bit(tmp_path, name):
+@pytest.mark.parametrize("name", [*FAST, *REST])
+def test_a_trainer_resumes_bit_for_bit(tmp_path, name):
     settings = {"model": tiny_model(), "optim": {"name": name, "layer_decay": 0.7}}
     config = parse_config(settings | {"train": {"precision": "fp32"}})
     batch = four_pairs()
@@ -153,16 +157,16 @@ def test_a_learner_resumes_bit_for_bit(tmp_path, name):
     ("fields", "sentence"),
     [
         ({"name": "adamv"}, "did you mean adam"),
-        ({"name": "zzzzzz"}, "known are: adabelief"),
+        ({"name": "zzzzzz"}, "known names: adabelief"),
         ({"name": "sgd", "beta1": 0.9}, "optim.beta1 is set, but sgd has none"),
         ({"name": "lion", "eps": 1e-8}, "optim.eps is set, but lion has none"),
         ({"name": "adafactor", "beta2": 0.9}, "optim.beta2 is set, but adafactor has none"),
         ({"momentum": 0.9}, "optim.momentum is set, but adamw has none"),
         ({"beta1": 1.0}, "adamw cannot be built: Invalid beta"),
-        ({"name": "fusedadam"}, "is no optimiser"),
+        ({"name": "fusedadam"}, "is not an optimizer"),
     ],
 )
-def test_settings_that_an_optimizer_does_not_take(fields, sentence):
+def test_invalid_optimizer_settings_are_refused(fields, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build_optimizer(Toy(), optim(**fields))
 
@@ -192,7 +196,7 @@ def test_learning_rate(fields, points):
     assert found == pytest.approx({k: 3 * v for k, v in points.items()}, abs=1e-5)
 
 
-def test_a_run_over_its_time_never_has_a_negative_rate():
+def test_the_rate_is_never_negative_after_the_end_of_the_run():
     assert learning_rate(1.3, optim(schedule="constant", cooldown=0.2)) == 0
     assert learning_rate(1.3, optim()) == 0
 
@@ -207,13 +211,13 @@ def test_a_run_over_its_time_never_has_a_negative_rate():
         ({"layer_decay": 0}, "greater than 0"),
     ],
 )
-def test_schedules_that_contradict_themselves(fields, sentence):
+def test_contradictory_schedules_are_refused(fields, sentence):
     with pytest.raises(ConfigError, match=sentence):
         optim(**fields)
 
 
 def scales(clip, decay=0.5):
-    """Names of parameters and the factors on their learning rate."""
+    """The factor on the learning rate of each parameter, by name."""
     names = {id(p): name for name, p in clip.named_parameters()}
     groups = build_optimizer(clip, optim(layer_decay=decay)).param_groups
     return {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
@@ -275,8 +279,8 @@ def test_layer_decay_of_a_timm_tower(proj):
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_layer_decay_scales_the_steps_taken():
-    """Adam's first step is the learning rate itself, wherever there is a gradient."""
+def test_layer_decay_scales_the_updates():
+    """Adam's first update equals the learning rate, wherever the gradient is not zero."""
     settings = {"optim": {"layer_decay": 0.5, "lr": 1e-3, "schedule": "constant", "warmup": 0}}
     settings["optim"] |= {"weight_decay": 0, "clip_norm": 0, "eps": 1e-12}
     config = parse_config(settings | {"model": tiny_model(), "train": {"precision": "fp32"}})

@@ -1,6 +1,7 @@
-"""What a training run reads: its pairs, those held out, and what 77 tokens cut of the captions.
+"""The data of a training run: training pairs, validation set and caches.
 
-The pairs that a run is measured on, and what its locked towers have made of them.
+Opens the pairs, counts truncated captions, and configures the loader and the image cache. The
+validation set is encoded with the present model, from cached features if a tower is locked.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,15 +40,15 @@ from clipkit.training.frozen_towers import CaptionFeatures
 def open_training_data(
     config: DataConfig, seed: int, source: Source | None = None
 ) -> tuple[Source, Source | None]:
-    """Open the training pairs and the held-out pairs (None for no held-out set).
+    """Open the training pairs and the validation set, which may be None.
 
     Args:
-        config: where they come from.
-        seed: selects the held-out images if ``data.val`` is empty.
+        config: the ``[data]`` configuration.
+        seed: selects the validation images if ``data.val`` is empty.
         source: training pairs, instead of ``data.train``.
 
     Raises:
-        DataError: fewer than two pairs are left to train on.
+        DataError: there are fewer than two training pairs.
     """
     image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
@@ -55,46 +56,48 @@ def open_training_data(
     training = source or open_source(
         config.train, image=image, caption=caption, label=label, streaming=streaming
     )
-    held_out: Source | None
+    validation: Source | None
     if config.val:
-        held_out = open_source(config.val, image=image, caption=caption)
+        validation = open_source(config.val, image=image, caption=caption)
     else:
-        training, held_out = split_held_out(training, config.val_fraction, seed)
+        training, validation = split_held_out(training, config.val_fraction, seed)
     if not training.streaming and len(training.rows) < 2:
         raise DataError(
             f"{config.train} leaves {'one pair' if training.rows else 'no pair'} to train on, "
             "expected at least 2; add pairs, or lower data.val_fraction"
         )
-    return training, held_out
-
-
-def count_truncated_captions(source: Source, config: DataConfig, cut: TruncationReport) -> None:
-    """Count beforehand what 77 tokens will cut; a stream's captions are counted as they come.
-
-    Args:
-        source: a table of pairs.
-        config: what happens to captions that are too long.
-        cut: counts them.
-
-    Raises:
-        DataError: there are no captions.
-        CaptionError: one does not fit, where ``long_captions`` is ``"error"``.
-    """
-    some = False
-    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
-        texts = [text for captions in batch["captions"] for text in captions]
-        some = some or bool(texts)
-        if config.long_captions == "split":
-            texts = [part for text in texts for part in split_caption(text)]
-        tokenize(texts, policy=_policy(config), report=cut)
-    if not some:
-        raise no_captions(source)
+    return training, validation
 
 
 def require_captions(source: Source) -> None:
-    """Raise DataError for a table without a single caption."""
+    """Raise DataError if a table has no captions."""
     batches = source.rows.select_columns("captions").iter(batch_size=1000)
     if not any(any(batch["captions"]) for batch in batches):
+        raise no_captions(source)
+
+
+def count_truncated_captions(source: Source, config: DataConfig, cut: TruncationReport) -> None:
+    """Count the captions of a table that are truncated at 77 tokens.
+
+    The captions of a stream are counted during training.
+
+    Args:
+        source: a table of pairs.
+        config: the ``[data]`` configuration, with the policy for long captions.
+        cut: counts the truncated captions.
+
+    Raises:
+        DataError: there are no captions.
+        CaptionError: a caption is too long and ``long_captions`` is ``"error"``.
+    """
+    found = False
+    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
+        texts = [text for captions in batch["captions"] for text in captions]
+        found = found or bool(texts)
+        if config.long_captions == "split":
+            texts = [part for text in texts for part in split_caption(text)]
+        tokenize(texts, policy=_policy(config), report=cut)
+    if not found:
         raise no_captions(source)
 
 
@@ -109,22 +112,25 @@ def pair_loader(
     cut: TruncationReport,
     world: World,
 ) -> PairLoader:
-    """Batches of training pairs, augmented and tokenized.
+    """The loader of training batches, augmented and tokenized.
 
     Args:
         config: of the run.
-        source: its training pairs.
+        source: training pairs.
         image_size: height and width of the images, in pixels.
-        cut: counts the captions that are too long, for a stream.
+        cut: counts the truncated captions of a stream.
         world: the processes that share each batch.
 
     Raises:
-        ConfigError: a stream is to be balanced, or read in batches of like length.
-        DataError: labels are wanted that are not there.
+        ConfigError: balancing or length bucketing is set for a stream.
+        DataError: the configuration needs labels, and the source has none.
     """
     require_labels(source, config.data.caption_weights)
-    # A table's captions were counted before; a stream's are known only now.
+    # The captions of a table have been counted by count_truncated_captions.
     report = cut if source.streaming else TruncationReport()
+    lengths = None
+    if config.train.bucket_by_length:
+        lengths = caption_lengths(source, config.train.seed)
     return PairLoader(
         source,
         preprocess=augmentation(config.augment, image_size, config.data.decode),
@@ -136,9 +142,7 @@ def pair_loader(
         skip_limit=config.data.max_skipped_fraction,
         reduction=reduction(config.augment, image_size, config.data.decode),
         classes=class_numbers(source) if config.data.balance == "label" else None,
-        lengths=caption_lengths(source, config.train.seed)
-        if config.train.bucket_by_length
-        else None,
+        lengths=lengths,
         weights=config.data.caption_weights,
         pinned=world.device.type == "cuda",
         share=Share(world.rank, world.size, world.all_gather_object),
@@ -146,15 +150,19 @@ def pair_loader(
 
 
 def caption_lengths(source: Source, seed: int) -> CaptionLengths:
-    """How many tokens, at most 77, each caption of a table has; one to be split counts whole.
+    """The length in tokens, at most 77, of each caption of a table, before any splitting.
+
+    Args:
+        source: a table of pairs.
+        seed: of the run; selects the caption with which each image starts.
 
     Raises:
-        ConfigError: the source streams.
+        ConfigError: the source is a stream.
     """
     if source.streaming:
         raise ConfigError(
-            f"train.bucket_by_length sorts captions, but {source.spec} streams; set "
-            'data.streaming = "no", or train.bucket_by_length = false'
+            f"train.bucket_by_length needs the length of every caption, but {source.spec} is a "
+            'stream; set data.streaming = "no", or train.bucket_by_length = false'
         )
     tokens, counts, turns = [np.empty(0, np.int64)], [], []
     for part in source.rows.select_columns(["key", "captions"]).iter(batch_size=1000):
@@ -171,28 +179,12 @@ def caption_lengths(source: Source, seed: int) -> CaptionLengths:
     return CaptionLengths(np.concatenate(tokens), first, count, np.array(turns, np.int64))
 
 
-def other_data(state: dict[str, Any], source: Source) -> str:
-    """What a person should hear of a run that goes on with other pairs; empty if they are the same.
-
-    Args:
-        state: of the training so far, with the fingerprint of its pairs.
-        source: the pairs from now on.
-    """
-    if state.get("source", source.fingerprint) == source.fingerprint:
-        return ""
-    return (
-        f"{source.spec} is not what the run was trained on so far (names, sizes or times of its "
-        "files differ), and from here on it reads what is there now; put the old data back for "
-        "the run that was begun, or start a new one"
-    )
-
-
 def image_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> ImageCache | None:
-    """Where a run keeps decoded pictures, as ``data.image_cache`` says; None: nowhere.
+    """Open the cache of decoded images, as ``data.image_cache`` says; None: no cache.
 
     Args:
-        config: of the run.
-        loader: its training pairs; pictures of a stream are not kept.
+        config: of the run. ``"auto"`` does not cache images that the run reads only once.
+        loader: training batches; the images of a stream are not cached.
         folder: of the run.
     """
     per_epoch, loop = loader.batches_per_epoch, config.train
@@ -203,19 +195,35 @@ def image_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> ImageC
     return open_cache(setting, folder)
 
 
-ROWS = 4096
-"""Images whose features are read at a time."""
+def changed_data_warning(state: dict[str, Any], source: Source) -> str:
+    """A warning if a resumed run has other training data than before; empty if not.
+
+    Args:
+        state: training state, with the fingerprint of its data; empty for a new run.
+        source: present training pairs.
+    """
+    if state.get("source", source.fingerprint) == source.fingerprint:
+        return ""
+    return (
+        f"{source.spec} has changed since the run started (names, sizes or times of its files "
+        "differ), and training continues with the present files; restore the old files, or start "
+        "a new run"
+    )
+
+
+FEATURE_ROWS = 4096
+"""Images per block of cached features read into memory."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out pairs. Where a locked tower's features are stored, only what is above them is run.
+    """The validation set, with cached features of locked towers.
 
     Attributes:
-        source: where the pairs come from.
+        source: validation pairs.
         workers: decoding threads.
-        images: stored features of the images; None: the whole image tower is run.
-        captions: stored features of the captions; None: the whole text tower is run.
+        images: cached features of the images; None: the whole image tower runs.
+        captions: cached features of the captions; None: the whole text tower runs.
     """
 
     source: Source
@@ -224,44 +232,52 @@ class HeldOut:
     captions: CaptionFeatures | None = None
 
     def encode(self, encoder: Encoder) -> EncodedPairs:
-        """The pairs as vectors of the model as it is; raises what ``encode_pairs`` raises."""
+        """Encode the pairs with the present model; raises the errors of ``encode_pairs``."""
         return encode_pairs(
             encoder,
             self.source,
             workers=self.workers,
             progress=False,
-            known=_images(encoder, self.images) if self.images else None,
-            known_captions=_captions(encoder, self.captions) if self.captions else None,
+            known=_image_encoder(encoder, self.images) if self.images else None,
+            known_captions=_caption_encoder(encoder, self.captions) if self.captions else None,
         )
 
 
-def _images(encoder: Encoder, features: Features) -> Callable[[Row], Vectors]:
-    views = features.values[:, 0]
-    parts = (np.array(views[start : start + ROWS]) for start in range(0, len(views), ROWS))
-    vectors = np.concatenate([_vectors(encoder, "image", torch.from_numpy(x)) for x in parts])
+def _image_encoder(encoder: Encoder, features: Features) -> Callable[[Row], Vectors]:
+    """A function from a row to its image vector, computed from cached features."""
+    views = features.values[:, 0]  # validation images have a single view
+    parts = (
+        np.array(views[start : start + FEATURE_ROWS])
+        for start in range(0, len(views), FEATURE_ROWS)
+    )
+    vectors = np.concatenate(
+        [_encode_features(encoder, "image", torch.from_numpy(x)) for x in parts]
+    )
 
-    def known(row: Row) -> Vectors:
+    def encode(row: Row) -> Vectors:
         key = row["key"]
         if key in features.skipped:
             raise ImageError(features.skipped[key])
-        row_number = features.rows[key]
-        return vectors[row_number : row_number + 1]
+        number = features.rows[key]
+        return vectors[number : number + 1]
 
-    return known
+    return encode
 
 
-def _captions(
+def _caption_encoder(
     encoder: Encoder, features: CaptionFeatures
 ) -> Callable[[Sequence[str], TruncationReport], Vectors]:
-    def known(texts: Sequence[str], report: TruncationReport) -> Vectors:
-        tokens = torch.from_numpy(tokenize(texts, report=report))
-        return _vectors(encoder, "text", features.of(tokens))
+    """A function from captions to their vectors, computed from cached features."""
 
-    return known
+    def encode(texts: Sequence[str], report: TruncationReport) -> Vectors:
+        tokens = torch.from_numpy(tokenize(texts, report=report))
+        return _encode_features(encoder, "text", features.of(tokens))
+
+    return encode
 
 
 @torch.inference_mode()
-def _vectors(encoder: Encoder, tower: str, features: Tensor) -> Vectors:
+def _encode_features(encoder: Encoder, tower: str, features: Tensor) -> Vectors:
     network = encoder.network.eval()
     vectors: Vectors = network.encode_features(tower, features.to(encoder.device)).cpu().numpy()
     return vectors

@@ -23,7 +23,7 @@ from clipkit.evaluation.retrieval import retrieval_recall
 from clipkit.models.checkpoint import save_checkpoint
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.progress import Meter, print_status, progress_bar, share_done
-from clipkit.training.data import HeldOut, other_data
+from clipkit.training.data import HeldOut, changed_data_warning
 from clipkit.training.recovery import last_good_checkpoint, require_finite_steps, roll_back
 from clipkit.training.run_directory import RunDirectory
 from clipkit.training.step import StepReport, Trainer
@@ -158,7 +158,7 @@ class TrainingLoop:
         )
         self.finished = self._progress() >= 1
         run.rewind(state.get("logged", 0))
-        if changed := other_data(state, loader.source):
+        if changed := changed_data_warning(state, loader.source):
             self._warn("data", changed)
         self.monitor = RunMonitor(config, steps, run.lines())
 

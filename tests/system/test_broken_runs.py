@@ -135,7 +135,7 @@ def test_a_run_directory_that_was_moved_goes_on(stopped, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", ["no", "yes"])
-def test_other_data_are_told(colour_folder, tmp_path, monkeypatch, capsys, streaming):
+def test_changed_data_give_a_warning(colour_folder, tmp_path, monkeypatch, capsys, streaming):
     data = {"streaming": streaming, "val_fraction": 0.0}
     config = configured(colour_folder, data=data, train={"steps": 12, "save_every_epochs": 0.25})
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
@@ -146,7 +146,7 @@ def test_other_data_are_told(colour_folder, tmp_path, monkeypatch, capsys, strea
     capsys.readouterr()
     assert train(config, tmp_path / "run", resume=True).finished
     (told,) = [line for line in read_log(tmp_path / "run") if line.get("kind") == "data"]
-    assert told["warning"].startswith(f"{colour_folder} is not what the run was trained on so far")
+    assert told["warning"].startswith(f"{colour_folder} has changed since the run started")
     assert told["warning"] in capsys.readouterr().err
 
 

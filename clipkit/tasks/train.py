@@ -20,7 +20,7 @@ from clipkit.reports.run import REPORT_FILE, render_run, run_page
 from clipkit.training.allocator import freed_memory_kept
 from clipkit.training.build import build_towers
 from clipkit.training.data import (
-    HeldOut,
+    ValidationSet,
     count_truncated_captions,
     image_cache,
     open_training_data,
@@ -162,7 +162,7 @@ def _train(
     with open_run(out, config, world, resume=resume) as run:
         for finding in findings:
             print_status(f"warning: {finding}")
-        measured = HeldOut(held_out, loader.workers) if held_out else None
+        measured = ValidationSet(held_out, loader.workers) if held_out else None
         for turn in (world.is_main_process, not world.is_main_process) if stored else ():
             if turn:  # the main process writes, then the others read
                 measured = _store_features(config, trainer, loader, measured, run.path)
@@ -229,8 +229,12 @@ def _require_shareable(config: LoopConfig, world: World) -> None:
 
 
 def _store_features(
-    config: TrainConfig, trainer: Trainer, loader: PairLoader, held_out: HeldOut | None, run: Path
-) -> HeldOut | None:
+    config: TrainConfig,
+    trainer: Trainer,
+    loader: PairLoader,
+    held_out: ValidationSet | None,
+    run: Path,
+) -> ValidationSet | None:
     """Cache the features of locked towers for training steps and evaluations."""
     folder = Path(config.data.feature_dir) if config.data.feature_dir else run / "features"
     network, towers = trainer.network, trainer.towers

@@ -216,7 +216,7 @@ FEATURE_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """The validation set, with cached features of locked towers.
 
     Attributes:

@@ -23,7 +23,7 @@ from clipkit.evaluation.retrieval import retrieval_recall
 from clipkit.models.checkpoint import save_checkpoint
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.progress import Meter, print_status, progress_bar, share_done
-from clipkit.training.data import HeldOut, changed_data_warning
+from clipkit.training.data import ValidationSet, changed_data_warning
 from clipkit.training.recovery import last_good_checkpoint, require_finite_steps, roll_back
 from clipkit.training.run_directory import RunDirectory
 from clipkit.training.step import StepReport, Trainer
@@ -142,7 +142,7 @@ class TrainingLoop:
         run: RunDirectory,
         trainer: Trainer,
         loader: PairLoader,
-        held_out: HeldOut | None,
+        held_out: ValidationSet | None,
         steps: int,
         cut: TruncationReport,
     ) -> None:

@@ -196,7 +196,7 @@ def test_what_labels_cannot_do():
     stream = source([row(0)], streaming=True)
     with pytest.raises(ConfigError, match="toy streams"):
         made(stream, settings)
-    with pytest.raises(ConfigError, match="toy streams"):
+    with pytest.raises(ConfigError, match="toy is a stream"):
         made(stream, {"train": {"bucket_by_length": True}})
     weights = {"data": {"caption_weights": {"dgo": 2.0}}}
     with pytest.raises(DataError, match=r"'dgo', .*did you mean 'dog'"):

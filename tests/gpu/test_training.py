@@ -24,8 +24,8 @@ pytestmark = [
 RESNET = tiny_model() | {"vision": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}
 
 
-def trainer(model, chunk, device, folder):
-    config = configured(folder, model=model, train={"micro_batch_size": chunk})
+def trainer(model, micro_batch_size, device, folder):
+    config = configured(folder, model=model, train={"micro_batch_size": micro_batch_size})
     towers = build_towers(config.model, 0.07, seed=0)
     return Trainer(towers, config, World(torch.device(device)))
 
@@ -42,11 +42,11 @@ def nobody_waits():
 
 
 @pytest.mark.parametrize("model", [tiny_model(), RESNET], ids=["transformer", "resnet"])
-@pytest.mark.parametrize("chunk", [0, 3])
-def test_steps_are_those_of_a_cpu(model, chunk, tmp_path):
+@pytest.mark.parametrize("micro_batch_size", [0, 3])
+def test_steps_are_those_of_a_cpu(model, micro_batch_size, tmp_path):
     images, tokens = batch(8)
     given = PairBatch(images, tokens, [f"{number}.png" for number in range(8)])
-    here, there = (trainer(model, chunk, device, tmp_path) for device in ("cpu", "cuda"))
+    here, there = (trainer(model, micro_batch_size, device, tmp_path) for device in ("cpu", "cuda"))
     for step in range(3):
         one, other = (one.take_step(given, step, 0.3) for one in (here, there))
         assert other.loss == pytest.approx(one.loss, abs=2e-3)

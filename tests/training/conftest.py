@@ -1,4 +1,4 @@
-"""What runs with towers that stay frozen share."""
+"""Fixtures of training tests."""
 
 import pytest
 from PIL import Image
@@ -11,16 +11,16 @@ from tests.helpers.models import tiny_model
 
 @pytest.fixture
 def squares(colour_folder):
-    """The coloured pictures as squares of the model's size, so that no cropping changes them."""
+    """The coloured images, resized to the input size of the model to avoid cropping."""
     for file in colour_folder.glob("*.png"):
-        with Image.open(file) as picture:
-            picture.resize((32, 32)).save(file)
+        with Image.open(file) as image:
+            image.resize((32, 32)).save(file)
     return colour_folder
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A checkpoint to start from, of an open_clip model with both towers."""
+    """A checkpoint for ``model.init_from``, with both towers."""
     path = tmp_path_factory.mktemp("start") / "step-1"
     towers = build_towers(parse_config({"model": tiny_model()}).model, 0.07, seed=3)
     save_checkpoint(path, towers, {"step": 1}, {"step": 1})

@@ -18,7 +18,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.embed_source import encode_pairs
 from clipkit.tasks.train import train
 from clipkit.training.build import build_towers
-from clipkit.training.data import HeldOut
+from clipkit.training.data import ValidationSet
 from clipkit.training.run_directory import read_log
 from clipkit.training.step import Trainer
 from tests.helpers.models import tiny_model
@@ -184,7 +184,7 @@ def test_measuring_from_features_gives_the_vectors_of_the_tower(
 ):
     whole = {"init_from": str(start), "lock": [tower]}
     model = locked_image(weights) if tower == "trunk" else whole
-    encode, seen = HeldOut.encode, []
+    encode, seen = ValidationSet.encode, []
 
     def compared(self, encoder):
         found = encode(self, encoder)
@@ -198,7 +198,7 @@ def test_measuring_from_features_gives_the_vectors_of_the_tower(
         seen.append((self.images is not None, self.captions is not None, len(found.skipped)))
         return found
 
-    monkeypatch.setattr(HeldOut, "encode", compared)
+    monkeypatch.setattr(ValidationSet, "encode", compared)
     data = {"val": str(held_out), "long_captions": "split", "feature_views": 2}
     train(uncropped(squares, model, data=data, train={"epochs": 2}), tmp_path / "run")
     assert set(seen) == {(tower != "text", tower == "text", 2)}

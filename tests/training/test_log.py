@@ -1,4 +1,4 @@
-"""The log of a run is strict JSON, whatever happens to its numbers, and its readers cope."""
+"""The log of a run is strict JSON, also if numbers are not finite, and its readers accept it."""
 
 import json
 import math
@@ -21,22 +21,22 @@ CLOCK = ("seconds", "samples_per_second", "waiting_for_data")
 
 
 def strict(run):
-    """The lines as a reader has them that knows RFC 8259 alone."""
+    """The lines, parsed by a reader that accepts only RFC 8259."""
 
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not valid JSON")
 
     text = (run / "log.jsonl").read_text(encoding="utf-8")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def bytes_but_for_the_clock(run):
+def lines_without_times(run):
     kept = [{k: v for k, v in line.items() if k not in CLOCK} for line in strict(run)]
     return [json.dumps(line) for line in kept]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_is_null_at_any_depth(tmp_path, value):
+def test_non_finite_numbers_are_null_at_any_depth(tmp_path, value):
     line = {"step": 3, "loss": value, "lr": 0.1, "held_out": {"r1": value, "r5": 0.5}}
     (tmp_path / "log.jsonl").write_text(log_line(line))
     assert strict(tmp_path) == [line | {"loss": None, "held_out": {"r1": None, "r5": 0.5}}]
@@ -45,7 +45,7 @@ def test_what_is_no_number_is_null_at_any_depth(tmp_path, value):
     np.testing.assert_equal(read, nothing)
 
 
-def test_numbers_keep_their_every_digit(tmp_path):
+def test_numbers_keep_all_digits(tmp_path):
     numbers = np.random.default_rng(0).normal(size=200).tolist()
     text = "".join(log_line({"step": i, "loss": x}) for i, x in enumerate(numbers))
     (tmp_path / "log.jsonl").write_text(text)
@@ -53,7 +53,7 @@ def test_numbers_keep_their_every_digit(tmp_path):
     assert [line["loss"] for line in read_log(tmp_path)] == numbers
 
 
-def test_old_logs_and_torn_ones_are_read(tmp_path):
+def test_old_and_truncated_logs_are_read(tmp_path):
     text = '{"step": 1, "loss": NaN, "grad_norm": Infinity}\n{"step": 2, "loss": 1.5}\n{"step": 3, '
     (tmp_path / "log.jsonl").write_text(text)
     one, two = read_log(tmp_path)
@@ -61,7 +61,7 @@ def test_old_logs_and_torn_ones_are_read(tmp_path):
     assert two == {"step": 2, "loss": 1.5}
 
 
-def test_a_step_left_out_is_null_and_a_resumed_run_writes_the_same(
+def test_a_skipped_step_is_null_and_a_resumed_run_logs_the_same(
     colour_folder, tmp_path, fails, monkeypatch
 ):
     fails(lambda number, _: number in (2, 8, 12))
@@ -75,7 +75,7 @@ def test_a_step_left_out_is_null_and_a_resumed_run_writes_the_same(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         dies(patch, TrainingLoop, "_after_step", 10)
         train(config, tmp_path / "parts")
-    # A run that an older version began, which wrote NaN, goes on as well.
+    # Older versions wrote NaN; their runs can be resumed too.
     log = tmp_path / "parts" / "log.jsonl"
     before = log.read_text(encoding="utf-8")
     log.write_text(before.replace("null", "NaN"), encoding="utf-8")
@@ -84,31 +84,31 @@ def test_a_step_left_out_is_null_and_a_resumed_run_writes_the_same(
     kept = kept[: 1 + max(i for i, line in enumerate(kept) if '"held_out"' in line)]
     assert "null" in "".join(kept)
     assert log.read_text(encoding="utf-8").startswith("".join(kept))
-    assert bytes_but_for_the_clock(tmp_path / "parts") == bytes_but_for_the_clock(whole)
+    assert lines_without_times(tmp_path / "parts") == lines_without_times(whole)
     assert_same_run(whole, tmp_path / "parts")
 
 
-def test_readers_pass_over_what_has_no_number(colour_folder, tmp_path, fails):
+def test_readers_ignore_null(colour_folder, tmp_path, fails):
     fails(lambda number, _: number in (3, 12))
     run = train(configured(colour_folder), tmp_path / "run").run
     page = (run / "report.html").read_text(encoding="utf-8")
     last = next(line["loss"] for line in strict(run) if "loss" in line and line["step"] == 11)
     assert f"<b>{last:.3f}</b><span>final loss</span>" in page
     assert not re.search(r"\bnan\b", page, re.IGNORECASE)
-    picture = plot_runs([run])._repr_png_()
-    assert picture.startswith(b"\x89PNG")
+    image = plot_runs([run])._repr_png_()
+    assert image.startswith(b"\x89PNG")
     gap = [LINES[0], LINES[1] | {"loss": math.nan}, *LINES[2:]]
     drawn = plot_run(gap, "a run").figure.axes[0].lines[0].get_ydata()
     np.testing.assert_equal(drawn, [4.0, math.nan])
 
 
 def test_warnings_ignore_skipped_steps():
-    """Every other step left out: those between are stuck all the same, told when ten are seen."""
+    """Every other step is skipped; the others are stuck, which ten logged steps show."""
     settings = {"optim": {"warmup": 0.0}, "train": {"log_every_steps": 10, "batch_size": 64}}
     monitor = RunMonitor(parse_config(settings), 1000, ())
-    told = []
+    warnings = []
     for step in range(10, 601, 10):
         loss = 4.0 if step % 20 else math.nan
         line = {"step": step, "loss": loss, "chance_loss": 4.0, "scale": 20.0, "seconds": 1.0}
-        told += [(step, about) for about, _ in monitor.update(line | {"waiting_for_data": 0.0})]
-    assert told == [(190, "stuck")]
+        warnings += [(step, about) for about, _ in monitor.update(line | {"waiting_for_data": 0.0})]
+    assert warnings == [(190, "stuck")]

@@ -1,3 +1,5 @@
+"""How ``train.precision = "auto"`` is resolved."""
+
 import pytest
 import torch
 
@@ -24,13 +26,13 @@ def test_a_set_precision_is_used(monkeypatch, setting):
 
 
 @pytest.mark.parametrize(
-    ("width", "pairs", "chosen"),
+    ("width", "pairs", "expected"),
     [(128, 16, "bf16"), (128, 15, "fp32"), (96, 512, "fp32"), (32, 16, "fp32")],
 )
-def test_auto_follows_width_and_micro_batch_on_a_cpu(monkeypatch, width, pairs, chosen):
+def test_auto_follows_width_and_micro_batch_on_a_cpu(monkeypatch, width, pairs, expected):
     built = towers(width=width, layers=1, head_width=16, patch_size=16, image_size=32)
     monkeypatch.setattr(precision, "has_bf16", lambda kind: True)
-    assert resolve_precision("auto", built, pairs, CPU) == chosen
+    assert resolve_precision("auto", built, pairs, CPU) == expected
     monkeypatch.setattr(precision, "has_bf16", lambda kind: False)
     assert resolve_precision("auto", built, pairs, CPU) == "fp32"
 
@@ -45,7 +47,9 @@ def test_auto_is_bf16_on_a_gpu_with_bf16_units(monkeypatch):
     assert resolve_precision("auto", towers(), 2, torch.device("cuda")) == "bf16"
 
 
-def test_a_run_writes_down_what_was_chosen_and_keeps_it(colour_folder, tmp_path, monkeypatch):
+def test_a_run_records_its_precision_and_keeps_it_when_resumed(
+    colour_folder, tmp_path, monkeypatch
+):
     from clipkit.tasks import train as task
 
     settings = {
@@ -53,10 +57,10 @@ def test_a_run_writes_down_what_was_chosen_and_keeps_it(colour_folder, tmp_path,
         "data": {"train": str(colour_folder), "val_fraction": 0.0, "workers": 1},
         "train": {"batch_size": 4, "steps": 2, "save_every_epochs": 0.34},
     }
-    asked = []
+    calls = []
 
     def chosen(setting, towers, pairs, device):
-        asked.append((setting, pairs))
+        calls.append((setting, pairs))
         return "bf16"
 
     monkeypatch.setattr(task, "resolve_precision", chosen)
@@ -64,4 +68,4 @@ def test_a_run_writes_down_what_was_chosen_and_keeps_it(colour_folder, tmp_path,
     assert 'precision = "bf16"' in (run / "config.toml").read_text()
     (run / "manifest.json").unlink()
     task.train(parse_config(settings), run, resume=True)
-    assert asked == [("auto", 4), ("bf16", 4)]
+    assert calls == [("auto", 4), ("bf16", 4)]

@@ -1,4 +1,4 @@
-"""Steps without a finite gradient: left out without a trace, then back to a good checkpoint."""
+"""Non-finite steps are skipped without a trace; several in a row roll the run back."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from clipkit.data.loader import PairBatch
 from clipkit.errors import TrainingError
 from clipkit.models.tokenizer import tokenize
 from clipkit.tasks.train import train
-from clipkit.training import step as learning
+from clipkit.training import step as step_module
 from clipkit.training.build import build_towers
 from clipkit.training.distributed import World
 from clipkit.training.loop import TrainingLoop
@@ -36,7 +36,7 @@ def settings(**train):
     } | train
 
 
-def test_a_step_left_out_changes_nothing(fails):
+def test_a_skipped_step_changes_nothing(fails):
     convolutions = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
     config = tiny_config(vision=convolutions)
     trainer = Trainer(build_towers(config.model, 0.07, 0), config, World())
@@ -58,10 +58,10 @@ def test_a_step_left_out_changes_nothing(fails):
     assert any(not torch.equal(changed[name], before[name]) for name in before)
 
 
-def test_a_run_goes_back_to_the_last_good_checkpoint_with_a_lower_rate(
+def test_a_run_rolls_back_to_the_last_good_checkpoint_with_a_lower_rate(
     colour_folder, tmp_path, fails, monkeypatch, capsys
 ):
-    # Saved every three steps. Steps 8 to 10 fail, so what step 9 saved is no good.
+    # Checkpoints every three steps. Steps 8 to 10 fail, so checkpoint 9 is not a good one.
     fails(lambda number, rate: rate == 1 and number >= 8)
     config = configured(colour_folder, train=settings())
     run = train(config, tmp_path / "run").run
@@ -73,72 +73,72 @@ def test_a_run_goes_back_to_the_last_good_checkpoint_with_a_lower_rate(
     assert rates[1] == rates[0] / 2
     assert "rolling back to step 6" in capsys.readouterr().err
     assert steps(run) == [9, 12]
-    # The same by hand: six steps, then the rest at half the rate.
+    # The same in two runs: six steps, then the rest at half the rate.
     monkeypatch.undo()
     stopped(monkeypatch, 7)
     with pytest.raises(RuntimeError, match="killed"):
-        train(config, tmp_path / "hand")
+        train(config, tmp_path / "manual")
     monkeypatch.undo()
-    whole_rate = learning.learning_rate
-    monkeypatch.setattr(learning, "learning_rate", lambda *args: whole_rate(*args) / 2)
-    train(config, tmp_path / "hand", resume=True)
-    ours, theirs = last_weights(run), last_weights(tmp_path / "hand")
+    whole_rate = step_module.learning_rate
+    monkeypatch.setattr(step_module, "learning_rate", lambda *args: whole_rate(*args) / 2)
+    train(config, tmp_path / "manual", resume=True)
+    ours, theirs = last_weights(run), last_weights(tmp_path / "manual")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def stopped(monkeypatch, at, returns=0):
-    """Let a run die after a step, once it went back so many times."""
-    between = TrainingLoop._after_step
+def stopped(monkeypatch, at, rollbacks=0):
+    """Make a run die after a step, once it has rolled back so many times."""
+    original = TrainingLoop._after_step
 
     def die(loop):
-        if (loop.step, loop.trainer.recovery.rollbacks) == (at, returns):
+        if (loop.step, loop.trainer.recovery.rollbacks) == (at, rollbacks):
             raise RuntimeError("killed")
-        return between(loop)
+        return original(loop)
 
     monkeypatch.setattr(TrainingLoop, "_after_step", die)
 
 
-@pytest.mark.parametrize(("at", "returns"), [(9, 0), (8, 1), (10, 1), (11, 1)])
-def test_a_run_that_went_back_resumes_as_if_never_interrupted(
-    colour_folder, tmp_path, fails, monkeypatch, at, returns
+@pytest.mark.parametrize(("at", "rollbacks"), [(9, 0), (8, 1), (10, 1), (11, 1)])
+def test_a_run_that_rolled_back_resumes_as_if_never_interrupted(
+    colour_folder, tmp_path, fails, monkeypatch, at, rollbacks
 ):
     fails(lambda number, rate: rate == 1 and number >= 8)
     config = configured(colour_folder, train=settings())
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        stopped(patch, at, returns)
+        stopped(patch, at, rollbacks)
         train(config, tmp_path / "run")
     train(config, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("at", [pytest.param(5, marks=pytest.mark.slow), 7])
-def test_an_interrupt_does_not_change_where_a_run_goes_back(
+def test_an_interrupt_does_not_change_where_a_run_rolls_back_to(
     colour_folder, tmp_path, fails, monkeypatch, at
 ):
-    # Saved every three steps; 9 to 11 fail, so that it goes back to step 6.
+    # Checkpoints every three steps; steps 9 to 11 fail, so the run rolls back to step 6.
     fails(lambda number, rate: rate == 1 and number >= 9)
     config = configured(colour_folder, train=settings(save_every_minutes=0))
     train(config, tmp_path / "whole")
-    between = TrainingLoop._after_step
+    original = TrainingLoop._after_step
 
     def interrupting(loop):
         if loop.step == at - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return between(loop)
+        return original(loop)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "_after_step", interrupting)
         assert train(config, tmp_path / "run").step == at
     assert steps(tmp_path / "run")[-1] == at
-    # Now one that the clock wants at each step, too.
+    # Save an interim checkpoint at each step, too.
     often = configured(colour_folder, train=settings(save_every_minutes=1e-9))
     train(often, tmp_path / "run", resume=True)
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
+def test_without_a_good_checkpoint_it_rolls_back_to_the_initial_weights(
     colour_folder, tmp_path, fails, monkeypatch
 ):
     fails(lambda number, rate: rate == 1 and number >= 2)
@@ -156,8 +156,8 @@ def test_without_a_good_checkpoint_it_goes_back_to_the_initial_weights(
 
 @pytest.mark.parametrize("at", [3, 12])
 @pytest.mark.parametrize("measured", [True, False])
-def test_weights_that_are_broken_send_it_back(colour_folder, tmp_path, monkeypatch, at, measured):
-    """A step with a finite gradient that leaves no finite weights, before a checkpoint."""
+def test_non_finite_weights_roll_the_run_back(colour_folder, tmp_path, monkeypatch, at, measured):
+    """A step with a finite gradient leaves non-finite weights, just before a checkpoint."""
     take_step = Trainer.take_step
 
     def breaking(self, batch, step, progress):
@@ -179,7 +179,7 @@ def test_weights_that_are_broken_send_it_back(colour_folder, tmp_path, monkeypat
     assert all(torch.isfinite(tensor).all() for tensor in last_weights(run).values())
 
 
-def test_the_factor_on_the_rate_can_be_chosen(colour_folder, tmp_path, fails):
+def test_the_factor_on_the_learning_rate_is_configurable(colour_folder, tmp_path, fails):
     fails(lambda number, rate: rate == 1 and number >= 5)
     config = configured(colour_folder, train=settings(rollback_lr_factor=0.25))
     lines = read_log(train(config, tmp_path / "run").run)
@@ -187,7 +187,7 @@ def test_the_factor_on_the_rate_can_be_chosen(colour_folder, tmp_path, fails):
     assert rates[1] == rates[0] / 4
 
 
-def test_the_checkpoint_to_go_back_to_is_not_pruned(colour_folder, tmp_path, fails):
+def test_the_last_good_checkpoint_is_not_pruned(colour_folder, tmp_path, fails):
     fails(lambda number, rate: rate == 1 and number >= 5)
     run = train(configured(colour_folder, train=settings(keep_last=1)), tmp_path / "run").run
     (back,) = [line for line in read_log(run) if "rolled_back_to" in line]
@@ -195,7 +195,7 @@ def test_the_checkpoint_to_go_back_to_is_not_pruned(colour_folder, tmp_path, fai
     assert steps(run) == [12]
 
 
-def test_it_goes_further_back_and_gives_up_in_the_end(colour_folder, tmp_path, fails):
+def test_a_run_stops_after_the_maximum_number_of_rollbacks(colour_folder, tmp_path, fails):
     fails(lambda number, _: number >= 8)
     config = configured(colour_folder, train=settings(keep_last=3, max_rollbacks=2))
     with pytest.raises(
@@ -207,15 +207,15 @@ def test_it_goes_further_back_and_gives_up_in_the_end(colour_folder, tmp_path, f
     ] == [6, 6]
 
 
-def test_a_checkpoint_from_which_nothing_good_came_is_passed_over(colour_folder, tmp_path, fails):
-    # The step that step 6 saves is the one that breaks the weights: nothing after it works.
+def test_a_checkpoint_followed_only_by_non_finite_steps_is_not_good(colour_folder, tmp_path, fails):
+    # Every step after checkpoint 6 fails, as if step 6 had broken the weights.
     fails(lambda number, rate: rate == 1 and number >= 7)
     run = train(configured(colour_folder, train=settings(keep_last=3)), tmp_path / "run").run
     assert [line["rolled_back_to"] for line in read_log(run) if "rolled_back_to" in line] == [3]
 
 
 @pytest.mark.parametrize("max_nonfinite_steps", [3, 100])
-def test_a_run_without_one_finite_step_is_an_error(
+def test_a_run_without_a_finite_step_is_an_error(
     colour_folder, tmp_path, fails, max_nonfinite_steps
 ):
     fails(lambda *_: True)
@@ -226,8 +226,8 @@ def test_a_run_without_one_finite_step_is_an_error(
         )
 
 
-def test_two_processes_go_back_together(colour_folder, tmp_path):
-    """A rate that breaks the weights at the first step: back to the initial ones, then the end."""
+def test_two_processes_roll_back_together(colour_folder, tmp_path):
+    """The first step breaks the weights: the run rolls back to the initial ones, then fails."""
     config = configured(
         colour_folder,
         optim={"name": "sgd", "lr": 1e30, "warmup": 0.0},
@@ -235,13 +235,13 @@ def test_two_processes_go_back_together(colour_folder, tmp_path):
     )
     with pytest.raises(TrainingError) as alone:
         train(config, tmp_path / "alone")
-    said, code = end(train_with_two(config, tmp_path / "two"))
+    output, code = end(train_with_two(config, tmp_path / "two"))
     assert code == 1
-    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     wanted = str(alone.value).replace(str(tmp_path / "alone"), str(tmp_path / "two"))
-    assert sentences == [f"error: {wanted}"], said
+    assert errors == [f"error: {wanted}"], output
     assert "up to step 4, after 1 rollbacks" in wanted
     for run in ("alone", "two"):
-        told = [line for line in read_log(tmp_path / run) if "warning" in line]
-        assert [line["kind"] for line in told] == ["skipped", "rollback"]
-        assert told[1]["rolled_back_to"] == 0
+        warnings = [line for line in read_log(tmp_path / run) if "warning" in line]
+        assert [line["kind"] for line in warnings] == ["skipped", "rollback"]
+        assert warnings[1]["rolled_back_to"] == 0

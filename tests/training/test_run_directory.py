@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and its log as TensorBoard reads it."""
+"""Retention of checkpoints, and the TensorBoard log of a run."""
 
 import sys
 from typing import get_args
@@ -19,26 +19,24 @@ from tests.helpers.runs import assert_same_run, configured, steps
 
 
 def measured(monkeypatch, recalls):
-    """Let the held-out recall of a run be these numbers, one after the other."""
-    ahead = iter(recalls)
+    """Replace the held-out recall of a run by these numbers, one per evaluation."""
+    remaining = iter(recalls)
 
     def recall(*_):
-        return dict.fromkeys(get_args(Metric)[1:], next(ahead))
+        return dict.fromkeys(get_args(Metric)[1:], next(remaining))
 
     monkeypatch.setattr("clipkit.training.loop.retrieval_recall", recall)
 
 
-def test_the_metrics_that_can_be_named_are_those_measured():
+def test_valid_metric_names_are_those_that_are_measured():
     vectors = np.eye(3, dtype=np.float32)
     assert {"", *retrieval_recall(vectors, vectors, np.arange(3))} == set(get_args(Metric))
     with pytest.raises(ConfigError, match="did you mean text_to_image_r1"):
         configured("x", train={"best_metric": "text_to_image_1"})
 
 
-def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
-    colour_folder, tmp_path, monkeypatch
-):
-    # Three steps an epoch; measured between the saves, with the best in the middle, twice.
+def test_the_best_checkpoint_is_kept_and_a_run_loads_its_last(colour_folder, tmp_path, monkeypatch):
+    # Evaluated every two steps, saved every three. Steps 4 and 8 tie for the best recall.
     measured(monkeypatch, [0.1, 0.5, 0.4, 0.5, 0.2, 0.3])
     config = configured(
         colour_folder,
@@ -54,7 +52,7 @@ def test_the_best_checkpoint_stays_and_the_run_stands_for_its_last(
     assert clipkit.load_model(f"{out}/best").model == clipkit.load_model(out / "step-4").model
 
 
-def test_every_nth_checkpoint_stays(colour_folder, tmp_path):
+def test_every_nth_checkpoint_is_kept(colour_folder, tmp_path):
     config = configured(
         colour_folder,
         train={
@@ -71,7 +69,7 @@ def test_every_nth_checkpoint_stays(colour_folder, tmp_path):
         clipkit.load_model(f"{out}/best")
 
 
-def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypatch):
+def test_a_resumed_run_remembers_the_best_checkpoint(colour_folder, tmp_path, monkeypatch):
     settings = {"epochs": 4, "eval_every_epochs": 2 / 3, "save_every_epochs": 1, "keep_last": 1}
     recalls = [0.1, 0.5, 0.4, 0.3, 0.6, 0.3]
     measured(monkeypatch, recalls)
@@ -88,16 +86,16 @@ def test_what_was_best_is_known_after_resuming(colour_folder, tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_small_parts_of_an_epoch_are_measured_every_step(colour_folder, tmp_path):
+def test_an_interval_shorter_than_a_step_evaluates_every_step(colour_folder, tmp_path):
     config = configured(colour_folder, train={"epochs": 1, "eval_every_epochs": 0.1})
     lines = read_log(train(config, tmp_path / "run").run)
     assert [line["step"] for line in lines if "held_out" in line] == [1, 2, 3]
 
 
-def test_a_full_disk_costs_neither_the_best_nor_the_last(
+def test_a_full_disk_loses_neither_the_best_nor_the_last_checkpoint(
     colour_folder, disk, monkeypatch, tmp_path
 ):
-    # Room for two checkpoints of 20 MB: the third is refused, and only then would one be removed.
+    # Room for two checkpoints of 20 MB. The third fails before an old one is removed.
     disk.grow("45m")
     measured(monkeypatch, [0.5, 0.1, 0.2])
     config = configured(colour_folder, train={"epochs": 3, "keep_last": 1})
@@ -123,8 +121,8 @@ SCALARS = (
 )
 
 
-def assert_board_shows_the_log(run, lines):
-    """Every number of the lines is there, once, and nothing else."""
+def assert_tensorboard_equals_log(run, lines):
+    """TensorBoard has every number of the lines exactly once, and nothing else."""
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
@@ -150,21 +148,22 @@ def test_a_resumed_run_shows_each_point_once(colour_folder, tmp_path, monkeypatc
     run = train(config, tmp_path / "run", resume=True).run
     lines = read_log(run)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert_board_shows_the_log(run, lines)
+    assert_tensorboard_equals_log(run, lines)
 
 
-def test_a_run_that_went_back_shows_what_stands(colour_folder, tmp_path, fails):
+def test_tensorboard_omits_steps_that_were_rolled_back(colour_folder, tmp_path, fails):
     pytest.importorskip("tensorboard")
     fails(lambda number, rate: rate == 1 and number >= 8)
     config = configured(colour_folder, train={"tensorboard": True, "max_nonfinite_steps": 3})
     run = train(config, tmp_path / "run").run
     lines = read_log(run)
-    (back,) = [i for i, line in enumerate(lines) if "rolled_back_to" in line]
-    stands = [line for line in lines[:back] if line["step"] <= lines[back]["rolled_back_to"]]
-    assert_board_shows_the_log(run, stands + lines[back + 1 :])
+    (rollback,) = [i for i, line in enumerate(lines) if "rolled_back_to" in line]
+    target = lines[rollback]["rolled_back_to"]
+    valid = [line for line in lines[:rollback] if line["step"] <= target]
+    assert_tensorboard_equals_log(run, valid + lines[rollback + 1 :])
 
 
-def test_what_to_install_is_said_before_anything_is_done(colour_folder, tmp_path, monkeypatch):
+def test_a_missing_extra_is_reported_before_the_run_starts(colour_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = configured(colour_folder, train={"tensorboard": True})
     with pytest.raises(MissingExtraError, match=r"pip install 'clipkit\[tensorboard\]'"):

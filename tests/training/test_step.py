@@ -24,24 +24,24 @@ def dropped(share, seed=0):
     return tokens, drop_tokens(tokens, share, torch.Generator().manual_seed(seed))
 
 
-def test_equals_dropping_one_token_after_the_other():
+def test_token_dropout_equals_a_loop_over_tokens():
     tokens, found = dropped(0.4)
     drawn = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.4
     for row, draws, short in zip(tokens.tolist(), drawn.tolist(), found.tolist(), strict=True):
         end = row.index(END)
-        kept = [token for token, gone in zip(row[1:end], draws[1:end], strict=True) if not gone]
+        kept = [token for token, drop in zip(row[1:end], draws[1:end], strict=True) if not drop]
         wanted = [START, *kept, END]
         assert short == wanted + [0] * (77 - len(wanted))
 
 
-def test_drops_about_the_share_asked_for():
+def test_drops_about_the_given_fraction():
     tokens, found = dropped(0.3)
     before, after = (int((rows.argmax(1) - 1).sum()) for rows in (tokens, found))
     assert after / before == pytest.approx(0.7, abs=0.02)
     assert torch.equal(dropped(0.0)[1], tokens)
 
 
-def test_a_run_reads_captions_with_tokens_left_out(squares, tmp_path, monkeypatch):
+def test_a_run_drops_tokens(squares, tmp_path, monkeypatch):
     from clipkit.models.dual_encoder import DualEncoder
 
     read = []
@@ -58,14 +58,14 @@ def test_a_run_reads_captions_with_tokens_left_out(squares, tmp_path, monkeypatc
     assert set(lengths.tolist()) > {1, 2}
 
 
-def test_stored_captions_cannot_be_changed(squares, tmp_path, start):
+def test_token_dropout_is_refused_with_cached_caption_features(squares, tmp_path, start):
     model = {"init_from": str(start), "lock": ["text"]}
     with pytest.raises(ConfigError, match="token_dropout"):
         train(uncropped(squares, model, augment={"token_dropout": 0.5}), tmp_path / "run")
 
 
 def test_steps_equal_a_plain_pytorch_loop():
-    """Ten steps of CLIP as a textbook writes them: one matrix of logits, one backward pass."""
+    """Ten plain steps of CLIP: one matrix of logits, one backward pass."""
     config = parse_config(
         {
             "model": tiny_model(),
@@ -113,4 +113,4 @@ def test_steps_equal_a_plain_pytorch_loop():
         optimizer.step()
         expected.append((loss.item(), norm.item()))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-3, atol=2e-4)
-    assert expected[-1] != pytest.approx(expected[0], rel=1e-2)  # something was learned
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-2)  # the weights have changed

@@ -1,4 +1,4 @@
-"""Alarms during a run, from the lines of its log."""
+"""Warnings during a run, computed from its log."""
 
 import math
 
@@ -28,18 +28,18 @@ def warnings(lines, config=CONFIG, steps=1000, known=()):
     return [(item["step"], about) for item in lines for about, _ in monitor.update(item)]
 
 
-def test_a_healthy_run_is_left_alone():
+def test_a_healthy_run_has_no_warnings():
     lines = [line(step, loss=CHANCE * (1.05 - step / 1000)) for step in range(10, 1001, 10)]
     assert warnings(lines) == []
 
 
 @pytest.mark.parametrize(
-    ("of_chance", "wanted"), [(0.97, []), (0.985, [(190, "stuck")]), (1.3, [(190, "stuck")])]
+    ("of_chance", "expected"), [(0.97, []), (0.985, [(190, "stuck")]), (1.3, [(190, "stuck")])]
 )
-def test_a_loss_stuck_at_chance_warns_once_after_the_warm_up(of_chance, wanted):
-    # The warm-up ends at step 100; ten lines of the log after it make a hundred steps.
+def test_a_loss_stuck_at_chance_warns_once_after_the_warm_up(of_chance, expected):
+    # The warm-up ends at step 100; the ten log lines after it cover a hundred steps.
     lines = [line(step, loss=of_chance * CHANCE) for step in range(10, 601, 10)]
-    assert warnings(lines) == wanted
+    assert warnings(lines) == expected
 
 
 def test_single_steps_near_chance_do_not_warn():
@@ -47,30 +47,30 @@ def test_single_steps_near_chance_do_not_warn():
     assert warnings(lines) == []
 
 
-def test_a_temperature_at_its_limit_and_waiting():
+def test_warns_of_a_temperature_at_its_limit_and_of_waiting_for_data():
     pinned = [line(step, scale=99.99999 if step > 200 else 90.0) for step in range(10, 601, 10)]
     assert warnings(pinned) == [(300, "temperature")]
     starved = [line(step, waited=0.9 if step > 200 else 0.0) for step in range(10, 601, 10)]
     assert warnings(starved) == [(260, "waiting")]
 
 
-def test_a_resumed_run_says_what_the_whole_run_says():
+def test_a_resumed_run_gives_the_same_warnings():
     lines = [line(step, loss=CHANCE, scale=100.0, waited=0.6) for step in range(10, 301, 10)]
     whole = warnings(lines)
     assert sorted(about for _, about in whole) == ["stuck", "temperature", "waiting"]
     for cut in range(len(lines)):
-        said = [{"step": step, "kind": about, "warning": "…"} for step, about in whole]
+        logged = [{"step": step, "kind": about, "warning": "…"} for step, about in whole]
         known = lines[:cut]
-        known = known + [item for item in said if item["step"] <= 10 * cut]
+        known = known + [item for item in logged if item["step"] <= 10 * cut]
         assert warnings(lines[cut:], known=known) == [item for item in whole if item[0] > 10 * cut]
 
 
-def test_the_clock_ends_the_warm_up_too():
+def test_a_time_limit_also_ends_the_warm_up():
     config = parse_config(
         {"optim": {"warmup": 0.5}, "train": {"minutes": 1, "log_every_steps": 50}}
     )
     lines = [line(step, loss=CHANCE) | {"seconds": step / 50} for step in range(50, 3001, 50)]
-    # Half a minute is step 1500; five lines of the log from there on.
+    # The warm-up ends after half a minute, at step 1500; the next five log lines count.
     assert warnings(lines, config, steps=0) == [(1700, "stuck")]
 
 
@@ -86,12 +86,12 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220)}
 FIVE = COLOURS | {"white": (240, 240, 240), "black": (10, 10, 10)}
 
 
-@pytest.mark.parametrize(("shows", "told"), [(FIVE, []), (dict.fromkeys(FIVE, 0), ["stuck"])])
-def test_few_captions_are_no_reason_not_to_be_told(tmp_path, shows, told):
-    """Forty pictures with five captions, which tell what they show, or of which all are black."""
+@pytest.mark.parametrize(("colours", "expected"), [(FIVE, []), (dict.fromkeys(FIVE, 0), ["stuck"])])
+def test_a_stuck_run_with_few_distinct_captions_warns(tmp_path, colours, expected):
+    """Forty images with five captions, which describe them, or all of them black."""
     folder = tmp_path / "few"
     folder.mkdir()
-    for name, colour in shows.items():
+    for name, colour in colours.items():
         for number in range(8):
             Image.new("RGB", (32, 32), colour).save(folder / f"{name}-{number}.png")
             (folder / f"{name}-{number}.txt").write_text(f"a {name} picture\n")
@@ -102,11 +102,11 @@ def test_few_captions_are_no_reason_not_to_be_told(tmp_path, shows, told):
         | {"eval_every_epochs": 0, "save_every_epochs": 0},
     )
     lines = read_log(train(config, tmp_path / "run").run)
-    assert [item["kind"] for item in lines if "warning" in item] == told
-    # The like captions of twenty are not each other's negatives: about sixteen others are.
+    assert [item["kind"] for item in lines if "warning" in item] == expected
+    # Duplicate captions in a batch of twenty are masked; about sixteen negatives are left.
     steps = [item for item in lines if "loss" in item]
     assert all(math.log(14) < item["chance_loss"] < math.log(18) for item in steps)
-    # By ln(20) nobody would have been told.
+    # A chance loss of ln(20) would not have warned.
     assert steps[-1]["loss"] < 0.98 * math.log(20)
 
 

@@ -228,7 +228,7 @@ def test_the_locked_tower_sees_each_picture_once(squares, tmp_path, weights, mon
         (tiny_model() | {"lock": ["image"]}, "model.init_from or model.image_weights"),
         (tiny_model() | {"lock": ["text"]}, "set model.init_from"),
         ({"init_from": "START", "lock": ["image", "text"]}, "nothing to train"),
-        ({"init_from": "START", "image_weights": "FILE"}, "brings its own image tower"),
+        ({"init_from": "START", "image_weights": "FILE"}, "has its own image tower"),
         (tiny_model() | {"image_weights": "FILE"}, "vision.timm_model_name"),
         (
             tiny_model()

@@ -1,8 +1,8 @@
-"""manifest.json: what a directory holds and what made it.
+"""Artifacts: directories with a ``manifest.json`` that names their content and their model.
 
-A directory is complete if and only if its ``manifest.json`` exists. It is written in a temporary
-sibling, the manifest last, flushed to disk, then moved into place in one step, so that a reader
-finds the old state or the new one and never half of either.
+A directory is complete if and only if its ``manifest.json`` exists. A writer fills a temporary
+sibling directory, writes the manifest last, flushes everything to disk and renames the directory
+atomically. A reader therefore sees either the old state or the new one.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ from clipkit import __version__
 from clipkit.errors import ArtifactError, ModelMismatchError
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # in 1, which is read as well, an index is one segment
+FORMAT = 2  # format 1 is still readable; its indexes have a single segment
 EXTERNAL = "external:"
-"""Start of the fingerprint that stands for an unknown model."""
+"""Prefix of the fingerprint of an unknown model."""
 KINDS = ("run", "checkpoint", "features", "store", "index", "classifier")
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Which model made something.
+    """Identifies the model that an artifact was built with.
 
-    The fingerprint covers weights, activation, preprocessing and tokenizer; two references are
-    compatible if and only if their fingerprints are equal, whatever names and precision say.
+    The fingerprint covers weights, activation, preprocessing and tokenizer. Two references are
+    compatible if and only if their fingerprints are equal; name and precision do not matter.
     """
 
     name: str
@@ -45,12 +45,12 @@ class ModelRef:
 
     @classmethod
     def of_external(cls, dim: int) -> Self:
-        """The unknown model of vectors that were computed outside clipkit: compatible with none."""
+        """The unknown model of vectors computed outside clipkit; compatible with no other model."""
         return cls("external", "", f"{EXTERNAL}{uuid4().hex}", dim)
 
     @property
     def external(self) -> bool:
-        """Whether the vectors came from outside clipkit without a model."""
+        """Whether the vectors were computed outside clipkit, by an unknown model."""
         return self.fingerprint.startswith(EXTERNAL)
 
     def __str__(self) -> str:
@@ -60,15 +60,15 @@ class ModelRef:
         return f"{label} ({self.fingerprint[:12]})"
 
     def require(self, other: "ModelRef", *, what: str, repair: str) -> None:
-        """Refuse vectors of another model.
+        """Check that ``other`` is the same model.
 
         Raises:
-            ModelMismatchError: the fingerprints differ; ``what`` names the artifact made by this
-                model, ``repair`` the command that mends it.
+            ModelMismatchError: the fingerprints differ. The message says that ``what`` was built
+                with this model, and suggests ``repair``.
         """
         if self.fingerprint != other.fingerprint:
             raise ModelMismatchError(
-                f"{what} was made by {self}, but the model at hand is {other}; {repair}"
+                f"{what} was built with {self}, but the given model is {other}; {repair}"
             )
 
 
@@ -78,10 +78,10 @@ class Manifest:
 
     Attributes:
         kind: one of ``KINDS``.
-        model: the model that made it; None only for what no model made.
-        count: how many items it holds (images, vectors, steps).
-        source: where the content came from, and a fingerprint of it.
-        detail: what only this kind has (for an index: FAISS factory string, search-time knobs).
+        model: the model it was built with; None if no model was involved.
+        count: number of items (images, vectors or steps).
+        source: origin of the content, and its fingerprint.
+        detail: fields specific to the kind (an index: FAISS factory string, search parameters).
     """
 
     kind: str
@@ -94,18 +94,18 @@ class Manifest:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, the content of manifest.json."""
+        """The content of manifest.json as plain data."""
         return asdict(self)
 
     def require_model(self) -> ModelRef:
-        """The model that made it; raises ArtifactError where the manifest names none."""
+        """The model it was built with; raises ArtifactError if the manifest names none."""
         if self.model is None:
-            raise ArtifactError(f"this {self.kind} names no model in its {MANIFEST}; make it again")
+            raise ArtifactError(f"{MANIFEST} of this {self.kind} does not name a model; rebuild it")
         return self.model
 
 
 def is_complete(path: Path) -> bool:
-    """Whether ``path`` is a finished directory of clipkit's."""
+    """Whether ``path`` is a complete clipkit directory."""
     return (path / MANIFEST).is_file()
 
 
@@ -113,7 +113,8 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     """Read a directory's manifest and check that it is of the expected kind.
 
     Raises:
-        ArtifactError: missing, half-written, damaged, of another kind, or of a newer format.
+        ArtifactError: the manifest is missing, half-written, damaged, of another kind, or of a
+            newer format.
     """
     expected = f"a clipkit {kind}" if kind else "a clipkit run, store or index"
     file = path / MANIFEST
@@ -123,7 +124,7 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
         raise ArtifactError(_what_is_there(path, expected)) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{file} cannot be read ({error}), expected {expected}; make it again"
+            f"{file} cannot be read ({error}), expected {expected}; rebuild it"
         ) from None
     try:
         if raw["format"] > FORMAT:
@@ -148,30 +149,30 @@ def _what_is_there(path: Path, expected: str) -> str:
         if half.is_dir():
             return (
                 f"{path} is only half-written ({half} exists); "
-                "run the command that makes it again, it goes on from there"
+                "run the same command again to continue"
             )
         return f"{path} does not exist, expected {expected}"
-    return f"{path} has no {MANIFEST}, expected {expected}; name such a directory or make it again"
+    return f"{path} has no {MANIFEST}, expected {expected}; choose another directory or rebuild it"
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary sibling in which ``path`` is written."""
+    """The temporary sibling directory in which a writer builds ``path``."""
     path = Path(os.path.abspath(path))
     return path.parent / f".{path.name}.partial"
 
 
 class ArtifactWriter:
-    """Writes a directory in a temporary sibling and moves it into place when finished.
+    """Writes a directory in a temporary sibling and renames it when finished.
 
     Args:
-        path: where the directory shall stand.
+        path: the directory to write.
         kind: its kind.
-        replace: allow a complete directory of this kind to be replaced.
-        resume: go on in a sibling left behind by an interrupted writer instead of emptying it,
-            and leave it behind when interrupted.
+        replace: replace an existing complete directory of the same kind.
+        resume: continue in the temporary directory of an interrupted writer instead of emptying
+            it, and keep that directory if interrupted.
 
     Raises:
-        ArtifactError: ``path`` is taken or cannot be made, or another process is writing it.
+        ArtifactError: ``path`` is taken or cannot be created, or another process is writing it.
     """
 
     def __init__(
@@ -194,11 +195,11 @@ class ArtifactWriter:
             if found == self.kind and replace:
                 return
             raise ArtifactError(
-                f"{self.path} already holds a clipkit {found}; name another place or remove it"
+                f"{self.path} already holds a clipkit {found}; choose another path or remove it"
             )
         if not self.path.is_dir() or any(self.path.iterdir()):
             raise ArtifactError(
-                f"{self.path} exists and is no clipkit {self.kind}; name another place for it"
+                f"{self.path} exists and is not a clipkit {self.kind}; choose another path"
             )
 
     def __enter__(self) -> Self:
@@ -215,24 +216,24 @@ class ArtifactWriter:
         self._lock.release()
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest, flush everything to disk and move the directory into place."""
+        """Write the manifest, flush everything to disk and rename the directory to ``path``."""
         write_json(self.temp / MANIFEST, manifest.to_dict())
         sync_tree(self.temp)
         move_into_place(self.temp, self.path)
 
 
 class DirectoryLock:
-    """An advisory lock on a file, which the kernel releases when its process dies.
+    """An advisory file lock that the kernel releases when the process dies.
 
-    The file is deleted on release, and a lock on a deleted file does not count. The package
-    ``filelock`` leaves its lock files behind, beside every artifact.
+    The lock file is deleted on release, and a lock on a deleted file is ignored. The package
+    ``filelock`` would leave a lock file beside every artifact.
 
     Args:
         file: the lock file, created with its parent directories if missing.
-        guarded: the directory that it locks, named in the error.
+        guarded: the directory that it protects, named in the error.
 
     Raises:
-        ArtifactError: another process holds it, or it cannot be made.
+        ArtifactError: another process holds the lock, or the file cannot be created.
     """
 
     def __init__(self, file: Path, guarded: Path) -> None:
@@ -243,14 +244,14 @@ class DirectoryLock:
                 self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise ArtifactError(
-                    f"{guarded} cannot be written ({error.strerror}); name another place"
+                    f"{guarded} cannot be written ({error.strerror}); choose another path"
                 ) from None
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 os.close(self._fd)
                 raise ArtifactError(
-                    f"another process is writing {guarded}; wait for it or name another place"
+                    f"another process is writing {guarded}; wait for it or choose another path"
                 ) from None
             # The holder before us may have unlinked the file between our open and our lock.
             with suppress(FileNotFoundError):
@@ -259,18 +260,18 @@ class DirectoryLock:
             os.close(self._fd)
 
     def release(self) -> None:
-        """Let the next writer in."""
+        """Delete the lock file and release the lock."""
         self.file.unlink(missing_ok=True)
         os.close(self._fd)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` as indented UTF-8 JSON, in place of what was there, in one step."""
+    """Write ``content`` as indented UTF-8 JSON, replacing the file atomically."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a whole UTF-8 file in one step; where that fails, what was there stays."""
+    """Replace a UTF-8 text file atomically; on failure the old content remains."""
     temp = file.with_name(f".{file.name}.tmp")
     try:
         temp.write_text(text, encoding="utf-8")
@@ -296,7 +297,7 @@ def _sync(path: str | Path) -> None:
 
 
 def move_into_place(temp: Path, path: Path) -> None:
-    """Rename ``temp`` to ``path``; what stood there goes away in the same step."""
+    """Rename ``temp`` to ``path``, atomically replacing an existing directory."""
     if path.is_dir() and any(path.iterdir()):
         _exchange(temp, path)
         shutil.rmtree(temp, ignore_errors=True)
@@ -306,7 +307,7 @@ def move_into_place(temp: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two directories; in one step where the kernel can (Linux ``RENAME_EXCHANGE``)."""
+    """Swap two directories, atomically if the kernel can (Linux ``RENAME_EXCHANGE``)."""
     if sys.platform == "linux":
         at_cwd, exchange = -100, 2
         libc = ctypes.CDLL(None, use_errno=True)

@@ -1,37 +1,37 @@
-"""Every error clipkit raises on purpose.
+"""The exceptions that clipkit raises deliberately.
 
 ::
 
     ClipkitError
-    ├── ConfigError            a training config: an unknown key, a wrong type, a bad value
-    ├── DataError              a data source that cannot be opened, or lacks something
-    │   ├── ImageError         one image that cannot be read
-    │   └── SkipLimitError     more bad items than the limit allows
-    ├── CaptionError           a caption, label or template that does not fit
-    ├── ModelError             an unknown or unsuitable model, or weights out of reach
-    │   └── TrainingError      a run that cannot go on
-    ├── ArtifactError          a directory that is not as expected
-    │   ├── ModelMismatchError vectors of another model
-    │   └── SpecError          a FAISS factory string that cannot be used
-    ├── ServeError             a server that cannot start, or a refused request
-    └── MissingExtraError      an optional dependency that is not installed
+    ├── ConfigError            a training config has an unknown key, a wrong type or a bad value
+    ├── DataError              a data source cannot be opened or lacks required data
+    │   ├── ImageError         an image cannot be read
+    │   └── SkipLimitError     more items are unreadable than the limit allows
+    ├── CaptionError           a caption, label or template is invalid
+    ├── ModelError             a model is unknown or unsuitable, or its weights are unavailable
+    │   └── TrainingError      a training run cannot start or continue
+    ├── ArtifactError          a directory is not the expected artifact
+    │   ├── ModelMismatchError an artifact was built with a different model
+    │   └── SpecError          a FAISS factory string is invalid for these vectors
+    ├── ServeError             a server cannot start, or refuses a request
+    └── MissingExtraError      an optional dependency is not installed
 
 Each message is one sentence: what was found, what was expected, how to fix it. The command line
-prints it and exits with code 1; any other exception is a bug and shows its traceback.
+prints it and exits with code 1. Any other exception is a bug and shows its traceback.
 """
 
 import errno
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk."""
+"""Errors of the operating system for a full disk."""
 
 
 class ClipkitError(Exception):
-    """Base of every error that clipkit raises on purpose."""
+    """Base class of every error that clipkit raises deliberately."""
 
 
 class ConfigError(ClipkitError):
-    """A training config holds an unknown key, a wrong type or an impossible value."""
+    """A training config has an unknown key, a wrong type or an invalid value."""
 
 
 class DataError(ClipkitError):
@@ -39,11 +39,11 @@ class DataError(ClipkitError):
 
 
 class ImageError(DataError):
-    """One image cannot be read; the message is the reason alone, without the file's name."""
+    """An image cannot be read; the message is the reason, without the file name."""
 
 
 class SkipLimitError(DataError):
-    """More items were skipped than the allowed share."""
+    """More items were skipped than the limit allows."""
 
 
 class CaptionError(ClipkitError):
@@ -51,23 +51,23 @@ class CaptionError(ClipkitError):
 
 
 class ModelError(ClipkitError):
-    """A model is unknown or unsuitable, or its weights cannot be reached."""
+    """A model is unknown or unsuitable, or its weights are unavailable."""
 
 
 class TrainingError(ModelError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class ArtifactError(ClipkitError):
-    """A directory exists already, is half-written, or holds something unexpected."""
+    """A directory already exists, is incomplete, or is not the expected artifact."""
 
 
 class ModelMismatchError(ArtifactError):
-    """Vectors were encoded by another model."""
+    """An artifact was built with a different model."""
 
 
 class SpecError(ArtifactError):
-    """A FAISS factory string is malformed, or impossible for the given vectors."""
+    """A FAISS factory string is malformed, or invalid for the given vectors."""
 
 
 class ServeError(ClipkitError):

@@ -60,18 +60,18 @@ def print_status(message: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that reports progress: rank 0 of torchrun's, or the only one."""
+    """Whether this process reports progress: rank 0 under torchrun, or a single process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Meter:
-    """Samples per second and fraction of time spent waiting, since the last reading."""
+    """Measures samples per second and the fraction of time spent waiting for data."""
 
     def __init__(self) -> None:
         self.samples, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
-        """Yield items and count the time until each arrives as waiting."""
+        """Yield ``items`` and count the time until each arrives as waiting."""
         while True:
             asked = time.perf_counter()
             try:
@@ -83,7 +83,7 @@ class Meter:
             yield item
 
     def read(self) -> tuple[float, float]:
-        """Return samples per second and the fraction of time waited, in [0, 1], and reset."""
+        """Return samples per second and the waiting fraction in [0, 1] since the last call."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         result = self.samples / elapsed, self._waited / elapsed
         self.samples, self._waited, self._since = 0, 0.0, time.perf_counter()
@@ -98,9 +98,9 @@ def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
     thread signals cannot be caught, and the list stays empty.
 
     Args:
-        patient: ignore further signals: torchrun sends its own after the terminal's, and kills
-            after 30 seconds. SIGTERM stays ignored after an error, because torchrun sends it when a
-            process dies, and this one may be about to report why.
+        patient: ignore further signals. torchrun forwards a signal that the terminal has already
+            sent, and kills its processes after 30 seconds. SIGTERM stays ignored after an error:
+            torchrun sends it when a process dies, and this process may be about to report why.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -128,6 +128,6 @@ def catch_interrupts(patient: bool = False) -> Iterator[list[int]]:
 
 
 def share_done(step: int, steps: int, seconds: float, minutes: float) -> float:
-    """Completed fraction of a run, by steps or by the clock, whichever is larger. 0: no limit."""
+    """Completed fraction of a run, by steps or time, whichever is larger; 0 means no limit."""
     by_steps = step / steps if steps else 0.0
     return max(by_steps, seconds / (60 * minutes) if minutes else 0.0)

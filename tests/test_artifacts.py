@@ -62,7 +62,7 @@ def test_strangers_are_refused(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match="is no clipkit store"):
+    with pytest.raises(ArtifactError, match="is not a clipkit store"):
         write(photos, replace=True)
     assert (photos / "a.jpg").read_bytes() == b"x"
     with pytest.raises(ArtifactError, match="has no manifest.json"):

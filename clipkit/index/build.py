@@ -1,4 +1,4 @@
-"""Write a segment: train on a sample, then block by block to FAISS, records and vectors."""
+"""Write a segment: train FAISS on a sample, then add vectors and records block by block."""
 
 import hashlib
 from collections.abc import Iterator
@@ -30,9 +30,9 @@ from clipkit.store.shards import Vectors, conform, widened
 
 
 class Rows(Protocol):
-    """What a segment is made of: a store, or rows of an index.
+    """The input of a segment: a store, or rows of an index.
 
-    ``shards`` gives the same rows at each call, float32 [m, dim] beside a table of m rows.
+    ``shards`` yields vectors, float32 [m, dim], and a table of m records; the same at each call.
     """
 
     @property
@@ -45,13 +45,13 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Built:
-    """A segment that was written.
+    """A written segment.
 
     Attributes:
         parts: its files.
         index: its FAISS index.
-        trained_on: how many vectors it was trained on.
-        next_id: the id that the next row would get.
+        trained_on: number of training vectors.
+        next_id: id of the next new row.
     """
 
     parts: Parts
@@ -66,15 +66,15 @@ def write_segment(
     """Write the files of a segment.
 
     Args:
-        folder: where they go.
-        rows: vectors and records; those with an ``id`` keep it.
+        folder: directory of the files.
+        rows: vectors and records; records with an ``id`` keep it.
         spec: FAISS factory string.
-        what: the index that errors name.
-        generation: number in the files' names; 0 for none.
-        next_id: the first id for rows that have none.
+        what: the index named in errors.
+        generation: number in the file names; 0 for none.
+        next_id: the first id for rows without one.
 
     Raises:
-        SpecError: the spec is malformed or impossible for these vectors.
+        SpecError: the spec is malformed or invalid for these vectors.
         ArtifactError: the rows are damaged, or the disk is full.
     """
     index = new_index(spec, rows.dim, len(rows))
@@ -100,13 +100,13 @@ def write_segment(
 
 
 def sealed(file: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file."""
+    """Return the size in bytes and the SHA-256 of a file."""
     with file.open("rb") as stream:
         return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cannot_write(path: Path, error: Exception) -> ArtifactError:
-    """The error for an index that cannot be written."""
+    """Build the error for an index that cannot be written."""
     return ArtifactError(
         f"{path} cannot be written ({short(error)}); make room on that disk and run the same "
         "command again"
@@ -114,7 +114,7 @@ def cannot_write(path: Path, error: Exception) -> ArtifactError:
 
 
 def _train(index: Any, rows: Rows) -> int:
-    """Train on a sample that is spread over the rows, and bounded; returns its size."""
+    """Train on a bounded sample spread over all rows; return the sample size."""
     if index.is_trained:
         return 0
     wanted = max(TRAINING_ROWS, ROWS_PER_CENTROID * training_rows_needed(index))
@@ -127,12 +127,12 @@ def _train(index: Any, rows: Rows) -> int:
 
 
 def _pour(rows: Rows, index: Any, files: list[Path], next_id: int) -> int:
-    """Add all rows to the index, their records and vectors to the files; returns the next id."""
+    """Add all rows to the index, and write records and vectors to files; return the next id."""
     with_ids = isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2)
     schema = widened(*(table.schema for _, table in rows.shards()), pa.schema([ID]))
     with ExitStack() as stack:
         records = stack.enter_context(pq.ParquetWriter(files[0], schema))
-        # Written, not mapped: a full disk under a memory map would kill the process.
+        # Not a memory map: if the disk is full, writing to one kills the process.
         plain = stack.enter_context(files[1].open("wb")) if len(files) > 1 else None
         if plain is not None:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), rows.dim)}
@@ -151,7 +151,7 @@ def _pour(rows: Rows, index: Any, files: list[Path], next_id: int) -> int:
 
 
 def _numbered(table: pa.Table, next_id: int) -> tuple[pa.Table, int]:
-    """The table with an id for every row that has none, and the id after those."""
+    """Assign ids to rows that have none; return the table and the next id."""
     ids = table[ID.name]
     missing = np.asarray(ids.is_null())
     numbers = ids.fill_null(0).to_numpy().copy()

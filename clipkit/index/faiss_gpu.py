@@ -1,7 +1,7 @@
-"""FAISS on a GPU, if there is one and the extra ``gpu`` is installed.
+"""FAISS on a GPU, if one is available and the extra ``gpu`` is installed.
 
-The CPU does what a GPU cannot: graphs such as HNSW, selectors, an index larger than its memory.
-Indexes on disk are the same either way.
+FAISS falls back to the CPU for features that its GPU indexes lack: graphs such as HNSW, selectors,
+and indexes larger than GPU memory. Index files are identical on both.
 """
 
 from collections.abc import Iterator
@@ -14,44 +14,44 @@ import faiss as typed_faiss
 
 from clipkit.progress import print_status
 
-# Its stubs are those of the CPU package.
+# The type stubs describe the CPU package.
 faiss: Any = typed_faiss
 MIN_QUERIES = 64
-"""Queries after which an index is copied to the GPU; for fewer the copy takes most of the time."""
+"""Minimum number of queries to copy an index to the GPU; with fewer, the copy takes longest."""
 
 
 @cache
 def gpu_count() -> int:
-    """How many GPUs FAISS can use; warns once if faiss-cpu hides the package for GPUs."""
+    """Number of GPUs that FAISS can use; warns once if faiss-cpu has overwritten faiss-gpu."""
     if hasattr(faiss, "StandardGpuResources"):
         return int(faiss.get_num_gpus())
     try:
         found = version("faiss-gpu")
     except PackageNotFoundError:
         return 0
-    # Both packages install the module faiss, and pip lets the later one overwrite the other.
+    # Both packages install the module faiss; pip lets the later one overwrite the earlier.
     print_status(
-        f"faiss-gpu {found} is installed, but faiss-cpu overwrote its files, so that no GPU is "
-        "used; run: pip install --force-reinstall --no-deps faiss-gpu"
+        f"faiss-gpu {found} is installed, but faiss-cpu overwrote its files and FAISS uses no "
+        "GPU; run: pip install --force-reinstall --no-deps faiss-gpu"
     )
     return 0
 
 
 def to_gpu(index: Any) -> Any | None:
-    """A copy of a FAISS index on the first GPU; None if there is no GPU or it cannot hold it."""
+    """Copy a FAISS index to the first GPU; None if there is no GPU or the index does not fit."""
     if not gpu_count():
         return None
     try:
         return faiss.index_cpu_to_gpu(_resources(), 0, index)
-    except (RuntimeError, MemoryError):  # some classes do not exist on GPUs
+    except (RuntimeError, MemoryError):  # some index types have no GPU version
         return None
 
 
 @contextmanager
 def clustering_on_gpu(index: Any) -> Iterator[None]:
-    """Let an IVF find its centroids on the GPU, which is most of its training."""
+    """Train the centroids of an IVF index, most of its training time, on the GPU."""
     ivf: Any = faiss.try_extract_index_ivf(index) if gpu_count() else None
-    # What FAISS would use itself: lists by inner product, a graph's by L2 distance.
+    # Same metrics as FAISS on the CPU: inner product for lists, L2 distance for a graph.
     wanted = {"\0": faiss.IndexFlatIP, "\2": faiss.IndexFlatL2}
     kind = wanted.get(ivf.quantizer_trains_alone) if ivf is not None else None
     helper = None if kind is None else to_gpu(kind(ivf.d))

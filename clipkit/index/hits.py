@@ -1,4 +1,4 @@
-"""What a search returns: hits, best first, which read their images and records on demand."""
+"""Search results: hits in order of score, which read their images and records on demand."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ from clipkit.index.roots import Root, file_of, owner
 
 @dataclass(frozen=True)
 class Hit:
-    """One item of an index that a search found.
+    """An item of an index found by a search.
 
     Attributes:
         key: the item's key.
         score: inner product with the query, -1 to 1; higher is better.
-        id: the item's number, which survives a new key.
-        probability: that the item shows what the query text describes; None without calibration.
+        id: the item's number, which stays the same if the key changes.
+        probability: probability that the image matches the query text; None without calibration.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Hit:
 
 
 Record = dict[str, Any]
-"""A hit's record: ``captions``, ``label``, and the other columns under ``more``."""
+"""The record of a hit: ``captions``, ``label``, and all other columns under ``more``."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Hits(Sequence[Hit]):
 
     Attributes:
         items: the hits.
-        query: the query in words.
-        roots: where the images of the index are.
+        query: a description of the query.
+        roots: the roots of the index, to find the images.
         read_records: reads the records of hits; None for hits without an index.
     """
 
@@ -95,7 +95,7 @@ class Hits(Sequence[Hit]):
         return data_frame(columns)
 
     def picture(self, hit: Hit) -> bytes | None:
-        """A small JPEG of a hit; None if its image is on the hub, gone or unreadable."""
+        """A JPEG thumbnail of a hit; None if its image is on the hub, missing or unreadable."""
         try:
             found: Path | bytes | None = file_of(self.roots, hit.key)
             if found is None and self._inside.hold(hit.key):
@@ -122,12 +122,12 @@ def _score(hit: Hit) -> str:
 
 
 class InsidePictures:
-    """Reads images inside tables, tars and saved datasets, each of which is opened once.
+    """Reads images inside tables, tars and saved datasets; opens each container once.
 
-    No part of a key becomes a path. Thread-safe.
+    No part of a key is used as a path. Thread-safe.
 
     Args:
-        roots: where the images of the index are.
+        roots: the roots of the index.
     """
 
     def __init__(self, roots: Sequence[Root]) -> None:
@@ -141,7 +141,7 @@ class InsidePictures:
         return not root.folder and holds_pictures(root.where)
 
     def open(self, key: str) -> Pictures:
-        """The container of a key's image; raises DataError if it cannot be opened."""
+        """Open the container of a key's image; raises DataError if that fails."""
         where = owner(self._roots, key).where
         with self._lock:
             if where not in self._opened:
@@ -149,9 +149,9 @@ class InsidePictures:
             return self._opened[where]
 
     def read(self, key: str) -> bytes | None:
-        """The content of an image; None if there is none of that key.
+        """The bytes of an image; None if the container does not have the key.
 
         Raises:
-            DataError: the container is gone or damaged.
+            DataError: the container is missing or damaged.
         """
         return self.open(key).read(key[len(owner(self._roots, key).key("")) :])

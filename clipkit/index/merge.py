@@ -1,4 +1,4 @@
-"""Merge indexes into one, with unique keys and without the same image twice."""
+"""Merge indexes into one, with unique keys and each image once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,37 +15,37 @@ from clipkit.index.vector_index import VectorIndex, write_index
 from clipkit.store.shards import Vectors
 
 KEPT = ("decode",)
-"""Fields of the first manifest that also hold for the merged index."""
+"""Manifest fields that the merged index takes from the first index."""
 
 
 def merge_indexes(
     paths: Sequence[str | Path], out: str | Path, spec: str | None = None
 ) -> VectorIndex:
-    """Build an index of all rows of several; theirs stay as they are.
+    """Build a new index from all rows of several indexes, which stay unchanged.
 
-    Images of the first keep their keys and ids. Those of a folder that an earlier index holds too
-    are the same images, of which the one changed last is taken; those of another folder get its
-    name before their keys.
+    Images of the first index keep their keys and ids. If two indexes contain the same folder, the
+    more recently modified version of each image is used. Images of other folders get the folder's
+    name as a key prefix.
 
     Args:
-        paths: the indexes, two or more, of one model.
+        paths: at least two indexes built with the same model.
         out: directory of the new index.
-        spec: FAISS factory string; None: the first one's.
+        spec: FAISS factory string; None uses that of the first index.
 
     Raises:
-        ModelMismatchError: they are of different models.
-        ArtifactError: fewer than two, one is damaged, or ``out`` is taken.
-        SpecError: the spec is impossible for these vectors.
+        ModelMismatchError: the indexes were built with different models.
+        ArtifactError: there are fewer than two indexes, one is damaged, or ``out`` is taken.
+        SpecError: the spec is invalid for these vectors.
     """
     indexes = [VectorIndex.open(path) for path in paths]
     if len(indexes) < 2:
-        raise ArtifactError(f"{len(indexes)} indexes to merge, expected two or more; name another")
+        raise ArtifactError(f"got {len(indexes)} indexes, expected at least two; name another")
     first = indexes[0]
     for other in indexes[1:]:
         first.model.require(
             other.model,
             what=f"the index {first.path}",
-            repair=f"build {other.path} again with that model",
+            repair=f"rebuild {other.path} with that model",
         )
         decodes = [one.decode for one in (first, other)]
         if decodes[0] != decodes[1]:
@@ -64,7 +64,7 @@ def merge_indexes(
 
 @dataclass
 class _Part:
-    """What becomes of one index: its new keys, and which of its rows are taken."""
+    """One input index: the new keys of its rows, and which rows to use."""
 
     index: VectorIndex
     keys: list[str]
@@ -77,7 +77,7 @@ class _Part:
 
 
 class _Merged:
-    """The rows of several indexes, as one is made of them."""
+    """The rows of the merged index."""
 
     def __init__(self, indexes: list[VectorIndex]) -> None:
         self.dim = indexes[0].dim
@@ -103,7 +103,7 @@ class _Merged:
         self._parts.append(part)
 
     def _choose(self, key: str, old: tuple[_Part, int], new: tuple[_Part, int]) -> None:
-        """Of two rows of the same image, take the one that was changed last, under its first id."""
+        """Use the more recently modified of two rows of an image, with the id of the first."""
         (first, at), (part, row) = old, new
         if (part.times[row] or 0) > (first.times[at] or 0):
             part.ids[row], first.taken[at] = first.ids[at], False
@@ -112,7 +112,7 @@ class _Merged:
             part.taken[row] = False
 
     def _scope(self, root: Root) -> Scope:
-        """Where a root of a later index lies within the merged one."""
+        """Locate a root of a later index within the merged index."""
         scope = find_scope(self.roots, root)
         if scope is None:
             scope = Scope(new_root(self.roots, self._place, root, None))
@@ -126,7 +126,7 @@ class _Merged:
         return sum(int(part.taken.sum()) for part in self._parts)
 
     def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
-        """Vectors and records, a bounded number of rows at a time."""
+        """Yield vectors and records in blocks of bounded size."""
         for part in self._parts:
             start = 0
             for vectors, table in part.index.shards():

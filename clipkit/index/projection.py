@@ -1,4 +1,4 @@
-"""Projections: vectors laid out on a plane by t-SNE, and clusters of them with names."""
+"""Projections: a 2-D t-SNE layout of vectors, and named clusters."""
 
 import faiss
 import numpy as np
@@ -9,41 +9,41 @@ from clipkit.progress import progress_bar
 from clipkit.store.shards import Vectors
 
 COMPONENTS = 50
-"""Principal components that the layout starts from: the rest of CLIP's vectors is mostly noise to
-it, and neighbours in 50 dimensions are found several times faster than in 512."""
+"""Principal components that t-SNE sees. The remaining components of CLIP vectors are mostly noise
+for it, and a neighbour search in 50 dimensions is several times faster than in 512."""
 PERPLEXITY = 30.0
-"""How many neighbours count (van der Maaten & Hinton 2008, section 2: 5 to 50)."""
+"""Effective number of neighbours (van der Maaten & Hinton 2008, section 2: 5 to 50)."""
 STEPS = (250, 500)
-"""Of the descent, with neighbours drawn together more strongly at first (van der Maaten & Hinton
-2008, section 3.4), and without."""
+"""Gradient descent steps with early exaggeration (van der Maaten & Hinton 2008, section 3.4), and
+without."""
 REPORT_EVERY = 10
 """Steps between updates of the progress bar."""
 FEWEST = 5
-"""Fewest items of a projection."""
+"""Minimum number of items of a projection."""
 
 
 def principal_components(vectors: Vectors, dims: int = COMPONENTS) -> Vectors:
-    """Vectors, float32 [n, dim], in the directions in which they vary most: float32 [n, ≤ dims]."""
+    """Project vectors, float32 [n, dim], onto their principal components: float32 [n, ≤ dims]."""
     centred = vectors - vectors.mean(axis=0)
-    # Of the small covariance matrix instead of the data: one pass, whatever n.
+    # Decompose the dim × dim covariance matrix instead of the data: one pass for any n.
     values, directions = np.linalg.eigh(centred.T @ centred)
     best = np.argsort(values)[::-1][: min(dims, len(vectors))]
     return np.ascontiguousarray(centred @ directions[:, best], np.float32)
 
 
 def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
-    """Places on the unit square by t-SNE, float32 [n, 2]; x and y on the same scale.
+    """Lay vectors out on the unit square by t-SNE, float32 [n, 2], x and y on the same scale.
 
-    The t-SNE is openTSNE's (Poličar et al. 2024), whose cost grows with n rather than n²; it
-    begins with the first two principal components, so that the same vectors give the same map and
-    far parts keep their sides (Kobak & Berens 2019).
+    This uses openTSNE (Poličar et al. 2024), whose cost is linear in n rather than quadratic. It
+    is initialised with the first two principal components, which makes the map reproducible and
+    preserves its global structure (Kobak & Berens 2019).
 
     Args:
         vectors: float32 [n, dim].
-        seed: of what is left to chance.
+        seed: random seed.
 
     Raises:
-        DataError: there are too few.
+        DataError: there are too few vectors.
         MissingExtraError: openTSNE is not installed.
     """
     require_enough(len(vectors))
@@ -54,8 +54,7 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
         from openTSNE.nearest_neighbors import PrecomputedNeighbors
     except ImportError:
         raise MissingExtraError(
-            "a map takes the package openTSNE, which is not installed; "
-            "pip install 'clipkit[map]' brings it"
+            "a map needs openTSNE, which is not installed; pip install 'clipkit[map]'"
         ) from None
     reduced = principal_components(vectors)
     perplexity = min(PERPLEXITY, (len(reduced) - 1) / 3)
@@ -83,16 +82,16 @@ def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
 def require_enough(count: int) -> None:
     """Raise DataError if there are too few items for a projection."""
     if count < FEWEST:
-        raise DataError(f"a map of {count} items says nothing, expected at least {FEWEST}")
+        raise DataError(f"cannot draw a map of {count} items, expected at least {FEWEST}")
 
 
 def neighbours(points: Vectors, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The ``count`` nearest other points of each, and their Euclidean distances, [n, count] each.
+    """The ``count`` nearest neighbours of each point and their L2 distances, [n, count] each.
 
-    Exact: 50,000 points of 50 dimensions take some seconds.
+    The search is exact: 50,000 points of 50 dimensions take a few seconds.
     """
     squared, ids = faiss.knn(points, points, count + 1, metric=faiss.METRIC_L2)
-    # The point itself is usually the first, but not where another one lies on the same spot.
+    # A point is usually its own first neighbour, but not if it has a duplicate.
     own = ids == np.arange(len(points))[:, None]
     own[~own.any(axis=1), -1] = True
     shape = (len(points), count)
@@ -100,19 +99,19 @@ def neighbours(points: Vectors, count: int) -> tuple[NDArray[np.int64], NDArray[
 
 
 def unit_square(places: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Places moved and scaled into [0, 1]², x and y alike: [n, 2] to float32 [n, 2]."""
+    """Shift and scale places, [n, 2], into [0, 1]² with one scale for x and y: float32 [n, 2]."""
     low, high = places.min(axis=0), places.max(axis=0)
     middle, extent = (low + high) / 2, float((high - low).max()) or 1.0
     return np.asarray((places - middle) / extent + 0.5, np.float32)
 
 
 def cluster(vectors: Vectors, count: int, seed: int = 0) -> NDArray[np.int64]:
-    """Spherical k-means: the cluster of each vector, int64 [n], the largest cluster being 0.
+    """Spherical k-means: the cluster of each vector, int64 [n], ordered by size, largest first.
 
     Args:
         vectors: float32 [n, dim], of unit length.
-        count: how many clusters are looked for; empty ones are left out.
-        seed: of where they start.
+        count: number of clusters; empty clusters are dropped.
+        seed: random seed of the initial centroids.
     """
     kmeans = faiss.Kmeans(
         vectors.shape[1], count, spherical=True, seed=seed, min_points_per_centroid=1, niter=20
@@ -127,17 +126,17 @@ def cluster(vectors: Vectors, count: int, seed: int = 0) -> NDArray[np.int64]:
 def name_clusters(
     vectors: Vectors, clusters: NDArray[np.int64], labels: list[str], weights: Vectors
 ) -> list[str]:
-    """A name for each cluster: the label that distinguishes it most from the collection.
+    """Name each cluster by the label that best distinguishes it from the whole collection.
 
-    The score of a label is its inner product with the cluster's mean vector less the mean of all,
-    for some labels are near to every image of a model. Clusters that share their best label are
-    distinguished by their second.
+    The score of a label is its inner product with the cluster's mean vector minus the mean of all
+    vectors, because some labels are close to every image. Clusters that share their best label
+    also get their second-best label.
 
     Args:
         vectors: float32 [n, dim].
-        clusters: int64 [n], from 0 on.
-        labels: the names to choose among, two or more.
-        weights: float32 [labels, dim], their class weights.
+        clusters: int64 [n], numbered from 0.
+        labels: the candidate names, at least two.
+        weights: float32 [labels, dim], the class weights of the labels.
     """
     count = int(clusters.max()) + 1
     sums = np.zeros((count, vectors.shape[1]), np.float64)

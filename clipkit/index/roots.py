@@ -1,8 +1,8 @@
-"""Roots: where the images of an index lie, so that two folders' keys never mean one item.
+"""Roots: the sources of the images of an index, each with its own key prefix.
 
-The source an index was built of has the empty prefix: keys are relative to it. Every other one that
-is added has a prefix of its own, and ``PREFIX/KEY`` are its keys. The manifest lists them under
-``source.roots``.
+Keys from the source that the index was built from have no prefix. Every source added later has a
+unique prefix, and its keys are ``PREFIX/KEY``, so that two folders never share a key. The manifest
+lists the roots under ``source.roots``.
 """
 
 import os
@@ -16,16 +16,16 @@ from clipkit.artifacts import Manifest
 from clipkit.errors import ArtifactError
 
 FOLDERS = ("folder", "sidecars", "classes", "metadata")
-"""Kinds of source that are a folder, whose sub-folders are folders of images as well."""
+"""Kinds of source that are folders; their sub-folders are folders of images, too."""
 
 
 @dataclass(frozen=True)
 class Root:
-    """Where some of the images of an index lie.
+    """One source of the images of an index.
 
     Attributes:
-        prefix: what their keys begin with, without the slash; empty for the first.
-        where: what opens them: a directory or file as an absolute path, or a name of the hub.
+        prefix: the prefix of its keys, without the slash; empty for the first root.
+        where: the absolute path of a directory or file, or the name of a hub dataset.
         folder: whether it is a folder of images.
     """
 
@@ -34,7 +34,7 @@ class Root:
     folder: bool
 
     def key(self, key: str) -> str:
-        """The key in the index of what has ``key`` in this root."""
+        """The index key of the item that has ``key`` in this root."""
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def __str__(self) -> str:
@@ -49,14 +49,14 @@ class Scope:
     below: str = ""
 
     def key(self, key: str) -> str:
-        """The key in the index of what has ``key`` in this scope."""
+        """The index key of the item that has ``key`` in this scope."""
         return self.root.key(f"{self.below}/{key}" if self.below else key)
 
 
 def root_of(source: dict[str, Any], prefix: str = "") -> Root:
-    """The root of a store or index, by the ``source`` of its manifest, or of an opened source.
+    """The root that ``source`` describes: the field of a manifest, or of an opened source.
 
-    ``source`` has the spec under which it was opened, its kind, and the directory it lies in.
+    ``source`` contains the spec it was opened with, its kind and its directory.
     """
     spec, kind, root = str(source.get("spec", "")), source.get("kind"), source.get("root")
     if kind in FOLDERS and root:
@@ -66,7 +66,7 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
     if kind == "saved" and root:
         _, colon, split = os.path.basename(spec).partition(":")
         return Root(prefix, f"{root}{colon}{split}", False)
-    # A relative name was meant from where embed ran; a table lies in its own root.
+    # A relative path is relative to the directory where embed ran; a table is its own root.
     complete = os.path.isabs(spec) or not root
     return Root(
         prefix, spec if complete else os.path.join(str(root), os.path.basename(spec)), False
@@ -74,7 +74,7 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
 
 
 def roots_of(manifest: Manifest) -> list[Root]:
-    """All roots of an index, the one it was built of first."""
+    """All roots of an index, starting with the one it was built from."""
     listed = manifest.source.get("roots")
     if not listed:
         return [root_of(manifest.source)]
@@ -82,48 +82,48 @@ def roots_of(manifest: Manifest) -> list[Root]:
         return [Root(**one) for one in listed]
     except TypeError as error:
         raise ArtifactError(
-            f"the manifest of the index lists no roots that can be read ({error}); build it again"
+            f"the manifest of the index has a malformed list of roots ({error}); rebuild it"
         ) from None
 
 
 def with_roots(source: dict[str, Any], roots: Iterable[Root]) -> dict[str, Any]:
-    """The ``source`` of a manifest with these roots."""
+    """Return the ``source`` of a manifest with these roots."""
     return {**source, "roots": [asdict(root) for root in roots]}
 
 
 def owner(roots: Sequence[Root], key: str) -> Root:
-    """The root that a key of the index belongs to."""
+    """Return the root that a key of the index belongs to."""
     fitting = [root for root in roots if not root.prefix or key.startswith(f"{root.prefix}/")]
     return max(fitting, key=lambda root: len(root.prefix))
 
 
 def file_of(roots: Sequence[Root], key: str) -> Path | None:
-    """The file of a key of the index, links followed; None where it has none, or none any more.
+    """The file of a key of the index, with links resolved; None if it does not exist.
 
-    Keys come with the index: they name files below their own root, and no others.
+    Keys are untrusted: a key never names a file outside its own root.
     """
     root = owner(roots, key)
-    if not os.path.isabs(root.where):  # of the hub
+    if not os.path.isabs(root.where):  # a hub dataset
         return None
     try:
-        # Paths in a table are relative to where it lies.
+        # Paths in a table are relative to its directory.
         base = Path(root.where if root.folder else os.path.dirname(root.where)).resolve(strict=True)
         file = (base / key[len(root.key("")) :]).resolve(strict=True)
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: links that go in a circle
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: circular links
         return None
     return file if file.is_relative_to(base) and file.is_file() else None
 
 
 def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope | None:
-    """Where a source lies within the roots of an index; None where it lies in none of them.
+    """Locate a source within the roots of an index; None if it is in none of them.
 
     Args:
-        roots: those of the index.
+        roots: the roots of the index.
         wanted: the source.
-        whole: whether all images of its folder are meant.
+        whole: whether the source covers all images of its folder.
 
     Raises:
-        ArtifactError: a root is inside the source, whose images would be indexed twice.
+        ArtifactError: a root is inside the source, so its images would be indexed twice.
     """
     for root in roots:
         if root.where and root.where == wanted.where:
@@ -135,24 +135,24 @@ def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope 
             return Scope(root, inner.relative_to(outer).as_posix())
         if whole and outer.is_relative_to(inner):
             raise ArtifactError(
-                f"{inner} contains {outer}, whose images the index holds already; build an index "
+                f"{inner} contains {outer}, whose images are already in the index; build an index "
                 f"of {inner}, or add its other folders one by one"
             )
     return None
 
 
 def new_root(roots: list[Root], keys: Iterable[str], wanted: Root, prefix: str | None) -> Root:
-    """A root whose keys differ from all others.
+    """Give a new root a key prefix that no other item of the index uses.
 
     Args:
-        roots: those of the index.
-        keys: what the index holds.
+        roots: the roots of the index.
+        keys: the keys of the index.
         wanted: the root to add.
-        prefix: first part of its keys; None: the name of its folder or file, with a number
-            behind it where that is taken.
+        prefix: the prefix; None uses the name of the folder or file, followed by a number if that
+            name is taken.
 
     Raises:
-        ArtifactError: ``prefix`` is taken, by another root or by keys, or is not a relative path.
+        ArtifactError: ``prefix`` is used by another root or by keys, or is not a single word.
     """
     firsts = {key.partition("/")[0] for key in keys if "/" in key}
     firsts |= {root.prefix.partition("/")[0] for root in roots}
@@ -162,12 +162,12 @@ def new_root(roots: list[Root], keys: Iterable[str], wanted: Root, prefix: str |
         prefix = next(one for one in numbered if one not in firsts)
     if not prefix or "/" in prefix or prefix in (".", ".."):
         raise ArtifactError(
-            f"{prefix!r} cannot be what the keys of {wanted.where} begin with; expected one word "
-            "without a slash after --prefix"
+            f"{prefix!r} is not a valid key prefix for {wanted.where}; expected --prefix with one "
+            "word and no slash"
         )
     if prefix in firsts:
         raise ArtifactError(
-            f"the keys of {wanted.where} would begin with {prefix}/, and so do others of the index "
-            "already; name another --prefix"
+            f"the key prefix {prefix}/ for {wanted.where} is already used in the index; "
+            "choose another --prefix"
         )
     return replace(wanted, prefix=prefix)

@@ -1,31 +1,32 @@
-"""Segments: the parts of an index on disk, each of which is written once and never changed.
+"""Segments: the immutable parts of an index on disk.
 
 An index is a directory of one or more segments, named by its ``manifest.json``::
 
     index.faiss            the FAISS index of the spec: the base segment
-    records.parquet        its rows: key, size, mtime_ns, captions, label, metadata of the source,
-                           and id, a number that an item keeps through every change of the index
-    vectors.npy            its vectors as they were encoded, if FAISS does not store them itself
+    records.parquet        its rows: key, size, mtime_ns, captions, label, source metadata, and
+                           id, a number that an item keeps through every change of the index
+    vectors.npy            its exact vectors, if the FAISS index does not store them
     index-000003.faiss     a later segment: items added since, exact (Flat), beside its records
-    dead-000004-0.npy      one bit a row: which rows of the first segment are removed
-    sample_queries.bin     caption vectors that it was tuned or calibrated with (``sample_queries``)
+    dead-000004-0.npy      one bit per row: the removed rows of the first segment
+    sample_queries.bin     caption vectors used for tuning and calibration (``sample_queries``)
 
-**Why segments.** Ten photos added to an index of a million cost a file of ten rows, not a copy of
-all. HNSW cannot remove, and the lists of an IVF drift away from what is added to them: neither ever
-has to. Searches skip removed rows, later segments are exact, and compacting trains and builds the
-base again. Small later segments are joined when items are added, so that there are about log2 of
-their rows of them.
+**Why segments.** Adding ten photos to an index of a million writes a file of ten rows instead of a
+copy of the whole index. HNSW cannot remove items, and the trained lists of an IVF fit later
+additions less and less. With segments, neither has to change: searches skip removed rows, later
+segments are exact, and compacting retrains and rebuilds the base. Adding items merges small later
+segments, which keeps their number at about log2 of their rows.
 
-**Why the vectors are stored.** A quantised index cannot return what it was built from, so that
-compacting, merging and moving a renamed image would each lose precision. The vectors are float32
-in a memory-mapped file that is read only for hits: every hit has its exact inner product, whatever
-the spec, and scores of all segments compare. Flat, HNSW and RFlat store them already; other specs
-take 4 × dim bytes an image more on disk, and no memory.
+**Why the vectors are stored.** A quantised index cannot return the original vectors, so compacting,
+merging or renaming an image would each lose precision. The vectors are float32 in a memory-mapped
+file that is read only for hits. Every hit therefore has its exact inner product for any spec, and
+scores of different segments are comparable. Flat, HNSW and RFlat already store the vectors; other
+specs need 4 × dim bytes more per image on disk, but no memory.
 
-**Why it is safe.** The files of a new state get new names and are flushed; renaming the manifest
-makes them the index; files that it no longer names are then deleted. A process killed at any moment
-leaves the old state or the new one, and unused files, which the next writer deletes. A reader of an
-open index keeps its files open; one that opens it between the rename and a deletion starts again.
+**Why it is safe.** A writer gives the files of a new state new names, flushes them, and then
+renames the manifest, which commits the change. Afterwards it deletes files that are no longer used.
+A process killed at any moment leaves either the old state or the new one; the next writer deletes
+leftover files. A reader keeps its files open; if files disappear while it opens the index, it tries
+again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,23 +57,23 @@ from clipkit.store.shards import Vectors, conform, widened
 REPAIR = "build the index again"
 ID = pa.field("id", pa.int64())
 BLOCK = 2**14
-"""Rows that are read or written at once."""
+"""Rows per block when reading or writing."""
 Mask = NDArray[np.bool_]
-"""True for the rows that a search may return."""
+"""bool [rows], True for the rows that a search may return."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A segment as the manifest names it.
+    """The files and row counts of a segment, as listed in the manifest.
 
     Attributes:
-        rows: how many, including removed ones.
-        index: file of its FAISS index.
-        records: file of its records.
-        vectors: file of its vectors; None if the FAISS index stores them.
-        dead: file of one bit a row, set for removed rows; None if there are none.
-        removed: how many rows are removed.
-        files: bytes and SHA-256 of each file by its name; empty in indexes of format 1.
+        rows: number of rows, including removed ones.
+        index: file name of the FAISS index.
+        records: file name of the records.
+        vectors: file name of the vectors; None if the FAISS index stores them.
+        dead: file name of the bitmap of removed rows; None if no row is removed.
+        removed: number of removed rows.
+        files: size in bytes and SHA-256 of each file by name; empty in indexes of format 1.
     """
 
     rows: int
@@ -85,18 +86,18 @@ class Parts:
 
     @property
     def names(self) -> list[str]:
-        """All its files."""
+        """The names of all its files."""
         return [
             name for name in (self.index, self.records, self.vectors, self.dead) if name is not None
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the manifest."""
+        """Convert to plain data for the manifest."""
         return asdict(self)
 
 
 def parts_of(manifest: Manifest, path: Path) -> list[Parts]:
-    """The segments that a manifest names; for format 1, which names none, its only one.
+    """The segments listed in a manifest; for format 1, the only segment.
 
     Raises:
         ArtifactError: the manifest's list of segments is malformed.
@@ -105,7 +106,7 @@ def parts_of(manifest: Manifest, path: Path) -> list[Parts]:
         named = manifest.detail.get("segments", [{"rows": manifest.count}])
         parts = [Parts(**one) for one in named]
         if any(Path(name).name != name for one in parts for name in one.names):
-            raise ValueError("a file outside of the index")
+            raise ValueError("a file outside the index")
     except (TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"the manifest of {path} has a malformed list of segments ({error}); {REPAIR}"
@@ -121,8 +122,8 @@ class Segment:
         index: its FAISS index; ids are row numbers.
         vectors: float32 [rows, dim], exact, in memory or memory-mapped; None in an index of format
             1 with a lossy spec.
-        live: bool [rows], False for removed rows; None if there are none.
-        rerank_factor: candidates that FAISS returns, in units of k, for re-ranking by ``vectors``.
+        live: bool [rows], False for removed rows; None if no row is removed.
+        rerank_factor: FAISS returns this many times k candidates, re-ranked by ``vectors``.
     """
 
     rerank_factor = 1
@@ -145,7 +146,7 @@ class Segment:
         """Open the files of a segment and check that they belong together.
 
         Raises:
-            ArtifactError: a file is missing, damaged, foreign, or does not fit the others.
+            ArtifactError: a file is missing or damaged, or does not match the others.
         """
         index = read_index(folder / parts.index)
         if index.d != dim or index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -164,7 +165,7 @@ class Segment:
         return cls(folder, parts, index, records, vectors)._without_dead()
 
     def renewed(self, parts: Parts) -> "Segment":
-        """The same rows with other ones removed."""
+        """The same segment with a different set of removed rows."""
         found = Segment(self._folder, parts, self.index, self._records, self.vectors)
         found.__dict__.update({n: self.__dict__[n] for n in ("keys", "ids") if n in self.__dict__})
         return found._without_dead()
@@ -179,7 +180,7 @@ class Segment:
 
     @property
     def rows(self) -> int:
-        """How many rows, including removed ones."""
+        """Number of rows, including removed ones."""
         return self.parts.rows
 
     @cached_property
@@ -222,11 +223,11 @@ class Segment:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of its records: those of ``SCHEMA``, metadata of the source, and the id."""
+        """Columns of its records: those of ``SCHEMA``, source metadata, and the id."""
         return widened(self._records.schema_arrow, pa.schema([ID]))
 
     def tables(self, live: NDArray[np.bool_] | None) -> Iterator[pa.Table]:
-        """Records of the rows in ``live`` (None: all), at most ``BLOCK`` rows at a time."""
+        """Yield records of the rows in ``live`` (None: all), at most ``BLOCK`` rows at a time."""
         start = 0
         batches = self._records.iter_batches(BLOCK)
         while True:
@@ -244,15 +245,15 @@ class Segment:
     def blocks(
         self, live: NDArray[np.bool_] | None, path: Path
     ) -> Iterator[tuple[Vectors, pa.Table]]:
-        """Vectors beside ``tables``.
+        """Yield vectors, float32 [m, dim], together with the blocks of ``tables``.
 
         Raises:
-            ArtifactError: the index at ``path`` is of format 1 and lossy.
+            ArtifactError: the index at ``path`` has format 1 and a lossy spec.
         """
         if self.vectors is None:
             raise ArtifactError(
-                f"{path} was built by an older clipkit, which stored its vectors only "
-                f"approximately, as its spec does; {REPAIR}"
+                f"{path} was built by an older clipkit, which stored only approximate "
+                f"vectors for its spec; {REPAIR}"
             )
         rows = np.arange(self.rows) if live is None else np.flatnonzero(live)
         start = 0
@@ -264,12 +265,12 @@ class Segment:
     def search(
         self, queries: Vectors, k: int, mask: Mask | None = None
     ) -> tuple[Vectors, NDArray[np.int64]]:
-        """Scores and row numbers of the best ``k`` rows, [n, at most k]; -1 for none.
+        """Scores and row numbers of the best ``k`` rows, [n, at most k]; -1 fills missing hits.
 
         Args:
             queries: float32 [n, dim].
-            k: how many, at least 1.
-            mask: the rows to search, bool [rows], without removed ones; None: all but those.
+            k: number of hits, at least 1.
+            mask: bool [rows], the rows to search, without removed rows; None: all live rows.
         """
         small = mask is not None and np.count_nonzero(mask) <= MAX_MASKED
         if mask is not None and small and self.vectors is not None:
@@ -286,14 +287,14 @@ class Segment:
 
 
 def split_mask(segments: Sequence[Segment], mask: Mask | None) -> list[Mask | None]:
-    """For each segment the rows that a search may return, without removed rows; None: all.
+    """Split a mask into one mask per segment, without removed rows; None means all live rows.
 
     Args:
-        segments: of an index.
+        segments: all segments of an index.
         mask: bool [n], in the order of the index's records.
 
     Raises:
-        ArtifactError: the mask has another length than the records.
+        ArtifactError: the mask does not have one value per record.
     """
     if mask is None:
         return [None] * len(segments)
@@ -301,7 +302,7 @@ def split_mask(segments: Sequence[Segment], mask: Mask | None) -> list[Mask | No
     if mask.shape != (total,):
         raise ArtifactError(
             f"the mask has shape {list(mask.shape)}, expected one value for each of the {total} "
-            "records; compute it again for the index as it is now"
+            "records; recompute it for the current index"
         )
     masks: list[Mask | None] = []
     start = 0
@@ -319,13 +320,14 @@ def split_mask(segments: Sequence[Segment], mask: Mask | None) -> list[Mask | No
 def search_segments(
     segments: Sequence[Segment], queries: Vectors, k: int, mask: Mask | None = None
 ) -> tuple[Vectors, NDArray[np.int64]]:
-    """Scores and places of the best ``k`` rows of each segment, side by side; -1 where none.
+    """Scores and rows of the best ``k`` hits of each segment, concatenated; -1 fills missing hits.
 
     Args:
-        segments: of an index; places are counted over all of them, removed rows included.
+        segments: all segments of an index; rows are counted over all of them, including removed
+            rows.
         queries: float32 [m, dim].
-        k: how many, at least 1.
-        mask: as for ``split_mask``, with its errors.
+        k: number of hits, at least 1.
+        mask: as for ``split_mask``, which raises its errors.
     """
     scores, places, start = [], [], 0
     for segment, own in zip(segments, split_mask(segments, mask), strict=True):
@@ -338,7 +340,7 @@ def search_segments(
 
 
 def mismatch(path: Path, found: str, expected: object) -> ArtifactError:
-    """The error for files that do not belong to their manifest."""
+    """Build the error for files that do not match the manifest."""
     return ArtifactError(f"{path} holds {found}, its manifest says {expected}; {REPAIR}")
 
 
@@ -369,7 +371,7 @@ def _open_vectors(file: Path) -> NDArray[Any]:
 
 
 def _open_bits(file: Path, rows: int) -> NDArray[np.bool_]:
-    """One bit a row as bool [rows]."""
+    """Read a bitmap as bool [rows]."""
     try:
         packed = np.load(file, allow_pickle=False)
         return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)

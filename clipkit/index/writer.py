@@ -1,7 +1,8 @@
-"""IndexWriter: remove and add items of an index in one atomic commit.
+"""IndexWriter: add and remove items of an index in one atomic commit.
 
-Removals and additions are collected first; ``commit`` writes new files and then the manifest that
-names them (``segments`` explains why that is safe). One writer at a time; readers need no lock.
+The writer collects removals and additions. ``commit`` writes new files, then the manifest that
+names them; the module ``segments`` explains why this is safe. Only one process writes at a time;
+readers need no lock.
 """
 
 import os
@@ -34,32 +35,32 @@ from clipkit.index.vector_index import VectorIndex
 from clipkit.store.shards import Vectors, check_vectors
 
 Live = NDArray[np.bool_] | None
-"""bool [rows], False where a row is removed; None where none is."""
+"""bool [rows], False for removed rows; None if no row is removed."""
 _OURS = re.compile(
     r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|sample_queries\.bin)\.tmp"
 )
 GROWTH = 2
-"""A later segment is joined with what is added unless it has more than so many times its rows."""
+"""Later segments with at most this many times the added rows are merged with them."""
 
 
 class IndexWriter:
-    """Changes a finished index; use it in a ``with`` statement and ``commit``.
+    """Changes a complete index. Use it in a ``with`` statement and call ``commit``.
 
     Args:
         index: the index, or its directory.
 
     Attributes:
-        index: the index as it was found, or as the last commit left it.
+        index: the index as of the last commit, or as it was opened.
 
     Raises:
-        ArtifactError: no index, damaged, or another process is writing it.
+        ArtifactError: the index does not exist or is damaged, or another process is writing it.
     """
 
     def __init__(self, index: str | Path | VectorIndex) -> None:
         path = index.path if isinstance(index, VectorIndex) else index
         self.path = Path(os.path.abspath(path))
         read_manifest(self.path, "index")
-        # The lock that ``build`` takes as well; its temporary directory stays empty here.
+        # ``build`` takes the same lock; its temporary directory stays empty here.
         self._artifact = ArtifactWriter(self.path, "index", replace=True)
         try:
             self._begin(VectorIndex.open(self.path))
@@ -84,9 +85,9 @@ class IndexWriter:
         self._artifact.__exit__(kind, error, trace)
 
     def find(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """The place of each key, int64 [n], counted over all segments; -1 for unknown keys.
+        """The row of each key, int64 [n], counted over all segments; -1 for unknown keys.
 
-        What was appended since the last commit is not found.
+        Items appended since the last commit are not found.
         """
         found, wanted, start = np.full(len(keys), -1), pa.array(keys, pa.string()), 0
         for segment, live in zip(self.index.segments, self._live, strict=True):
@@ -97,10 +98,10 @@ class IndexWriter:
         return found
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Take items out of the index.
+        """Remove items by key.
 
         Raises:
-            ArtifactError: an unknown key.
+            ArtifactError: a key is unknown.
         """
         keys = list(keys)
         rows = self.find(keys)
@@ -109,7 +110,7 @@ class IndexWriter:
         self.remove_rows(rows)
 
     def remove_rows(self, rows: NDArray[np.int64]) -> None:
-        """Take out what ``find`` found."""
+        """Remove rows that ``find`` returned."""
         start = 0
         for number, segment in enumerate(self.index.segments):
             own = rows[(rows >= start) & (rows < start + segment.rows)] - start
@@ -121,13 +122,14 @@ class IndexWriter:
             start += segment.rows
 
     def append(self, vectors: Vectors, records: pa.Table) -> None:
-        """Add items: float32 [m, dim] of unit length, and a table of m rows.
+        """Add items: unit vectors, float32 [m, dim], and a table of m records.
 
-        Columns beyond those of a store become metadata. Rows with an ``id`` keep it, for replaced
-        items; others get the next ones.
+        Columns that are not in ``SCHEMA`` become metadata. Rows with an ``id`` keep it, so that a
+        replaced item keeps its id; other rows get new ids.
 
         Raises:
-            ArtifactError: wrong shape or type, not finite, or not of unit length.
+            ArtifactError: the vectors have the wrong shape or type, or are not finite or of unit
+                length.
         """
         vectors = np.asarray(vectors)
         check_vectors(vectors, records.select(["key"]).to_pylist(), self.index.dim)
@@ -135,15 +137,15 @@ class IndexWriter:
             self._added.append((vectors, records))
 
     def commit(self, *, compact: bool = False, source: dict[str, Any] | None = None) -> VectorIndex:
-        """Make the changes the state of the index, in one step, and open it.
+        """Apply all changes atomically and return the new state of the index.
 
         Args:
-            compact: rebuild the base from all rows, trained on them, without removed ones.
+            compact: retrain and rebuild the base segment from all rows that are not removed.
             source: a new ``source`` for the manifest.
 
         Raises:
-            ArtifactError: a key would be repeated, or the disk is full; nothing has changed.
-            SpecError: ``compact``, and too few rows are left to train on.
+            ArtifactError: a key would occur twice, or the disk is full. The index is unchanged.
+            SpecError: too few rows are left to train on, when compacting.
         """
         given, changed = self.index.manifest.source, self._added or not self._unchanged()
         if not (compact or changed or source not in (None, given)):
@@ -173,7 +175,7 @@ class IndexWriter:
         return all(live is segment.live for segment, live in segments)
 
     def _write(self, detail: dict[str, Any], compact: bool) -> list[Parts]:
-        """Write the files of the next state, and into ``detail`` what becomes of the index."""
+        """Write the files of the next state and update ``detail`` for its manifest."""
         segments = list(zip(self.index.segments, self._live, strict=True))
         first = 0 if compact else self._first_joined()
         parts = [
@@ -198,7 +200,7 @@ class IndexWriter:
         return parts
 
     def _first_joined(self) -> int:
-        """The first segment that is joined with the added rows; never the base."""
+        """The first segment to merge with the added rows; never the base."""
         rows, first = sum(len(table) for _, table in self._added), len(self._live)
         while first > 1:
             size = _count(self.index.segments[first - 1], self._live[first - 1])
@@ -208,7 +210,7 @@ class IndexWriter:
         return first
 
     def _with_dead(self, segment: Segment, live: Live, name: str) -> Parts:
-        """The segment's parts with what is removed by now."""
+        """The segment's parts with the current set of removed rows."""
         if live is segment.live:
             return segment.parts
         files = {n: f for n, f in segment.parts.files.items() if n != segment.parts.dead}
@@ -229,17 +231,17 @@ class IndexWriter:
             duplicate = Counter(keys).most_common(1)[0][0]
         if duplicate is not None:
             raise ArtifactError(
-                f"the key {duplicate!r} would be in {self.path} twice; give each item one key, or "
-                "remove the old one first"
+                f"the key {duplicate!r} would occur twice in {self.path}; use unique keys, or "
+                "remove the old item first"
             )
 
     def _unknown(self, key: str) -> ArtifactError:
         close = self.index.closest_key(key)
         hint = f"did you mean {close!r}" if close else "`clipkit info` describes the index"
-        return ArtifactError(f"{self.path} has no item {key!r}, nothing is removed; {hint}")
+        return ArtifactError(f"{self.path} has no item {key!r}, nothing was removed; {hint}")
 
     def _sweep(self) -> None:
-        """Delete the files of earlier states and of writers that were killed."""
+        """Delete files of earlier states and of killed writers."""
         with suppress(ArtifactError, OSError):
             parts = parts_of(read_manifest(self.path, "index"), self.path)
             named = {MANIFEST, *(name for one in parts for name in one.names)}
@@ -249,7 +251,7 @@ class IndexWriter:
 
 
 class _Joined:
-    """The live rows of some segments, then rows that are added."""
+    """The live rows of some segments, followed by the added rows."""
 
     def __init__(
         self,
@@ -265,7 +267,7 @@ class _Joined:
         return existing + sum(len(table) for _, table in self._added)
 
     def shards(self) -> Iterator[tuple[Vectors, pa.Table]]:
-        """Vectors and records, a bounded number of rows at a time."""
+        """Yield vectors and records in blocks of bounded size."""
         for segment, live in self._segments:
             yield from segment.blocks(live, self._path)
         yield from self._added

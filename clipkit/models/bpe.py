@@ -1,7 +1,8 @@
-"""Byte-level byte-pair encoding of CLIP: words to ids and back.
+"""CLIP's byte-level byte-pair encoding: words to token ids and back.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", §2.4;
-Sennrich et al. 2016 for the merges. The merge table is the file that open_clip ships.
+Sources: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision", §2.4; Sennrich et al. 2016 for byte-pair encoding. The merge table ships with
+open_clip.
 """
 
 import gzip
@@ -25,12 +26,12 @@ _GONE = -1
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The 49,408 entries: 256 bytes, 256 bytes that end a word, 48,894 merges, start and end.
+    """CLIP's 49,408 tokens: 256 bytes, 256 word-final bytes, 48,894 merges, start and end.
 
     Attributes:
-        byte_ids: the id of each byte value; plus 256 where the byte ends a word.
-        ranks: a pair of ids to the rank of its merge; the merged id is ``2 * 256 + rank``.
-        pieces: each id's bytes, with ``</w>`` where a word ends.
+        byte_ids: the id of each byte value; a word-final byte has this id plus 256.
+        ranks: maps a pair of ids to the rank of its merge; the merged id is ``2 * 256 + rank``.
+        pieces: the bytes of each id, followed by ``</w>`` if it ends a word.
     """
 
     byte_ids: list[int]
@@ -38,13 +39,13 @@ class Vocabulary:
     pieces: list[bytes]
 
     def encode_word(self, word: str) -> list[int]:
-        """Ids of one word, by merging neighbours in the order in which the merges were learned.
+        """Encode one word by merging adjacent symbols in the order in which merges were learned.
 
-        CLIP's reference repeats: find the pair of lowest rank, merge all its occurrences from the
-        left. Merging one occurrence at a time, lowest (rank, position) first, is the same, since a
-        merge only makes pairs that hold the new symbol, and a merge of that symbol was learned
-        later: nothing made on the way can outrank, or become, an occurrence still waiting. So a
-        heap and a linked list do it in O(n log n), and a word of 100,000 letters does not hang.
+        CLIP's reference repeatedly finds the pair of lowest rank and merges all its occurrences
+        from left to right. Merging one occurrence at a time, lowest (rank, position) first, gives
+        the same result: a merge only creates pairs that contain the new symbol, and merges of that
+        symbol were learned later, so they have a higher rank than any pending occurrence. A heap
+        and a linked list take O(n log n), so that a word of 100,000 letters does not hang.
         """
         symbols = [self.byte_ids[byte] for byte in word.encode()]
         symbols[-1] += 256
@@ -60,7 +61,7 @@ class Vocabulary:
             rank, left = heapq.heappop(heap)
             right = after[left]
             if right == end or ranks.get((symbols[left], symbols[right])) != rank:
-                continue  # one of the two was merged with its other neighbour meanwhile
+                continue  # one symbol of the pair has already been merged with its other neighbour
             symbols[left], symbols[right] = 2 * 256 + rank, _GONE
             after[left] = after[right]
             if after[left] < end:
@@ -73,7 +74,7 @@ class Vocabulary:
         return [symbol for symbol in symbols if symbol != _GONE]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``: a space after each word, U+FFFD for half a character.
+        """Decode ids to text: a space after each word, U+FFFD for an incomplete character.
 
         Raises:
             CaptionError: an id is outside the vocabulary.
@@ -87,10 +88,10 @@ class Vocabulary:
 
 @cache
 def vocabulary() -> Vocabulary:
-    """The vocabulary, read once.
+    """Return the vocabulary, which is read once.
 
     Raises:
-        MissingExtraError: open_clip, whose merge table is read, is not installed.
+        MissingExtraError: open_clip, which ships the merge table, is not installed.
     """
     order, alphabet = _alphabet()
     ids = {char: i for i, char in enumerate(alphabet)}
@@ -99,7 +100,7 @@ def vocabulary() -> Vocabulary:
     pieces += [piece + WORD_END.encode() for piece in pieces]
     ranks = {}
     with gzip.open(_merges_file(), "rt", encoding="utf-8") as lines:
-        next(lines)  # a version line
+        next(lines)  # the version line
         for rank, line in zip(range(MERGES), lines, strict=False):
             left, right = line.split()
             ranks[ids[left], ids[right]] = rank
@@ -113,10 +114,10 @@ def vocabulary() -> Vocabulary:
 
 
 def _alphabet() -> tuple[list[int], list[str]]:
-    """The 256 byte values in the vocabulary's order, and the character of each in the merge table.
+    """The 256 byte values in vocabulary order, and the character of each in the merge table.
 
-    A byte that Latin-1 shows as a visible character is written as it; the others, which a text
-    file would not survive, follow as the characters from U+0100 on.
+    Bytes that are printable in Latin-1 are written as that character. The others, which would break
+    a text file, follow as the characters from U+0100 on.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))
@@ -124,13 +125,13 @@ def _alphabet() -> tuple[list[int], list[str]]:
 
 
 def _merges_file() -> Path:
-    # find_spec locates a top-level package without running it: importing open_clip takes seconds.
+    # find_spec locates the package without importing it; importing open_clip takes seconds.
     spec = find_spec("open_clip")
     for place in (spec.submodule_search_locations or []) if spec else []:
         file = Path(place) / "bpe_simple_vocab_16e6.txt.gz"
         if file.is_file():
             return file
     raise MissingExtraError(
-        "CLIP's merge table is not here, expected it in the package open_clip; "
+        "CLIP's merge table was not found, expected it in the package open_clip; "
         "pip install open_clip_torch"
     )

@@ -1,6 +1,7 @@
-"""Shards on disk: vectors-00000.npy beside records-00000.parquet, in the same row order.
+"""Shards of an embedding store: reading, checking, and writing in the background.
 
-Rows gathered into shards, each written to disk while the next one fills.
+A shard is a pair of files with the same row order, such as ``vectors-00000.npy`` and
+``records-00000.parquet``.
 """
 
 import math
@@ -20,7 +21,7 @@ from clipkit.data.formats.metadata import joined, kind_of
 from clipkit.errors import ArtifactError
 
 Vectors = NDArray[np.float32]
-"""float32 [n, dim], rows of unit length."""
+"""float32 [n, dim], unit-length rows."""
 Record = dict[str, Any]
 """One row of a store, with the columns of ``SCHEMA``."""
 
@@ -35,21 +36,21 @@ SCHEMA = pa.schema(
     }
 )
 _YOUNGER = ("content_hash",)
-"""Columns that older stores lack; they read as nulls."""
+"""Columns that older stores lack; they are read as nulls."""
 UNIT_TOLERANCE = 1e-3
 
 
 def check_vectors(vectors: NDArray[Any], records: list[Record], dim: int) -> None:
-    """Refuse what is no float32 [len(records), dim] of finite numbers and unit rows.
+    """Check that the vectors are float32 [len(records), dim], finite and of unit length.
 
     Raises:
-        ArtifactError: says what is wrong with which row.
+        ArtifactError: they are not; the message names the first bad row.
     """
-    expected = f"expected float32 [{len(records)}, {dim}], one row a record"
+    expected = f"expected float32 [{len(records)}, {dim}], one row per record"
     if vectors.dtype != np.float32 or vectors.shape != (len(records), dim):
         raise ArtifactError(f"the vectors are {vectors.dtype} {list(vectors.shape)}, {expected}")
     lengths = np.linalg.norm(vectors, axis=1)
-    # Written so that NaN, for which every comparison is false, counts as bad.
+    # Negated, so that NaN, which compares false with everything, counts as bad.
     bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))
     if len(bad):
         raise ArtifactError(
@@ -59,7 +60,7 @@ def check_vectors(vectors: NDArray[Any], records: list[Record], dim: int) -> Non
 
 
 def digest(record: Record) -> int:
-    """A number that is the same for equal records, within one process."""
+    """A hash of a record; equal records have equal hashes within one process."""
     captions = tuple(record["captions"] or ())
     facts = (record["key"], record["size"], record["mtime_ns"], captions, record["label"])
     more = {
@@ -80,16 +81,16 @@ def shard_names(number: int) -> tuple[str, str]:
 
 
 def shard_numbers(folder: Path) -> list[int]:
-    """The numbers of the shards in ``folder``, ascending; numbers may be missing."""
+    """The numbers of the shards in ``folder``, ascending, possibly with gaps."""
     names = (re.fullmatch(r"vectors-(\d{5,})\.npy", name) for name in os.listdir(folder))
     return sorted(int(name[1]) for name in names if name)
 
 
 def read_shard(folder: Path, number: int, dim: int) -> tuple[Vectors, pa.Table]:
-    """A shard's vectors, memory-mapped float32 [m, dim], and its records, a table of m rows.
+    """Return a shard's vectors, memory-mapped float32 [m, dim], and its table of m records.
 
     Raises:
-        ArtifactError: a file is missing, truncated, foreign, or the two do not fit each other.
+        ArtifactError: a file is missing, truncated or invalid, or the row counts differ.
     """
     vector_name, record_name = shard_names(number)
     try:
@@ -107,7 +108,7 @@ def read_shard(folder: Path, number: int, dim: int) -> tuple[Vectors, pa.Table]:
 
 
 def read_records(file: Path) -> pa.Table:
-    """The records of a shard: the columns of ``SCHEMA``, then what else there is.
+    """Read the records of a shard: the columns of ``SCHEMA``, then any others.
 
     Raises:
         ArtifactError: the file is missing, truncated, or lacks a column of ``SCHEMA``.
@@ -125,12 +126,12 @@ def read_records(file: Path) -> pa.Table:
 
 
 def widened(*schemas: pa.Schema) -> pa.Schema:
-    """The columns of ``SCHEMA``, then all others of ``schemas``.
+    """Return the columns of ``SCHEMA``, then all other columns of ``schemas``.
 
-    A column that holds numbers here and texts there, or the like, is one of texts.
+    A column that holds numbers in one schema and strings in another becomes a string column.
 
     Raises:
-        ArtifactError: a column has types that do not go together.
+        ArtifactError: a column has incompatible types.
     """
     fields = {field.name: field for field in SCHEMA}
     for field in (field for schema in schemas for field in schema):
@@ -156,10 +157,12 @@ def _either(one: pa.Field, other: pa.Field) -> pa.Field:
 
 
 def together(tables: Iterable[pa.Table], *schemas: pa.Schema) -> pa.Table:
-    """Tables below each other: all their columns and those of ``schemas``, null where one has none.
+    """Concatenate tables by rows, with the columns of all tables and ``schemas``.
+
+    Columns that a table lacks are filled with nulls.
 
     Raises:
-        ArtifactError: a column has types that do not go together.
+        ArtifactError: a column has incompatible types.
     """
     tables = list(tables)
     schema = widened(*schemas, *(table.schema for table in tables))
@@ -167,10 +170,10 @@ def together(tables: Iterable[pa.Table], *schemas: pa.Schema) -> pa.Table:
 
 
 def as_table(records: list[Record]) -> pa.Table:
-    """Records as a table: the columns of ``SCHEMA``, then whatever else they have.
+    """Convert records to a table: the columns of ``SCHEMA``, then any others.
 
     Raises:
-        ArtifactError: a column holds values of two types.
+        ArtifactError: a column holds values of different types.
     """
     more = sorted({name for record in records for name in record} - set(SCHEMA.names))
     try:
@@ -185,7 +188,7 @@ def as_table(records: list[Record]) -> pa.Table:
 
 
 def json_value(value: Any) -> str | int | float | bool | None:
-    """A value of any column as JSON has it: dates become text, infinite numbers None."""
+    """Convert a value of any column for JSON: dates become strings, infinite numbers None."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -194,7 +197,7 @@ def json_value(value: Any) -> str | int | float | bool | None:
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of ``schema`` from a table, null where it has none."""
+    """Return the columns of ``schema`` from a table, filled with nulls if missing."""
     columns = [
         table[field.name].cast(field.type)
         if field.name in table.column_names
@@ -205,10 +208,10 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def write_shard(folder: Path, number: int, vectors: Vectors, records: pa.Table) -> None:
-    """Write a shard, flushed to disk; each of its two files appears in one step.
+    """Write both files of a shard, each atomically, and flush them to disk.
 
     Raises:
-        OSError: the disk is full or forbids it.
+        OSError: the disk is full or not writable.
     """
     vector_name, record_name = shard_names(number)
     write_file(folder / vector_name, lambda stream: np.save(stream, vectors))
@@ -222,7 +225,7 @@ def remove_shard(folder: Path, number: int) -> None:
 
 
 def write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file by way of a stream, flushed to disk and in one step; raises OSError."""
+    """Write a file atomically through a stream and flush it to disk; raises OSError."""
     temp = file.with_name(f".{file.name}.tmp")
     try:
         with temp.open("wb") as stream:
@@ -230,25 +233,25 @@ def write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except BaseException:
-        temp.unlink(missing_ok=True)  # on a full disk a torn file would be in the way of the next
+        temp.unlink(missing_ok=True)  # on a full disk, free the space of the partial file
         raise
     temp.replace(file)
 
 
 def _damaged(file: Path, found: str) -> ArtifactError:
     reason = " ".join(found.split()).rstrip(".")
-    return ArtifactError(f"{file} is damaged ({reason}); remove {file.parent} and make it again")
+    return ArtifactError(f"{file} is damaged ({reason}); remove {file.parent} and rebuild it")
 
 
 class ShardWriter:
     """Writes full shards in the background, one at a time.
 
-    Encoding goes on meanwhile; where it is faster than the disk it waits for the shard before, so
-    that memory holds two shards at most.
+    If encoding is faster than the disk, it waits for the previous shard, so that memory holds at
+    most two shards.
 
     Args:
-        folder: where the shards lie.
-        number: of the first one.
+        folder: directory of the shards.
+        number: number of the first shard to write.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -259,10 +262,10 @@ class ShardWriter:
         self._under_way: tuple[Future[None], list[Vectors], list[Record]] | None = None
 
     def append(self, vectors: Vectors, records: list[Record], size: int) -> None:
-        """Add rows, float32 [m, dim] and m records, and begin to write what fills ``size`` rows.
+        """Add rows, float32 [m, dim] and m records; start writing once ``size`` rows are buffered.
 
         Raises:
-            OSError: the shard before could not be written.
+            OSError: the previous shard could not be written.
         """
         self._vectors.extend(vectors)
         self._records.extend(records)
@@ -270,10 +273,10 @@ class ShardWriter:
             self._begin(size)
 
     def flush(self) -> None:
-        """Write whatever is gathered, and wait until it is on disk.
+        """Write all buffered rows and wait until they are on disk.
 
         Raises:
-            OSError: the disk is full or forbids it; the rows are kept for another try.
+            OSError: the disk is full or not writable; the rows stay buffered for a retry.
         """
         self.wait()
         if self._records:
@@ -281,7 +284,7 @@ class ShardWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the shard that is being written; raises OSError as ``flush`` does."""
+        """Wait for the shard being written; raises OSError as ``flush`` does."""
         if self._under_way is None:
             return
         (future, vectors, records), self._under_way = self._under_way, None
@@ -293,7 +296,7 @@ class ShardWriter:
             raise
 
     def close(self) -> None:
-        """Let the thread go; what is not flushed is lost."""
+        """Stop the background thread; rows that were not flushed are lost."""
         self._pool.shutdown()
 
     def _begin(self, rows: int) -> None:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 DEFAULT_DECODE: Decode = "exact"
-"""Of a new store.
+"""Decoder of a new store.
 
-With the 1,000 photos of Flickr8k's dev set, of 224 pixels, "fast" moves recall@1, 5 and 10 either
-way by at most 0.1 points. Enlarged to 2 megapixels, captions finding photos move by -0.22, +0.02
-and +0.28, photos finding captions by -0.10, +0.50 and +0.10: one of six by more than 0.3.
+On the 1,000 photos of the Flickr8k dev set, at 224 pixels, "fast" changes recall@1, 5 and 10 by at
+most 0.1 points in both directions. With photos enlarged to 2 megapixels, text→image recall changes
+by -0.22, +0.02 and +0.28, image→text recall by -0.10, +0.50 and +0.10: one of six by more than 0.3.
 """
 
 EARLIEST_STOP = 1000
-"""Fewer images are checked at the end, when it is known whether all of them are bad."""
+"""A run over fewer images checks the skip limit only at the end."""
 
 
 def embed(
@@ -41,33 +41,34 @@ def embed(
     workers: int | str = "auto",
     skip_limit: float = 0.5,
 ) -> EmbeddingStore:
-    """Encode every image of a source into a store; what is stored already is not encoded again.
+    """Encode every image of a source into a store, except images that are already stored.
 
-    Images are decoded by threads, encoded, and written by another thread, all at the same time.
+    Decoding threads, the encoder and a writing thread run concurrently.
 
-    An interrupted run goes on where it stopped. A finished store of the same model is brought up
-    to date: images of the same key, size and modification time keep their vectors, and so do those
-    of the same content under another name; new and changed ones are encoded, vanished ones go.
+    An interrupted run continues where it stopped. An existing store of the same model is updated:
+    images with the same key, size and modification time keep their vectors, and so do images with
+    the same content under another name. New and changed images are encoded; deleted images are
+    removed.
 
     Args:
-        images: whatever ``open_source`` opens, or a source already open, whose metadata are stored
-            if it was opened with them.
+        images: anything that ``open_source`` accepts, or an open source. Metadata are stored if
+            the source was opened with them.
         out: directory of the store.
-        encoder: the model; None loads that of the store at ``out``, or the default model.
-        decode: "exact" reads images as open_clip does, "fast" at a reduced size; None: the
+        encoder: the model; None loads the model of the store at ``out``, or the default model.
+        decode: "exact" decodes images as open_clip does, "fast" at a reduced size; None uses the
             decoder of the store at ``out``, or "exact" for a new store.
-        batch_size: images encoded at once; ``"auto"`` suits the device.
+        batch_size: images per batch; ``"auto"`` chooses it for the device.
         workers: decoding threads; ``"auto"`` is one per core.
-        skip_limit: the largest share of images that may be unreadable. Half is generous on
-            purpose: a bad image harms no other, and all are listed.
+        skip_limit: maximum fraction of unreadable images. The default is generous because a bad
+            image does not affect others, and all are listed.
 
     Raises:
-        DataError: the source cannot be opened, or holds no image.
-        SkipLimitError: more than ``skip_limit`` of the images are bad, or all of them.
-        ModelMismatchError: another model made the store at ``out``, finished or half-written.
-        ModelError: the device's memory does not suffice for one image.
-        ArtifactError: ``out`` is taken by something else, it uses another decoder,
-            or the disk is full.
+        DataError: the source cannot be opened or has no images.
+        SkipLimitError: more than ``skip_limit`` of the images, or all of them, are unreadable.
+        ModelMismatchError: the store at ``out``, complete or partial, uses another model.
+        ModelError: the device does not have enough memory for one image.
+        ArtifactError: ``out`` exists and is not a store, the store uses another decoder, or the
+            disk is full.
     """
     source = images if isinstance(images, Source) else open_source(images, metadata=True)
     encoder = encoder or default_encoder(Path(out))
@@ -103,7 +104,7 @@ def embed(
 
 
 def default_encoder(store: Path) -> "Encoder":
-    """The encoder of the store at a path, finished or half-written, or the default model."""
+    """The encoder of the store at a path, complete or partial, or the default model."""
     from clipkit.models.loading import load_model, load_model_ref
 
     owner = Owner.read(partial_path(store))
@@ -115,7 +116,7 @@ def default_encoder(store: Path) -> "Encoder":
 
 
 class _Walk:
-    """One pass over a source, whose images are already written, reusable, to encode, or skipped."""
+    """One pass over a source that sorts images into written, reusable, to encode and skipped."""
 
     def __init__(
         self, source: Source, writer: StoreWriter, known: StoredVectors, bar: Any, skip_limit: float
@@ -126,9 +127,9 @@ class _Walk:
         self.bad: list[tuple[str, str]] = []
 
     def rows_to_encode(self) -> Iterator[Row]:
-        """The rows whose image must be read, each with its ``record``; others are dealt with.
+        """Yield the rows whose image must be read, each with its ``record``; handle all others.
 
-        ``known`` is the row of the store that stands already, where key, size and time are equal.
+        ``known`` is the row of the existing store with equal key, size and modification time.
         """
         for row in self.source.rows:
             key = row["key"]
@@ -144,7 +145,7 @@ class _Walk:
             if held is not None:
                 self.writer.forget(key)
             known = self.known.unchanged(record)
-            # Bytes in a table have no time: whether they are the same, their hash must say.
+            # Bytes in a table have no modification time, so compare their hash.
             if known is not None and record["mtime_ns"]:
                 record["content_hash"] = self.known.content_hash(known)
             row = {**row, "record": record, "known": known}
@@ -154,9 +155,9 @@ class _Walk:
                 yield row
 
     def known_vector(self, row: Row) -> Vectors | None:
-        """The vector of a row that the store already has, maybe under another key.
+        """The stored vector of the row's content, possibly under another key; None if not stored.
 
-        Its content is hashed for that, and for the next time; called by the decoding threads.
+        Hashes the content and records the hash. Called by the decoding threads.
         """
         content = row["record"]["content_hash"] = content_hash(row_source(row))
         known = row["known"]
@@ -165,7 +166,7 @@ class _Walk:
         return None if known is None else self.known.vector(known)
 
     def store(self, vectors: Vectors, rows: list[Row]) -> None:
-        """Hand rows with their vectors, float32 [n, dim], to the writer."""
+        """Pass rows and their vectors, float32 [n, dim], to the writer."""
         self.writer.append(vectors, [row["record"] for row in rows])
         for row in rows:
             if row["known"] is None:
@@ -174,27 +175,27 @@ class _Walk:
                 self._advance_unmeasured()
 
     def _advance_unmeasured(self) -> None:
-        # Moved past its start too, an image that is not encoded leaves images/s and ETA true.
+        # Also advance the bar's start, so that images not encoded do not distort images/s and ETA.
         if not self.bar.disable:
             self.bar.initial += 1
             self.bar.update()
 
     def skip(self, key: str, reason: str) -> None:
-        """Note an unreadable image; raises SkipLimitError once the limit is surely passed."""
+        """Record an unreadable image; raises SkipLimitError once the limit must be exceeded."""
         self.writer.skip(key, reason)
         self.bad.append((key, reason))
         self.bar.update()
         self._check(max(self.bar.total or len(self.seen), EARLIEST_STOP), "at least ")
 
     def finish(self) -> None:
-        """Note what the source itself left out, judge the whole, and drop vanished images."""
+        """Record images skipped by the source, check the limit, and remove deleted images."""
         for item in self.source.skipped:
             self.writer.skip(item.key, item.reason)
-            if item.key not in self.seen:  # else only a caption of it was left out
+            if item.key not in self.seen:  # otherwise the source only skipped one of its captions
                 self.bad.append((item.key, item.reason))
                 self.seen.add(item.key)
         if not self.seen:
-            raise DataError(f"{self.source.spec} holds no image; name a folder or table of images")
+            raise DataError(f"{self.source.spec} holds no images; choose a folder or table of images")
         self._check(len(self.seen), "")
         for key in self.writer.done.keys() - self.seen:
             self.writer.forget(key)
@@ -206,6 +207,6 @@ class _Walk:
         key, reason = self.bad[0]
         share = f"all {total}" if all_bad else f"{least}{bad} of {total}"
         raise SkipLimitError(
-            f"{share} images of {self.source.spec} are bad (first {key}: {reason}), allowed is a "
-            f"share of {self.skip_limit:.0%}; fix them, `clipkit data check` lists them"
+            f"{share} images of {self.source.spec} are unreadable (first {key}: {reason}), "
+            f"expected at most {self.skip_limit:.0%}; fix them, `clipkit data check` lists them"
         )

@@ -46,7 +46,7 @@ def remove_items(index: str | Path | VectorIndex, names: str | Sequence[str]) ->
         The keys that were removed, in the index's order.
 
     Raises:
-        ArtifactError: an unknown key, a pattern without a match, or another process is writing.
+        ArtifactError: a key is unknown, a pattern has no match, or another process is writing.
     """
     names = [names] if isinstance(names, str) else list(names)
     with IndexWriter(index) as writer:
@@ -59,8 +59,8 @@ def remove_items(index: str | Path | VectorIndex, names: str | Sequence[str]) ->
             fitting = {key for key in keys if fnmatchcase(key, name)}
             if not fitting:
                 raise ArtifactError(
-                    f"no key of {writer.path} matches the pattern {name!r}, nothing is removed; "
-                    "`clipkit search INDEX` shows keys as they are"
+                    f"no key of {writer.path} matches the pattern {name!r}, nothing was removed; "
+                    "`clipkit search INDEX` shows the keys"
                 )
             chosen |= fitting
         writer.remove(sorted(chosen))
@@ -69,10 +69,10 @@ def remove_items(index: str | Path | VectorIndex, names: str | Sequence[str]) ->
 
 
 def compact_index(index: str | Path | VectorIndex) -> VectorIndex:
-    """Rebuild an index from its items: in one segment, trained again, without removed rows.
+    """Retrain and rebuild an index as a single segment, without removed rows.
 
     Raises:
-        ArtifactError: damaged, another process is writing, or the disk is full.
+        ArtifactError: the index is damaged, another process is writing it, or the disk is full.
         SpecError: too few items are left to train its spec on.
     """
     with IndexWriter(index) as writer:
@@ -93,15 +93,15 @@ def build_index(
     batch_size: "BatchSize" = "auto",
     workers: int | str = "auto",
 ) -> VectorIndex:
-    """Build an index of a store, or of images, which are embedded into ``OUT.store`` first.
+    """Build an index of a store, or of images, which are first embedded into ``OUT.store``.
 
-    An index at ``out`` is replaced in one step once the new one is complete.
+    An existing index at ``out`` is replaced atomically once the new one is complete.
 
     Args:
-        data: a store, or whatever ``open_source`` opens.
+        data: a store, or anything that ``open_source`` accepts.
         out: directory of the index.
-        encoder: encodes images, and the texts that ``"auto"`` measures with; None loads the model
-            of the store, or the default model for images.
+        encoder: encodes images, and the query texts for ``"auto"``; None loads the store's model,
+            or the default model for images.
         spec: FAISS factory string; ``"auto"`` chooses one and its search parameters by the measured
             recall of text queries.
         target: the recall and memory that ``"auto"`` aims at.
@@ -110,11 +110,11 @@ def build_index(
         workers: decoding threads, as of ``embed``; ignored for a store.
 
     Raises:
-        SpecError: the spec is malformed, impossible for these vectors, or too large for the memory.
-        ArtifactError: ``out`` is taken by something else, or the source is a damaged store.
+        SpecError: the spec is malformed, invalid for these vectors, or exceeds the memory limit.
+        ArtifactError: ``out`` exists and is not an index, or the store is damaged.
         ModelError: the model cannot be loaded.
         ModelMismatchError: ``encoder`` is not the model of the store.
-        DataError: images that cannot be opened, or too many bad ones.
+        DataError: the images cannot be opened, or too many are unreadable.
     """
     out = Path(out)
     store = _as_store(data)
@@ -141,7 +141,7 @@ def build_index(
         what, repair = f"the store {store.path}", "use its own model, or embed the images again"
         store.model.require(encoder.model, what=what, repair=repair)
     if spec == AUTO and not len(store):
-        spec = "Flat"  # nothing to measure with
+        spec = "Flat"  # no queries to measure with
     if spec != AUTO:
         index = VectorIndex.build(store, out, spec, replace=True)
     else:
@@ -155,9 +155,9 @@ def build_index(
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a path names an artifact of clipkit, which ``build_index`` opens as a store.
+    """Whether a path is a clipkit artifact, which ``build_index`` opens as a store.
 
-    Other programs leave a manifest.json beside photos, too.
+    A manifest.json alone does not count: other programs write files of that name, too.
     """
     path = Path(path)
     if partial_path(path).is_dir():
@@ -178,7 +178,7 @@ def _as_store(data: Data | EmbeddingStore) -> EmbeddingStore | None:
 
 
 def _open_source(data: Data) -> Source:
-    # Imported here, because indexing a store needs neither torch nor datasets.
+    # Imported here because indexing a store needs neither torch nor datasets.
     from clipkit.data.open_source import open_source
 
     return data if isinstance(data, Source) else open_source(data, metadata=True)
@@ -193,8 +193,8 @@ class Calibrated:
     """Result of ``calibrate_index``.
 
     Attributes:
-        measured: recall and time of text queries, against exact search.
-        calibration: how scores become probabilities.
+        measured: recall and time of text queries, compared with exact search.
+        calibration: maps scores to probabilities.
     """
 
     measured: Measured
@@ -202,11 +202,11 @@ class Calibrated:
 
     @property
     def source(self) -> str:
-        """Where the captions come from."""
+        """The origin of the captions."""
         return self.calibration.source
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Convert to plain data for JSON."""
         facts = {name: getattr(self.calibration, name) for name in ("auroc", "error", "captions")}
         return {**self.measured.to_dict(), **facts, "source": self.source}
 
@@ -214,21 +214,22 @@ class Calibrated:
 def calibrate_index(
     index: str | Path | VectorIndex, encoder: "Encoder | QueryEncoder | None" = None
 ) -> Calibrated:
-    """Measure what text queries find, and store how scores become probabilities in the index.
+    """Measure text queries and store a calibration of scores as probabilities in the index.
 
     Args:
         index: the index, or its directory.
         encoder: the index's model; None loads it.
 
     Raises:
-        ArtifactError: not an index, damaged, empty, or another process is writing it.
+        ArtifactError: the index does not exist, is damaged or empty, or another process is writing
+            it.
         ModelError: its model cannot be loaded.
         ModelMismatchError: ``encoder`` is another model than the index's.
     """
     path = index.path if isinstance(index, VectorIndex) else index
     opened = VectorIndex.open(path, encoder=encoder)
     if not len(opened):
-        raise ArtifactError(f"{path} is empty, expected images to measure scores of; add some")
+        raise ArtifactError(f"{path} is empty, expected at least one image; add some")
     tables = (table for _, table in opened.shards())
     queries = encode_sample_queries(tables, opened.text_encoder.encode_text)
     measured = remeasure(opened, queries.captions)
@@ -241,12 +242,13 @@ def write_calibration(
     """Calibrate an index and store the result in its manifest, atomically.
 
     Args:
-        path: the index, of at least one image.
-        queries: sample queries of the index's model.
-        measured: what the captions find; it is stored together with them. None: neither is.
+        path: an index with at least one image.
+        queries: sample queries, encoded by the index's model.
+        measured: recall of the queries; stored together with them. None stores neither.
 
     Raises:
-        ArtifactError: not an index, damaged, without vectors, or another process is writing it.
+        ArtifactError: the index does not exist, is damaged or lacks exact vectors, or another
+            process is writing it.
     """
     path = Path(path)
     with ArtifactWriter(path, "index", replace=True):

@@ -28,7 +28,7 @@ class Info:
         return {"path": str(self.path), **self.facts, "files": self.files}
 
     def lines(self) -> list[tuple[str, Any]]:
-        """Names and values for people; empty values and lists are left out."""
+        """Names and values for display, without empty values and lists."""
         files = [(f"file {name}", f"{size:,} bytes") for name, size in self.files.items()]
         return [("path", self.path), *_flatten(self.facts), *files]
 
@@ -43,10 +43,10 @@ class Info:
 def info(path: str | Path) -> Info:
     """Read the manifest and list the files of a run, checkpoint, store, index or classifier.
 
-    A run that is not finished has no manifest yet; its last checkpoint describes it.
+    An unfinished run has no manifest yet; its last checkpoint describes it.
 
     Raises:
-        ArtifactError: there is no such directory, or it is not clipkit's.
+        ArtifactError: the directory does not exist or is not a clipkit artifact.
     """
     path = Path(path)
     if path.is_file():
@@ -68,7 +68,7 @@ def _unfinished_run(path: Path) -> dict[str, Any]:
     # By file names alone: describing a run must not load torch.
     steps = [step for step in path.glob("step-*") if (step / MANIFEST).is_file()]
     if not steps:
-        raise ArtifactError(f"{path} holds a run without a checkpoint; start it again")
+        raise ArtifactError(f"{path} holds a run without a checkpoint; restart the training")
     last = max(steps, key=lambda step: int(step.name.removeprefix("step-")))
     state = {"kind": "run", "state": "not finished; continue with --resume"}
     return read_manifest(last).to_dict() | state

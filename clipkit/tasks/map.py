@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 MAX_ITEMS = 50_000
-"""Items of a map: as many as a browser moves smoothly."""
+"""Default number of items of a map, limited to what a browser renders smoothly."""
 MAX_CLUSTERS = 24
 MAX_EMBEDDED = 5_000
-"""Thumbnails inside a page, about 4 kB each."""
+"""Maximum number of thumbnails embedded in a page, about 4 kB each."""
 
 
 @dataclass(frozen=True)
 class MapSummary:
-    """A map that was drawn, shown as its image in a notebook.
+    """A drawn map; a notebook shows its image.
 
     Attributes:
         page: the HTML file.
@@ -77,10 +77,10 @@ def draw_map(
         collection: a store or an index, or its directory.
         out: the HTML file; a PNG of the same name is written beside it.
         labels: candidate names of the clusters, chosen zero-shot; empty: clusters are numbered.
-        encoder: the collection's model, for the names; None: the one that its manifest names. The
-            clusters of external vectors are numbered without it.
-        clusters: how many; 0: about the root of half the items, at most 24.
-        max_items: items drawn; of more, a random sample of this size.
+        encoder: the collection's model, which names the clusters; None loads the model that the
+            manifest names. Clusters of external vectors are numbered if it is None.
+        clusters: number of clusters; 0: about the square root of half the items, at most 24.
+        max_items: maximum number of items; a larger collection is sampled randomly.
 
     Raises:
         ArtifactError: ``collection`` is not a store or an index, or ``out`` is not an HTML file.
@@ -142,7 +142,7 @@ def _open(
 
 
 def _sample(opened: VectorIndex | EmbeddingStore, max_items: int) -> tuple[Vectors, pa.Table]:
-    """Vectors and records of at most so many random items, in the collection's order."""
+    """Vectors and records of at most ``max_items`` random items, in the collection's order."""
     chosen = np.arange(len(opened))
     if len(opened) > max_items:
         chosen = np.sort(np.random.default_rng(0).choice(len(opened), max_items, replace=False))
@@ -186,7 +186,7 @@ def _names(
 
 
 def _middle(points: NDArray[np.float32]) -> tuple[float, float]:
-    """The place of a cluster's name: its item nearest to the median, so never an empty spot."""
+    """Position of a cluster's name: the item nearest to the median, never an empty spot."""
     middle = np.median(points, axis=0)
     x, y = points[np.argmin(np.square(points - middle).sum(axis=1))]
     return float(x), float(y)
@@ -205,7 +205,7 @@ def _lead(manifest: Manifest, items: int, named: bool) -> str:
 
 
 def _linked(manifest: Manifest, keys: Sequence[str], out: Path) -> list[str]:
-    """URLs of image files relative to the page; empty texts for missing files."""
+    """URLs of image files relative to the page; empty strings for missing files."""
     roots, folder = roots_of(manifest), out.resolve().parent
     files = [file_of(roots, key) for key in keys]
     return [quote(Path(os.path.relpath(file, folder)).as_posix()) if file else "" for file in files]
@@ -215,7 +215,7 @@ def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:
     """Thumbnails as data URIs, for images in a table or tar; empty beyond ``MAX_EMBEDDED``."""
     step = -(-len(keys) // MAX_EMBEDDED)
     found = dict.fromkeys(keys[::step], "")
-    # The source may be gone by now, and a damaged image must not stop the others.
+    # The source may have been deleted, and a damaged image must not affect the others.
     with suppress(DataError):
         for row in open_source(manifest.source.get("spec", ""), caption="", label="").rows:
             if row["key"] in found:

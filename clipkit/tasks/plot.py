@@ -29,7 +29,7 @@ def plot_runs(
     """Plot the curves of runs together: loss, held-out recall, learning rate, throughput.
 
     Args:
-        runs: directories of runs, finished or not; one or several.
+        runs: directories of one or several runs, finished or not.
         out: the PNG to write, if any.
         by: the x axis: steps, or minutes of training.
 
@@ -62,8 +62,8 @@ def plot_similarity(
     """Plot the cosine similarities of a few images and captions.
 
     Args:
-        images: paths or PIL images; one or several.
-        captions: one or several.
+        images: one or several paths or PIL images.
+        captions: one or several captions.
         encoder: the model; None loads the default model.
 
     Raises:
@@ -97,6 +97,6 @@ def _name(run: Path, runs: Sequence[str | Path]) -> str:
 
 def _why_not(run: Path) -> str:
     if (run / LOG_FILE).is_file():
-        return f"{run} has no step in its {LOG_FILE} yet; wait for one, or leave it out"
+        return f"{run} has not logged a step in its {LOG_FILE} yet; wait, or leave it out"
     found = "does not exist" if not run.exists() else f"has no {LOG_FILE}"
     return f"{run} {found}, expected the directory of a training run (clipkit train --out)"

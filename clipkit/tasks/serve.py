@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KERNEL_CACHE = 64
-"""Compiled bf16 matrix products kept in each of two caches of torch; a batch of captions has about
-15 shapes."""
+"""Compiled bf16 matrix-product kernels kept in each of two torch caches; one batch of captions has
+about 15 shapes."""
 _TOKEN = r"[A-Za-z0-9_.~-]{16,200}"
 
 
@@ -34,17 +34,17 @@ def serve(
     precision: "Precision | None" = None,
     on_ready: Callable[[str, int], None] | None = None,
 ) -> None:
-    """Serve the search page and the HTTP API until interrupted; a newer state takes over.
+    """Serve the search page and the HTTP API until interrupted; reload the index if it changes.
 
     Args:
         index: directory of the index, or the index.
         host: bind address; anything but loopback requires ``token``.
-        port: 0 for any free one.
-        token: required of every request.
-        images: folder of the images; None: where they were when they were indexed.
-        cache: folder of the thumbnails; None: in the user's cache, unless that is off.
-        encoder: the index's model; None: the one that its manifest names.
-        precision: of the model that is loaded, as of ``load_model``; None: its default.
+        port: port number; 0 picks a free port.
+        token: token that every request must carry.
+        images: folder of the images; None: their location when they were indexed.
+        cache: thumbnail folder; None: a folder in the user's cache, unless caching is disabled.
+        encoder: the index's model; None loads the model that its manifest names.
+        precision: precision of the loaded model, as for ``load_model``; None: the default.
         on_ready: called with the URL of the page and the number of images.
 
     Raises:
@@ -76,7 +76,7 @@ def serve(
         app = create_app(served, ThumbnailCache(_thumbnails(cache)), hosts=hosts, token=token)
         name = f"[{host}]" if ":" in host else host
         query = f"/?token={token}" if token else "/"
-        # The first call of a network is slow; make it before the first request.
+        # The first forward pass is slow; run it before the first request.
         served.collection.encoder.encode_text(["white"])
         if on_ready is not None:
             on_ready(f"http://{name}:{socket.getsockname()[1]}{query}", len(served.collection))
@@ -84,11 +84,12 @@ def serve(
 
 
 def limit_kernel_cache() -> None:
-    """Limit how many kernels torch keeps for bf16 matrix products, one per shape.
+    """Limit the number of kernels that torch caches for bf16 matrix products, one per shape.
 
-    Batches of captions have ever new shapes, and the kernel of a layer 512 wide takes 0.6 MiB and
-    0.3 ms to compile. torch keeps 1,024 of them, so that a server grows to 600 MiB within minutes.
-    torch reads these variables at its first such product; values set by the user stay.
+    Batches of captions keep producing new shapes. A kernel of a layer of width 512 takes 0.6 MiB
+    and compiles in 0.3 ms. By default torch caches 1,024 kernels, and a server grows by 600 MiB
+    within minutes. torch reads these environment variables at its first bf16 product; values set by
+    the user are kept.
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(KERNEL_CACHE))
@@ -103,13 +104,13 @@ def check_address(host: str, token: str | None) -> None:
     make = 'python -c "import secrets; print(secrets.token_urlsafe())"'
     if token is None and host not in LOOPBACK:
         raise ServeError(
-            f"other machines can reach {host}, expected a --token to protect it; make one with "
+            f"other machines can reach {host}, expected a --token to protect it; create one with "
             f"{make}"
         )
     if token is not None and not re.fullmatch(_TOKEN, token):
         raise ServeError(
             f"the token has {len(token)} characters, expected 16 to 200 letters, digits and -_.~; "
-            f"make one with {make}"
+            f"create one with {make}"
         )
 
 

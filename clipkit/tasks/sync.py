@@ -1,6 +1,6 @@
 """Keep an index up to date with its images: ``clipkit index add`` and ``clipkit index sync``.
 
-Only new content is encoded; images of known content reuse their vectors.
+Only new content is encoded; known content reuses its stored vector.
 """
 
 import os
@@ -59,9 +59,9 @@ class Changes:
         renamed: images with a new key.
         removed: images that no longer exist.
         unchanged: all others.
-        encoded: how many images went through the model.
+        encoded: number of images that were encoded.
         skipped: unreadable images and the reasons.
-        prefix: prefix of the keys of a folder that is new to the index; empty for none.
+        prefix: key prefix of a folder that is new to the index; empty if it has none.
     """
 
     added: int = 0
@@ -80,7 +80,7 @@ class Changes:
 
 
 class Update:
-    """One source brought into an index."""
+    """The update of an index from one source."""
 
     def __init__(self, writer: IndexWriter, scope: Scope, roots: list[Root]) -> None:
         self.writer, self.scope, self.roots = writer, scope, roots
@@ -101,7 +101,7 @@ class Update:
         """Write new and changed images into a store beside the index, or continue that store.
 
         Raises:
-            DataError: the source holds no image.
+            DataError: the source has no images.
         """
         index, wanted = self.writer.index, set[str]()
         if encoder is not None:
@@ -121,7 +121,7 @@ class Update:
                 self._encode(chain([first], rows), delta, encoder, batch_size, workers, bar)
             if not self._seen:
                 raise DataError(
-                    f"{source.spec} holds no image, nothing is removed; name a folder of images"
+                    f"{source.spec} holds no images, nothing was removed; choose a folder with images"
                 )
             for key in delta.done.keys() - wanted:
                 delta.forget(key)
@@ -160,8 +160,8 @@ class Update:
         found = owner(self.roots, key)
         if found != self.scope.root:
             raise ArtifactError(
-                f"{source} has an image whose key {key!r} would be one of {found}; rename the "
-                "folder it lies in"
+                f"{source} has an image whose key {key!r} would belong to {found}; rename its "
+                "folder"
             )
 
     def _encode(
@@ -209,7 +209,7 @@ class Update:
             raise
 
     def _store(self, vectors: Vectors, rows: list[Row], delta: StoreWriter) -> None:
-        """Write encoded rows into the store, except those that the index has unchanged."""
+        """Write encoded rows into the store, except rows that are unchanged in the index."""
         self.changes.encoded += sum(not row["known"] for row in rows)
         fresh = []
         for number, row in enumerate(rows):
@@ -252,11 +252,11 @@ class Update:
         ]
 
     def shards_of(self, store: EmbeddingStore) -> Iterator[tuple[Vectors, pa.Table]]:
-        """The rows of a store that the index does not have unchanged, under keys of the index.
+        """Yield the new and changed rows of a store, with their keys in the index.
 
         Raises:
-            ModelMismatchError: the store is of another model.
-            ArtifactError: the store uses another decoder, or a key would be another root's.
+            ModelMismatchError: the store was built with another model.
+            ArtifactError: the store uses another decoder, or a key would belong to another root.
         """
         index = self.writer.index
         index.model.require(
@@ -266,7 +266,7 @@ class Update:
         )
         if store.decode != index.decode:
             raise ArtifactError(
-                f"the pictures of {store.path} were read with --decode {store.decode}, those of "
+                f"the images of {store.path} were read with --decode {store.decode}, those of "
                 f"{index.path} with --decode {index.decode}; embed them again"
             )
         for vectors, table in store.shards():
@@ -280,7 +280,7 @@ class Update:
             yield vectors[fresh], table.filter(pa.array(fresh))
 
     def apply(self, shards: Shards, gone: list[int]) -> None:
-        """Add rows, and remove the old rows of their keys and ``gone``, in one atomic commit."""
+        """Add rows and remove ``gone`` and the old rows of the same keys in one atomic commit."""
         lost: dict[str, list[int]] = defaultdict(list)
         for row in gone:
             lost[self.indexed.fact(row, "content_hash")].append(row)
@@ -294,7 +294,7 @@ class Update:
         self.writer.commit(source=with_roots(source, self.roots))
 
     def _id(self, record: Record, lost: dict[str, list[int]], out: list[int]) -> int | None:
-        """The id of an image in the index, None for a new one; its old row is added to ``out``."""
+        """The id of an image in the index, or None if it is new; adds its old row to ``out``."""
         at, content = self.indexed.row(record["key"]), record["content_hash"]
         if at is not None:
             out.append(at)
@@ -311,7 +311,7 @@ class Update:
         return None if at is None else self.indexed.id(at)
 
     def clear(self) -> None:
-        """Delete the store beside the index, whose rows the index now has."""
+        """Delete the store beside the index; its rows are now in the index."""
         shutil.rmtree(self.delta, ignore_errors=True)
 
 
@@ -325,9 +325,9 @@ def sync_index(
 ) -> Changes:
     """Bring an index up to date with its images: new, changed, renamed and deleted ones.
 
-    Images with the same key, size and modification time are not read. Images whose content the
-    index has, under any key, keep their vector and, if they were renamed, their id. All others are
-    encoded; encoded images survive an interruption. The index changes atomically for each folder.
+    Images with the same key, size and modification time are not read. Images whose content is in
+    the index under any key reuse its vector; renamed images also keep their id. All others are
+    encoded, and encoded images survive an interruption. Each folder is updated atomically.
 
     Args:
         index: the index.
@@ -338,7 +338,7 @@ def sync_index(
         workers: decoding threads; ``"auto"`` is one per core.
 
     Raises:
-        DataError: the images cannot be opened, or there are none, in which case nothing is removed.
+        DataError: the images cannot be opened, or there are none; then nothing is removed.
         ModelMismatchError: ``encoder`` is another model.
         ArtifactError: ``data`` is not part of the index, or another process is writing it.
     """
@@ -365,14 +365,14 @@ def add_images(
     batch_size: "BatchSize" = "auto",
     workers: int | str = "auto",
 ) -> Changes:
-    """Add images, or an embedding store, to an index; images that it has are brought up to date.
+    """Add images, or an embedding store, to an index; update images that it already has.
 
-    Images in a folder of the index get keys relative to that folder; others get a prefix before
-    their keys, so that keys stay unique.
+    Keys of images in a folder of the index are relative to that folder. Keys of other images get a
+    prefix, which keeps them unique.
 
     Args:
         index: the index.
-        data: a store, or whatever ``open_source`` opens.
+        data: a store, or anything that ``open_source`` accepts.
         encoder: as for ``sync_index``.
         prefix: prefix of the keys of a folder that is new to the index; None: its name.
         batch_size: as for ``sync_index``.
@@ -380,7 +380,7 @@ def add_images(
 
     Raises:
         DataError: the images cannot be opened, or there are none.
-        ModelMismatchError: the store or ``encoder`` is of another model.
+        ModelMismatchError: the store or ``encoder`` uses another model.
         ArtifactError: ``prefix`` is taken, or another process is writing the index.
     """
     opened = _open(data)
@@ -391,12 +391,12 @@ def add_images(
         scope = find_scope(roots, wanted, whole=not alone)
         if scope is not None and prefix is not None:
             raise ArtifactError(
-                f"the images of {wanted.where} have their keys relative to {scope.root.where}, "
-                "which the index holds; leave --prefix out"
+                f"{wanted.where} is part of {scope.root.where}, which is already in the index and "
+                "determines the keys; omit --prefix"
             )
         if scope is None and alone:
             raise ArtifactError(
-                f"{wanted.where} is in no folder of {writer.path}; add the folder that contains it"
+                f"{wanted.where} is not in a folder of {writer.path}; add the folder containing it"
             )
         new = scope is None
         if scope is None:
@@ -421,7 +421,7 @@ def _open(data: Data | EmbeddingStore) -> Source | EmbeddingStore:
 
 
 def _root(source: Source) -> Root:
-    """The root of an open source; for a single image the folder that contains it."""
+    """The root of an open source; for a single image, the folder that contains it."""
     spec = source.spec if source.kind == "hub" else os.path.abspath(source.spec)
     if source.kind == "image":
         return Root("", str(source.root), True)
@@ -436,11 +436,11 @@ def _scope_of(source: Source, roots: list[Root], path: Path) -> tuple[Scope, lis
         return scope, roots
     if len(roots) == 1 and wanted.folder and roots[0].folder and not os.path.exists(roots[0].where):
         print_status(
-            f"{roots[0].where} is gone, its images are taken to be those of {wanted.where}"
+            f"{roots[0].where} no longer exists, assuming its images moved to {wanted.where}"
         )
         moved = Root("", wanted.where, True)
         return Scope(moved), [moved]
     raise ArtifactError(
-        f"{path} holds no images of {source.spec}, but those of {', '.join(map(str, roots))}; sync "
-        "one of these, or `clipkit index add` the others"
+        f"{source.spec} is not part of {path}, expected one of {', '.join(map(str, roots))}; "
+        "use `clipkit index add` to add other images"
     )

@@ -44,7 +44,7 @@ def test_another_model_and_damage_are_refused(
     save_classifier(ZeroShotClassifier.from_labels(encoder, LABELS), tmp_path / "c")
     words = ["classify", colour_folder, "--labels", tmp_path / "c"]
     _, err = run(*words, "--model", tmp_path / "other", code=1)
-    assert "the classifier was made by" in err
+    assert "the classifier was built with" in err
     (tmp_path / "c" / ARRAYS).write_bytes(b"no tensors")
     assert "c is damaged" in run(*words, code=1)[1]
     (tmp_path / "c" / ARRAYS).unlink()

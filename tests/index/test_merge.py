@@ -99,7 +99,7 @@ def test_a_folder_within_another_is_the_same_images(tmp_path):
 def test_what_cannot_be_merged_is_refused(tmp_path):
     build(tmp_path / "one", range(5), "/photos")
     build(tmp_path / "two", range(5), "/else", model=ModelRef("other", "", "b", DIM))
-    with pytest.raises(ArtifactError, match="1 indexes to merge, expected two"):
+    with pytest.raises(ArtifactError, match="got 1 indexes, expected at least two"):
         merge_indexes([tmp_path / "one"], tmp_path / "out")
     with pytest.raises(ModelMismatchError, match="toy/a.*other"):
         merge_indexes([tmp_path / "one", tmp_path / "two"], tmp_path / "out")

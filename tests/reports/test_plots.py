@@ -78,7 +78,7 @@ def test_what_cannot_be_drawn(tmp_path):
     for runs, out, sentence in (
         ([tmp_path / "no"], "x.png", "no does not exist, expected the directory of a training run"),
         ([tmp_path], "x.png", r"has no log\.jsonl, expected"),
-        ([tmp_path / "begun"], "x.png", "has no step in its log.jsonl yet"),
+        ([tmp_path / "begun"], "x.png", "has not logged a step in its log.jsonl yet"),
         ([], "x.png", "no run to plot"),
         ([tmp_path], "x.pdf", "x.pdf is not a PNG file name, expected FILE.png"),
     ):

@@ -235,7 +235,7 @@ def test_a_damaged_shard_is_named_in_a_sentence(tmp_path, damage):
     write(tmp_path / "store", 25)
     damage(tmp_path / "store")
     store = EmbeddingStore.open(tmp_path / "store")
-    with pytest.raises(ArtifactError, match=r"-00001\.\w+ is damaged .*make it again"):
+    with pytest.raises(ArtifactError, match=r"-00001\.\w+ is damaged .*rebuild it"):
         store.vectors()
 
 

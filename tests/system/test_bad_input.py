@@ -334,7 +334,7 @@ def test_a_run_that_skips_too_much_stops_and_can_be_started_again(
         main()
     assert not end.value.code
     assert f"skipped 2 items: listed in {out / 'skipped.jsonl'}" in capsys.readouterr().err
-    with pytest.raises(SkipLimitError, match="5 of 12 images .*, allowed is a share of 40%"):
+    with pytest.raises(SkipLimitError, match="5 of 12 images .*, expected at most 40%"):
         for file in sorted(colour_folder.glob("*.png"))[2:5]:
             file.write_bytes(b"")
         embed(colour_folder, tmp_path / "store", ColourEncoder(), skip_limit=0.4)
@@ -480,7 +480,9 @@ def test_a_full_disk_while_embedding_and_indexing(tmp_path, disk):
     square("red", shade=3).save(photos / "red" / "new.png")
     for leaving in (0, 4096, 8192):
         disk.fill(leaving)
-        with pytest.raises((ArtifactError, OSError), match=r"No space.*(make room|'|name another)"):
+        with pytest.raises(
+            (ArtifactError, OSError), match=r"No space.*(make room|'|choose another)"
+        ):
             embed(photos, store, ColourEncoder())
         with pytest.raises((ArtifactError, OSError), match=r"No space|cannot be written"):
             build_index(store, index, spec="HNSW8")

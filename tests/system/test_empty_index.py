@@ -37,7 +37,7 @@ def test_a_search_finds_nothing(index, monkeypatch, capsys):
 
 
 def test_a_map_of_it_is_refused(index, tmp_path):
-    with pytest.raises(DataError, match="a map of 0 items says nothing, expected at least 5"):
+    with pytest.raises(DataError, match="cannot draw a map of 0 items, expected at least 5"):
         draw_map(index, tmp_path / "map.html")
     assert not (tmp_path / "map.html").exists()
 

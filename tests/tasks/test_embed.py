@@ -197,7 +197,7 @@ def test_a_store_of_another_model_is_refused_and_stays(tmp_path):
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     write_squares(tmp_path / "photos")
-    with pytest.raises(ArtifactError, match="is no clipkit store"):
+    with pytest.raises(ArtifactError, match="is not a clipkit store"):
         embed(tmp_path / "photos", tmp_path / "photos" / "red", ColourEncoder())
     assert (tmp_path / "photos" / "red" / "red-0.png").exists()
 

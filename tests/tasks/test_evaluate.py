@@ -135,7 +135,7 @@ def test_a_single_class_has_no_roc_curve(encoder, albums):
 
 def test_a_classifier_of_another_model_is_refused(encoder, stranger, albums):
     classifier = ZeroShotClassifier.from_labels(stranger, LABELS)
-    with pytest.raises(ModelMismatchError, match="the classifier was made by"):
+    with pytest.raises(ModelMismatchError, match="the classifier was built with"):
         evaluate_zero_shot(open_source(albums), encoder, classifier, progress=False)
 
 

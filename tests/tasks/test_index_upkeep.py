@@ -38,7 +38,7 @@ def test_keys_and_patterns_are_removed(index):
 
 @pytest.mark.parametrize("names", [["item-00001.png", "no-such"], ["item-00001.png", "no-such-*"]])
 def test_a_name_that_fits_nothing_removes_nothing(index, names):
-    with pytest.raises(ArtifactError, match="no-such.*nothing is removed"):
+    with pytest.raises(ArtifactError, match="no-such.*nothing was removed"):
         remove_items(index, names)
     assert len(VectorIndex.open(index)) == 30
 

@@ -201,7 +201,7 @@ def test_bad_requests_get_a_sentence(colours, tmp_path):
         draw_map(colours.path, tmp_path / "map.png")
     with pytest.raises(ArtifactError, match="elsewhere"):
         draw_map(tmp_path / "elsewhere", tmp_path / "map.html")
-    with pytest.raises(DataError, match="a map of 3 items says nothing, expected at least 5"):
+    with pytest.raises(DataError, match="cannot draw a map of 3 items, expected at least 5"):
         draw_map(colours.path, tmp_path / "map.html", max_items=3)
     assert not (tmp_path / "map.html").exists()
 

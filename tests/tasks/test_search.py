@@ -231,7 +231,7 @@ def test_a_taken_place_is_refused_before_encoding(photos, tmp_path):
     encoder = ColourEncoder()
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "diary.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="is no clipkit index"):
+    with pytest.raises(ArtifactError, match="is not a clipkit index"):
         build_index(photos, tmp_path / "index", encoder=encoder)
     assert encoder.encoded == 0
     assert (tmp_path / "index" / "diary.txt").read_text() == "mine"

@@ -165,7 +165,7 @@ def test_what_is_out_of_sight_is_not_taken_for_deleted(index, photos, encoder, m
 def test_an_empty_folder_removes_nothing(index, photos, encoder):
     for colour in COLOURS:
         shutil.rmtree(photos / colour)
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="holds no images"):
         sync_index(index, encoder=encoder)
     assert len(VectorIndex.open(index)) == 16
 
@@ -186,7 +186,7 @@ def test_another_folder_is_added_with_a_prefix_and_synced_with_the_rest(
     other = tmp_path / "else" / "photos"
     write_squares(other, per_colour=1)
     paint(other / "red" / "red-0.png", "red", 99)
-    with pytest.raises(ArtifactError, match="holds no images of .*else/photos"):
+    with pytest.raises(ArtifactError, match="else/photos is not part of"):
         sync_index(index, other, encoder=encoder)
     changes = add_images(index, other, encoder=encoder)
     assert counts(changes) == {"added": 8, "encoded": 1}  # seven are copies of images it holds
@@ -203,16 +203,16 @@ def test_another_folder_is_added_with_a_prefix_and_synced_with_the_rest(
     assert "photos/red/red-0.png" in keys
     assert not {"photos/blue/blue-0.png", "blue/blue-0.png"} & set(keys)
     paint(photos / "photos" / "x.png", "red", 13)
-    with pytest.raises(ArtifactError, match="'photos/x.png' would be one of .*else/photos"):
+    with pytest.raises(ArtifactError, match="'photos/x.png' would belong to .*else/photos"):
         sync_index(index, photos, encoder=encoder)
 
 
 def test_prefixes_are_named_or_refused(index, photos, tmp_path, encoder):
     write_squares(tmp_path / "red", per_colour=1)
-    with pytest.raises(ArtifactError, match="would begin with red/.*--prefix"):
+    with pytest.raises(ArtifactError, match="key prefix red/ for .* already used.*--prefix"):
         add_images(index, tmp_path / "red", encoder=encoder, prefix="red")
     assert add_images(index, tmp_path / "red", encoder=encoder).prefix == "red-2"
-    with pytest.raises(ArtifactError, match="leave --prefix out"):
+    with pytest.raises(ArtifactError, match="omit --prefix"):
         add_images(index, photos / "red", encoder=encoder, prefix="x")
     with pytest.raises(ArtifactError, match=f"contains {photos}"):
         add_images(index, tmp_path, encoder=encoder)
@@ -229,9 +229,9 @@ def test_adding_what_lies_within_removes_nothing(index, photos, encoder):
     assert counts(changes) == {"added": 1, "encoded": 1}
     assert "more/one.png" in VectorIndex.open(index).keys
     paint(photos.parent / "alone.png", "blue", 42)
-    with pytest.raises(ArtifactError, match="is in no folder of"):
+    with pytest.raises(ArtifactError, match="is not in a folder of"):
         add_images(index, photos.parent / "alone.png", encoder=encoder)
-    with pytest.raises(ArtifactError, match="holds no images of"):
+    with pytest.raises(ArtifactError, match="is not part of"):
         sync_index(index, photos / "more" / "one.png", encoder=encoder)
 
 
@@ -270,7 +270,7 @@ def test_a_folder_that_moved_is_found_by_its_content(index, photos, tmp_path, en
     paint(tmp_path / "pictures" / "red" / "new.png", "red", 40)
     changes = sync_index(index, tmp_path / "pictures", encoder=encoder)
     assert counts(changes) == {"added": 1, "unchanged": 16, "encoded": 1}
-    assert "is gone, its images are taken to be those of" in capsys.readouterr().err
+    assert "no longer exists, assuming its images moved to" in capsys.readouterr().err
     assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 17}
 
 

@@ -36,7 +36,7 @@ def ask(index):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
 def test_a_non_loopback_address_requires_a_token(host):
-    with pytest.raises(ServeError, match=r"expected a --token to protect it.*make one with"):
+    with pytest.raises(ServeError, match=r"expected a --token to protect it.*create one with"):
         check_address(host, None)
     check_address(host, TOKEN)
 

@@ -256,7 +256,7 @@ def test_an_index_of_format_1_opens_and_lives_on(tmp_path, spec):
             lambda w: w.append(POOL[:1], table(["item-00003.png"])),
             "'item-00003.png' would .* twice",
         ),
-        (lambda w: w.append(POOL[:2], table(["a", "a"])), "'a' would be in .* twice"),
+        (lambda w: w.append(POOL[:2], table(["a", "a"])), "'a' would occur twice"),
         (lambda w: w.append(POOL[:2], table(["a"])), "one row per record"),
         (lambda w: w.append(np.full((1, DIM), np.nan, np.float32), table(["a"])), "length nan"),
         (lambda w: w.append(POOL[:1] * 2, table(["a"])), "unit length"),

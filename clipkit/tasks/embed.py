@@ -195,7 +195,7 @@ class _Walk:
                 self.bad.append((item.key, item.reason))
                 self.seen.add(item.key)
         if not self.seen:
-            raise DataError(f"{self.source.spec} holds no images; choose a folder or table of images")
+            raise DataError(f"{self.source.spec} holds no images; name a folder or table of images")
         self._check(len(self.seen), "")
         for key in self.writer.done.keys() - self.seen:
             self.writer.forget(key)

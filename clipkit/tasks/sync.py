@@ -121,7 +121,7 @@ class Update:
                 self._encode(chain([first], rows), delta, encoder, batch_size, workers, bar)
             if not self._seen:
                 raise DataError(
-                    f"{source.spec} holds no images, nothing was removed; choose a folder with images"
+                    f"{source.spec} holds no images, nothing was removed; name a folder of images"
                 )
             for key in delta.done.keys() - wanted:
                 delta.forget(key)

@@ -9,14 +9,12 @@ from clipkit.cli.output import note, print_facts, print_table
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path(
-        "clipkit-demo"
-    ),
-    minutes: Annotated[float, typer.Option(min=0.05, help="Longest training, minutes.")] = 5.0,
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("clipkit-demo"),
+    minutes: Annotated[float, typer.Option(min=0.05, help="Maximum training minutes.")] = 5.0,
 ) -> None:
     """Pretrain on emoji drawings and search them.
 
-    Then classify and measure on drawings of an unseen style, and write a page to look at.
+    Then classify and evaluate on drawings of a held-out style, and write a results page.
     """
     from clipkit.demo.run import demo as run
 

@@ -56,7 +56,7 @@ def add(
     ],
     prefix: Annotated[
         str | None,
-        typer.Option(help="Start of the keys of a new folder; default: the folder's name."),
+        typer.Option(help="Key prefix of a new folder; default: the folder's name."),
     ] = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
@@ -68,7 +68,7 @@ def add(
 ) -> None:
     """Add images, or a store, to an index.
 
-    Images that the index holds already are updated; only new content is encoded.
+    Images that are already in the index are updated; only new content is encoded.
     """
     from clipkit.tasks.sync import add_images
 
@@ -90,7 +90,7 @@ def sync(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="One of the index's folders, or a part of it; default: all of them.",
+            help="One of the index's folders, or a subfolder; default: all folders.",
         ),
     ] = None,
     precision: Precision = None,
@@ -111,7 +111,7 @@ def sync(
 
 
 def _open(data: list[str], image_column: str | None, caption_column: str | None) -> "str | Source":
-    """The name of a store, or opened data."""
+    """Return the name of a store, or the opened data."""
     from clipkit.tasks.index import is_store
 
     if len(data) == 1 and is_store(data[0]):
@@ -125,7 +125,7 @@ def _open(data: list[str], image_column: str | None, caption_column: str | None)
 def _encoder_of(
     index: Path, precision: PrecisionName | None, device: str | None
 ) -> "Encoder | None":
-    """The encoder of an index if options name its precision or device; else it loads its own."""
+    """Load an index's encoder with the given precision or device; None if neither is given."""
     if precision is None and device is None:
         return None
     from clipkit.index.vector_index import open_index
@@ -152,11 +152,11 @@ def remove(
     ] = None,
     keys_from: Annotated[
         typer.FileText | None,
-        typer.Option("--from", help="A file of keys or patterns, one a line; - reads stdin."),
+        typer.Option("--from", help="A file of keys or patterns, one per line; - reads stdin."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove images from an index; their files stay."""
+    """Remove images from an index, but keep their files."""
     names = [*(keys or []), *(line.rstrip("\r\n") for line in keys_from or [])]
     names = [name for name in names if name]
     if not names:
@@ -172,7 +172,7 @@ def remove(
 
 @app.command("compact")
 def compact(index: Index, as_json: Json = False) -> None:
-    """Rebuild an index from its vectors, in one segment."""
+    """Rebuild an index from its vectors as a single segment."""
     from clipkit.tasks.index import compact_index
 
     _print_index(index, compact_index(index), as_json)
@@ -187,7 +187,7 @@ def merge(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge indexes of one model into a new one."""
+    """Merge indexes of the same model into a new index."""
     from clipkit.index.merge import merge_indexes
 
     _print_index(out, merge_indexes(indexes, out, spec), as_json)
@@ -224,7 +224,7 @@ def calibrate(
 ) -> None:
     """Calibrate the scores of an index as probabilities.
 
-    Measures what captions of its own images find, or generic captions if few images have any.
+    Measures searches with the captions of its images, or with generic captions if it has too few.
     """
     from clipkit.tasks.index import calibrate_index
 
@@ -253,10 +253,10 @@ def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``500MB``, ``1.5 GiB`` or ``2g``.
+    """Parse a size such as ``500MB``, ``1.5 GiB`` or ``2g`` to bytes.
 
     Raises:
-        BadParameter: it is not a size, which ends a command with exit code 2.
+        BadParameter: ``text`` is not a size; the command exits with code 2.
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -269,8 +269,8 @@ def parse_size(text: str) -> int:
 Decode = Annotated[
     Literal["exact", "fast"] | None,
     typer.Option(
-        help="exact reads images as open_clip does; fast at a sufficient size, in a third of the "
-        "time; default: as the store at --out, else exact."
+        help="exact decodes images as open_clip does; fast decodes at a reduced size in a third "
+        "of the time; default: that of an existing store, else exact."
     ),
 ]
 
@@ -290,8 +290,8 @@ def embed(
 ) -> None:
     """Encode images and store their vectors.
 
-    Run again, it encodes only new images and what an interrupted run left; renamed images keep
-    their vectors.
+    A repeated run encodes only new and changed images, and continues an interrupted run. Renamed
+    images keep their vectors.
     """
     from clipkit.data.open_source import open_source
 
@@ -320,7 +320,7 @@ def build(
     ] = None,
     spec: Annotated[
         str,
-        typer.Option(help="FAISS factory string; auto chooses one by its recall for captions."),
+        typer.Option(help="FAISS factory string; auto chooses one by caption recall."),
     ] = "Flat",
     recall: Annotated[
         float | None,
@@ -340,14 +340,14 @@ def build(
 ) -> None:
     """Index a store, or images.
 
-    Images are embedded first, into a store beside the index, which a later build updates.
+    Images are first embedded into a store beside the index. A later build updates the store.
     """
     from clipkit.index.tuning import AUTO, RECALL, TuningTarget
     from clipkit.store.embedding_store import EmbeddingStore
     from clipkit.tasks.index import build_index
 
     if spec != AUTO and (recall is not None or memory is not None):
-        raise typer.BadParameter("--recall and --memory are for --spec auto")
+        raise typer.BadParameter("--recall and --memory require --spec auto")
     most = None if memory is None else parse_size(memory)
     target = TuningTarget(RECALL if recall is None else recall, most)
     source = _open(data, image_column, caption_column)

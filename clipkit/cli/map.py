@@ -18,14 +18,14 @@ def draw(
         typer.Option(help="Names for clusters: cat,dog,… or a file; '' numbers the clusters."),
     ] = None,
     clusters: Annotated[
-        int, typer.Option(min=0, help="Number of clusters; 0 chooses it by the number of items.")
+        int, typer.Option(min=0, help="Number of clusters; 0 chooses it from the number of items.")
     ] = 0,
     as_json: Json = False,
     html: Annotated[
         Path,
         typer.Option(
             metavar="FILE",
-            help="The page to write, with a PNG beside it.",
+            help="The HTML page to write, with a PNG beside it.",
             rich_help_panel=OUTPUT,
         ),
     ] = Path("map.html"),

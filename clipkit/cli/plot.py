@@ -17,9 +17,9 @@ def plot(
     ] = "step",
     as_json: Json = False,
 ) -> None:
-    """Plot the curves of training runs in one picture.
+    """Plot the curves of training runs in one image.
 
-    Loss, held-out recall, learning rate and throughput, also of unfinished runs.
+    Shows loss, held-out recall, learning rate and throughput, also of unfinished runs.
     """
     from clipkit.tasks.plot import plot_runs
 

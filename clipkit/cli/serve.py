@@ -14,22 +14,22 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Bind address; non-loopback requires --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     token: Annotated[
         str | None,
-        typer.Option(envvar="CLIPKIT_TOKEN", help="Token required of every request."),
+        typer.Option(envvar="CLIPKIT_TOKEN", help="Token that every request must carry."),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the images, if it has moved.")
+        Path | None, typer.Option(help="Folder of the images, if they have moved.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of the thumbnails; default: the user's cache.")
+        Path | None, typer.Option(help="Thumbnail folder; default: the user's cache.")
     ] = None,
     precision: Precision = None,
 ) -> None:
     """Serve a search page and an HTTP API.
 
-    A newer state of the index takes over automatically. Ctrl-C stops the server.
+    The server reloads the index if it changes. Ctrl-C stops it.
     """
     from clipkit.tasks.serve import serve as run
 

@@ -12,9 +12,9 @@ def tokenize(
     texts: Annotated[list[str], typer.Argument(help="The texts.")],
     as_json: Json = False,
 ) -> None:
-    """Show how a model reads texts.
+    """Show how a model tokenizes texts.
 
-    Tokens, ids, how much of the 77 is used, and what is cut.
+    Shows tokens, ids, how many of the 77 tokens are used, and truncated text.
     """
     from clipkit.models.tokenizer import CONTEXT, inspect
 

@@ -1,1 +1,1 @@
-"""The server behind ``clipkit serve``: an HTTP API, a page, and what keeps both within bounds."""
+"""The server of ``clipkit serve``: an HTTP API, a search page, and their resource limits."""

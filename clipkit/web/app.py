@@ -37,7 +37,7 @@ from clipkit.web.service import Service
 POLL_SECONDS = 2.0
 """Interval between checks for a newer state of the index."""
 CACHE_SECONDS = 600
-"""How long a browser may show an image again without a request."""
+"""How long a browser may cache an image."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": meaning}
     for status, meaning in {
@@ -72,11 +72,11 @@ def create_app(
     hosts: Iterable[str] | None = None,
     token: str | None = None,
 ) -> ASGIApp:
-    """The whole server as an ASGI application.
+    """Create the ASGI application of the server.
 
     Args:
-        served: the index.
-        thumbnails: where thumbnails are cached.
+        served: the served index.
+        thumbnails: cache for thumbnails.
         hosts: as for ``Guard``.
         token: as for ``Guard``.
     """
@@ -95,7 +95,7 @@ def create_app(
         version=__version__,
         description="Search a collection of images by text and by image.",
         lifespan=lifespan,
-        docs_url=None,  # its page would load scripts from another site
+        docs_url=None,  # the docs page would load scripts from another site
         redoc_url=None,
         responses=_REFUSALS,
     )
@@ -125,37 +125,37 @@ def _add_search(app: FastAPI, service: Service) -> None:
     async def search_by_upload(
         request: Request, terms: Annotated[QueryTerms, Query()]
     ) -> SearchResponse:
-        """The same with an uploaded image; the response gives a name for searching it again."""
+        """Search with an uploaded image; the response contains a name to search with it again."""
         collection = service.collection
         name = await service.upload(collection, await request.body())
         return await service.search(collection, SearchQuery(image=name, **terms.model_dump()))
 
     @app.get("/similar/{key:path}", tags=["search"])
     async def similar(key: KeyPath, page: Annotated[Page, Query()]) -> SearchResponse:
-        """Images like one of the index, which is not among them."""
+        """Images similar to an image of the index, without that image."""
         collection = service.collection
         collection.row(key)
         return await service.search(collection, SearchQuery(like=[key], **page.model_dump()))
 
     @app.post("/classify", tags=["classify"])
     async def classify(asked: ClassifyRequest) -> ClassifyResponse:
-        """Probabilities of labels for images of the index, or for an uploaded one."""
+        """Probabilities of labels for images of the index, or for an uploaded image."""
         return await service.classify(service.collection, asked)
 
 
 def _add_images(app: FastAPI, service: Service) -> None:
     @app.get("/image/{key:path}", tags=["images"], response_class=Response, responses=_IMAGE)
     async def image(key: KeyPath) -> Response:
-        """The original image; formats that browsers do not show come as JPEG."""
+        """The original image; formats that browsers cannot display are converted to JPEG."""
         collection = service.collection
         collection.row(key)
         data, kind = await service.worker.run(lambda: collection.images.for_browser(key))
-        # An image opened in its own tab may load and run nothing.
+        # An image opened in its own tab must not load or run anything.
         return _image(data, kind, {"content-security-policy": "default-src 'none'; sandbox"})
 
     @app.get("/thumb/{key:path}", tags=["images"], response_class=Response, responses=_IMAGE)
     async def thumb(key: KeyPath) -> Response:
-        """A small JPEG of an image."""
+        """The JPEG thumbnail of an image."""
         collection = service.collection
         collection.row(key)
         data = await service.worker.thumbnail(collection.images, key)
@@ -164,7 +164,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
     @app.get("/upload/{name}", tags=["images"], response_class=Response, responses=_IMAGE)
     async def upload(name: str) -> Response:
-        """A small JPEG of an uploaded image."""
+        """The JPEG thumbnail of an uploaded image."""
         fingerprint = service.collection.encoder.model.fingerprint
         return _image(service.uploads.get(name, fingerprint).jpeg, "image/jpeg")
 
@@ -177,7 +177,7 @@ def _image(data: bytes, kind: str, headers: dict[str, str] | None = None) -> Res
 def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/info", tags=["facts"])
     async def info() -> Info:
-        """The index that is served."""
+        """Information about the served index."""
         collection = service.collection
         manifest, calibration = collection.index.manifest, collection.index.calibration
         missing = await asyncio.to_thread(lambda: collection.missing)  # may open tables
@@ -197,12 +197,12 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", tags=["facts"])
     async def health() -> Health:
-        """Whether the server is running; needs no token."""
+        """Whether the server is running; does not require a token."""
         return Health(status="ok")
 
     @app.get("/metrics", tags=["facts"], response_class=Response, responses=_TEXT)
     async def metrics() -> Response:
-        """Counts of requests, times and batches in Prometheus' text format."""
+        """Request counts, latencies and batch sizes in Prometheus text format."""
         return Response(service.monitor.render(), media_type="text/plain; version=0.0.4")
 
 

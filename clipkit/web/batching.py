@@ -22,20 +22,20 @@ Result = TypeVar("Result")
 Vector = NDArray[np.float32]
 """float32 [dim], unit length."""
 MAX_CAPTIONS_CACHED = 4096
-"""Queries repeat while a user types, pages and goes back; a vector of 512 takes 2 KiB."""
+"""Cached caption vectors: queries repeat while a user types and pages. 512 floats take 2 KiB."""
 
 
 class Batcher(Generic[Item, Result]):
-    """Passes the items of concurrent callers to one function, all that wait at a time.
+    """Passes the items of concurrent callers to one function in batches.
 
-    It never waits to fill a batch: the next one gathers while the function works on the last, so
-    that a lone request is served at once and concurrent ones share the work. The function runs in
-    one thread and need not be thread-safe.
+    It never waits to fill a batch. While the function runs, waiting items form the next batch: a
+    single request is served at once, and concurrent requests share a call. The function runs in one
+    thread and need not be thread-safe.
 
     Args:
-        work: from items to their results, in the same order.
-        max_batch: items passed at once.
-        max_waiting: items that may wait; further ones are refused.
+        work: returns the results of items, in the same order.
+        max_batch: maximum number of items per call.
+        max_waiting: maximum number of waiting items; further items are refused.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Batcher(Generic[Item, Result]):
         self._thread.start()
 
     async def __call__(self, item: Item) -> Result:
-        """The result of one item.
+        """Return the result of one item.
 
         Raises:
-            RequestError: too many are waiting, or the batcher is closed (503).
-            Exception: whatever the function raised for this item.
+            RequestError: too many items are waiting, or the batcher is closed (503).
+            Exception: the error that the function raised for this item.
         """
         if self._closed:
             raise RequestError(503, "the server is shutting down; try again later")
@@ -69,7 +69,7 @@ class Batcher(Generic[Item, Result]):
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Finish what is waiting and end the thread."""
+        """Process the waiting items and stop the thread."""
         self._closed = True
         self._waiting.put(None)
         self._thread.join()
@@ -78,13 +78,13 @@ class Batcher(Generic[Item, Result]):
         running = True
         while running:
             batch, running = self._gather()
-            # Cancelled requests are left out.
+            # Skip cancelled requests.
             batch = [(item, f) for item, f in batch if f.set_running_or_notify_cancel()]
             if batch:
                 self._process(batch)
 
     def _gather(self) -> tuple[list[tuple[Item, "Future[Result]"]], bool]:
-        """The waiting items, at least one unless closed, and whether to continue."""
+        """Wait for items; return them, none only if closed, and whether to continue."""
         batch = []
         entry = self._waiting.get()
         while entry is not None:
@@ -104,7 +104,7 @@ class Batcher(Generic[Item, Result]):
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
                 return
-            for entry in batch:  # one by one, so that a bad item fails alone
+            for entry in batch:  # one by one, so that only the bad item fails
                 self._process([entry])
             return
         for (_, future), result in zip(batch, results, strict=True):
@@ -120,10 +120,10 @@ class _Job:
 
 
 class EncoderQueue:
-    """The only place of a server that uses an encoder: batches its calls, caches caption vectors.
+    """Runs all encoder calls of a server: batches them and caches caption vectors.
 
     Args:
-        on_batch: called with the number of captions or images of each call of an encoder.
+        on_batch: called with the number of captions or images of each encoder call.
     """
 
     def __init__(self, on_batch: Callable[[int], object]) -> None:
@@ -134,19 +134,19 @@ class EncoderQueue:
         self._pending: dict[tuple[str, str], asyncio.Task[Vector]] = {}
 
     async def encode_text(self, encoder: Encoder, captions: Sequence[str]) -> list[Vector]:
-        """The vector of each caption; tokens beyond the context length are cut."""
+        """Encode captions; tokens beyond the context length are truncated."""
         return list(await asyncio.gather(*(self._caption(encoder, text) for text in captions)))
 
     async def encode_image(self, encoder: Encoder, pixels: Pixels) -> Vector:
-        """The vector of an image, uint8 [height, width, 3] as the model's preprocessing gives."""
+        """Encode an image, uint8 [height, width, 3], preprocessed for the model."""
         return cast(Vector, await self._batcher(_Job(encoder, pixels)))
 
     async def run(self, encoder: Encoder, work: Callable[[], Result]) -> Result:
-        """Call ``work`` while nothing else uses the encoder; returns what it returns."""
+        """Call ``work`` with exclusive use of the encoder and return its result."""
         return cast(Result, await self._batcher(_Job(encoder, work)))
 
     def close(self) -> None:
-        """Finish what is waiting."""
+        """Process the waiting items and stop."""
         self._batcher.close()
 
     async def _caption(self, encoder: Encoder, text: str) -> Vector:
@@ -156,7 +156,7 @@ class EncoderQueue:
             if name not in self._pending:
                 self._pending[name] = asyncio.create_task(self._encode_caption(encoder, text))
                 self._pending[name].add_done_callback(lambda _: self._pending.pop(name))
-            # Requests for the same caption share one task; a cancelled one leaves it running.
+            # Requests for the same caption share one task, which survives a cancelled request.
             vector = await asyncio.shield(self._pending[name])
         if name in self._cached:
             self._cached.move_to_end(name)
@@ -171,7 +171,7 @@ class EncoderQueue:
 
     def _encode(self, jobs: Sequence[_Job]) -> list[object]:
         results: list[object] = [None] * len(jobs)
-        # Two encoders while a newer index takes over.
+        # There are two encoders while a newer index is being loaded.
         for encoder in {id(job.encoder): job.encoder for job in jobs}.values():
             captions: dict[int, str] = {}
             images: dict[int, Pixels] = {}
@@ -189,7 +189,7 @@ class EncoderQueue:
                 texts = list(dict.fromkeys(captions.values()))
                 encoded = encoder.encode_text(texts, report=TruncationReport())
                 self._on_batch(len(texts))
-                # Copies, because a cached row would keep the whole batch in memory.
+                # Copy: a cached view would keep the whole batch in memory.
                 vectors = dict(zip(texts, map(np.copy, encoded), strict=True))
                 for n, text in captions.items():
                     results[n] = vectors[text]

@@ -1,4 +1,4 @@
-"""The served index: its records, images and columns, and a newer state that replaces it."""
+"""The served index: records, images and columns, and reloading after a change."""
 
 import threading
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ from clipkit.web.images import IndexImages, decode, read_upload
 from clipkit.web.schemas import Column, RequestError
 
 Mask = NDArray[np.bool_]
-"""bool [rows], True for the rows to search."""
+"""bool [rows], True for rows to search."""
 MAX_VALUES = 50
 """A text column with more distinct values gets a text field instead of one control per value."""
 MAX_VALUE_LENGTH = 100
 _SAMPLED = 20
-"""Images looked for to find out whether an index has any."""
+"""Number of images checked to determine whether the image files of an index exist."""
 _KINDS: dict[pa.DataType, Literal["text", "number", "time", "boolean"]] = {
     TEXT: "text",
     INTEGER: "number",
@@ -50,7 +50,7 @@ class Collection:
     Args:
         index: the index.
         encoder: its model.
-        images: folder of the images; None: where they were when they were indexed.
+        images: folder of the images; None: their location when they were indexed.
     """
 
     def __init__(self, index: VectorIndex, encoder: Encoder, images: Path | None = None) -> None:
@@ -67,22 +67,22 @@ class Collection:
 
     @cached_property
     def missing(self) -> str | None:
-        """Why none of a few keys, spread over the index, has an image; None if one has."""
+        """Why none of a few sampled keys has an image; None if at least one has."""
         sample = self.keys[:: max(1, len(self.keys) // _SAMPLED)]
         reasons = [self.images.why_missing(key) for key in sample]
         return None if None in reasons or not reasons else reasons[0]
 
     def row(self, key: str) -> int:
-        """The row of a key; raises RequestError (404) if the index does not have it."""
+        """The row of a key; raises RequestError (404) for an unknown key."""
         if key not in self.rows:
-            raise RequestError(404, "the index has no image of this key")
+            raise RequestError(404, "the index has no image with this key")
         return self.rows[key]
 
     def select(self, where: str) -> Mask | None:
-        """The rows that satisfy a condition; None for an empty condition, which all satisfy.
+        """The rows that satisfy a condition; None, meaning all rows, for an empty condition.
 
         Raises:
-            DataError: as of ``index.filters.parse_where``.
+            DataError: as for ``index.filters.parse_where``.
         """
         if not where.strip():
             return None
@@ -93,8 +93,8 @@ class Collection:
 
         Args:
             queries: float32 [n, dim].
-            k: at least 1.
-            mask: the rows to search; None: all.
+            k: number of hits, at least 1.
+            mask: bool [rows], the rows to search; None: all.
         """
         return self.index.search_vectors(queries, k, mask)
 
@@ -103,20 +103,20 @@ class Collection:
         return self.index.distinct(hits)
 
     def vector(self, key: str) -> Vector | None:
-        """The vector of a key; None if the index stores only a lossy one.
+        """The vector of a key; None if the index does not store exact vectors.
 
         Raises:
-            RequestError: the index does not have the key (404).
+            RequestError: the key is unknown (404).
         """
         segment, row = self.index.locate(int(self.index.places[self.row(key)]))
         return None if segment.vectors is None else np.asarray(segment.vectors[row], np.float32)
 
     def probabilities(self, query: Vector, hits: Sequence[Hit]) -> list[float] | None:
-        """The probability that each hit shows what a caption says; None without a calibration.
+        """The probability that each hit matches the caption; None without calibration.
 
         Args:
             query: the caption's vector, float32 [dim].
-            hits: its hits.
+            hits: the hits of the caption.
         """
         calibration = self.index.calibration
         scores = np.array([hit.score for hit in hits], np.float32)
@@ -124,7 +124,7 @@ class Collection:
         return None if found is None else found.tolist()
 
     def records_of(self, keys: Sequence[str]) -> list[dict[str, Any]]:
-        """The records of some keys."""
+        """The records of the given keys."""
         rows = pa.array([self.rows[key] for key in keys], pa.int64())
         records: list[dict[str, Any]] = self.records.take(rows).to_pylist()
         return records
@@ -133,7 +133,7 @@ class Collection:
         """The image of a key, preprocessed like those of the index.
 
         Raises:
-            RequestError: its file is gone (404) or not an image (415).
+            RequestError: the file is missing (404) or not an image (415).
         """
         preprocess, mode = self.encoder.preprocess, cast(Decode, self.index.decode)
         image = decode(key, self.images.read(key), preprocess.reduction(mode))
@@ -155,14 +155,14 @@ class Collection:
 
 
 def with_folder(records: pa.Table) -> pa.Table:
-    """The records with the column of folders that every condition may name."""
+    """Add the folder column, which conditions can use, to the records."""
     if FOLDER in records.column_names:
         return records
     return records.append_column(FOLDER, folders_of(records["key"]))
 
 
 def describe_columns(records: pa.Table) -> list[Column]:
-    """The columns that the page offers for filtering, with their values or their range."""
+    """Describe the columns that the page offers as filters, with their values or range."""
     names = [name for name in records.column_names if name not in OWN or name == "label"]
     found = (_describe(name, records[name]) for name in names)
     return [column for column in found if column is not None]
@@ -170,7 +170,7 @@ def describe_columns(records: pa.Table) -> list[Column]:
 
 def _describe(name: str, data: pa.ChunkedArray) -> Column | None:
     kind = _KINDS.get(kind_of(data.type))
-    # A condition has no way to write a name with a backquote in it.
+    # The condition syntax cannot express a name with a backquote.
     if kind is None or data.null_count == len(data) or "`" in name:
         return None
     if kind in ("number", "time"):
@@ -187,18 +187,19 @@ def _describe(name: str, data: pa.ChunkedArray) -> Column | None:
 
 
 class ServedIndex:
-    """The collection that is served now; a newer state of the index replaces it as a whole.
+    """Holds the current collection, and replaces it when the index changes.
 
-    A request reads ``collection`` once and keeps to it, so that no request waits or is lost.
+    A request reads ``collection`` once and keeps using it, so that a reload neither delays nor
+    breaks requests.
 
     Args:
         path: directory of the index.
         images: as for ``Collection``.
-        encoder: the index's model; None: the one that its manifest names.
-        precision: of a model loaded from the manifest; None: the default.
+        encoder: the index's model; None loads the model that its manifest names.
+        precision: precision of a model loaded from the manifest; None: the default.
 
     Raises:
-        ArtifactError: no index, or a damaged one.
+        ArtifactError: the index does not exist or is damaged.
         ModelError: its model cannot be loaded.
     """
 
@@ -216,14 +217,14 @@ class ServedIndex:
         self.collection = self._open(encoder)
 
     def refresh(self) -> bool:
-        """Open the index again if its manifest has changed; returns whether it had.
+        """Reload the index if its manifest has changed; return whether it has.
 
         Raises:
-            ClipkitError: the new state cannot be opened; the old one stays.
+            ClipkitError: the new state cannot be opened; the old state stays in use.
         """
         with self._refreshing:
             state = self._manifest_state()
-            if state in (None, self._state):  # None: it is being replaced at this moment
+            if state in (None, self._state):  # None: a writer is replacing the index right now
                 return False
             self.collection = self._open(self.collection.encoder)
             self._state = state

@@ -1,8 +1,8 @@
 """The images of a served index as bytes: originals, thumbnails, uploads.
 
-``IndexImages`` reads the images of the index and no other file of the machine. ``ThumbnailCache``
-keeps their thumbnails on disk, ``UploadCache`` keeps uploaded images in memory, and
-``ImageWorker`` bounds how many images are decoded at a time.
+``IndexImages`` reads images of the index and no other files. ``ThumbnailCache`` stores thumbnails
+on disk, ``UploadCache`` keeps uploaded images in memory, and ``ImageWorker`` limits the number of
+images decoded at a time.
 """
 
 import asyncio
@@ -33,13 +33,13 @@ Result = TypeVar("Result")
 THUMBNAIL_SIDE = 360
 """Longest side of a thumbnail in pixels: twice a tile of the page, for high-density screens."""
 MAX_FILE = 256 << 20
-"""Bytes of the largest file that is read; with the two decoded at a time, this bounds memory."""
+"""Maximum size of an image file in bytes, which bounds memory."""
 MAX_PIXELS = 50_000_000
-"""More than most cameras take; decoded, such an image needs 150 MB."""
+"""More than most cameras produce; an image of this size takes 150 MB decoded."""
 MAX_UPLOADS = 64
-"""Uploads kept in memory, so that paging does not send them again."""
+"""Number of uploads kept in memory, so that paging does not upload them again."""
 MAX_CACHE = 500_000_000
-"""Bytes of the thumbnail cache: about 25,000 thumbnails."""
+"""Size of the thumbnail cache in bytes: about 25,000 thumbnails."""
 _SIGNATURES = {
     b"\xff\xd8\xff": "image/jpeg",
     b"\x89PNG\r\n\x1a\n": "image/png",
@@ -52,12 +52,12 @@ _SIGNATURES = {
 class IndexImages:
     """Reads the images of an index by key: files below its folders, rows of tables and tars.
 
-    What a table or tar holds is compared with the index's record, so that a source that has
-    changed since never shows another image.
+    Images in a table or tar are compared with the index's record, so that a changed source never
+    shows a different image.
 
     Args:
         roots: the folders, tables and tars of the index.
-        recorded: gives the size in bytes and the content hash, if known, that the index recorded.
+        recorded: returns the size in bytes and the content hash, if known, from the index.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class IndexImages:
     def why_missing(self, key: str) -> str | None:
         """Why the image of a key has no file and no container; None if it has one.
 
-        A container is opened, not searched.
+        This opens a container, but does not search it.
         """
         if file_of(self._roots, key) is not None:
             return None
@@ -82,7 +82,7 @@ class IndexImages:
         return None
 
     def version(self, key: str) -> str:
-        """A text that changes with the content of an image; raises as ``read``."""
+        """A string that changes with the content of an image; raises the errors of ``read``."""
         if self._in_container(key):
             size, digest = self._recorded(key)
             return f"{owner(self._roots, key).where}\0{key}\0{size}\0{digest}"
@@ -97,15 +97,15 @@ class IndexImages:
         """The content of an image file.
 
         Raises:
-            RequestError: the image is gone or has changed (404), or is too large (413).
+            RequestError: the image is missing or has changed (404), or is too large (413).
         """
         return self._read_contained(key) if self._in_container(key) else self._read_file(key)
 
     def for_browser(self, key: str) -> tuple[bytes, str]:
-        """An image in a format that browsers show, and its media type.
+        """An image in a format that browsers can display, and its media type.
 
         Raises:
-            RequestError: as ``read``; or the file is not an image (415).
+            RequestError: as for ``read``, or the file is not an image (415).
         """
         data = self.read(key)
         kind = media_type(data)
@@ -114,17 +114,17 @@ class IndexImages:
         return encode_jpeg(decode(key, data)), "image/jpeg"
 
     def thumbnail(self, key: str) -> bytes:
-        """A small JPEG of an image; raises as ``for_browser``."""
+        """The JPEG thumbnail of an image; raises the errors of ``for_browser``."""
 
         def reduction(width: int, height: int) -> int:
-            # At least twice the final size, so that the last step down is smooth.
+            # At least twice the final size, for a smooth final reduction.
             longest = max(width, height)
             return next((n for n in (8, 4, 2) if longest >= 2 * THUMBNAIL_SIDE * n), 1)
 
         return thumbnail(decode(key, self.read(key), reduction), THUMBNAIL_SIDE)
 
     def _in_container(self, key: str) -> bool:
-        # A table may name some files and contain other images itself.
+        # A table may list paths of some images and contain others.
         return self._containers.hold(key) and file_of(self._roots, key) is None
 
     def _path(self, key: str) -> Path:
@@ -136,8 +136,8 @@ class IndexImages:
     def _read_file(self, key: str) -> bytes:
         path = self._path(key)
         try:
-            # The path is resolved, so a link in it is new; O_NONBLOCK keeps a named pipe from
-            # blocking the server.
+            # The path is already resolved, so a link in it is new. O_NONBLOCK prevents a named pipe
+            # from blocking the server.
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             raise RequestError(404, self._gone(key)) from None
@@ -180,9 +180,9 @@ def _too_large(key: str) -> RequestError:
 
 
 def media_type(data: bytes) -> str | None:
-    """The media type of an image that every browser shows; None for anything else.
+    """The media type of an image that every browser can display; None for anything else.
 
-    Only the first bytes count: an HTML page named ``a.jpg`` is not an image.
+    The type is detected from the first bytes: an HTML page named ``a.jpg`` is not an image.
     """
     for signature, kind in _SIGNATURES.items():
         if data.startswith(signature):
@@ -193,7 +193,7 @@ def media_type(data: bytes) -> str | None:
 
 
 def decode(key: str, data: bytes, reduction: Reduction | None = None) -> Image.Image:
-    """An image of the index, decoded; raises RequestError (415) if it is not an image."""
+    """Decode an image of the index; raises RequestError (415) if it is not an image."""
     try:
         return read_image(data, reduction)
     except ImageError as error:
@@ -202,11 +202,11 @@ def decode(key: str, data: bytes, reduction: Reduction | None = None) -> Image.I
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded image, as far as it is kept.
+    """The cached data of an uploaded image.
 
     Attributes:
         vector: its embedding, float32 [dim].
-        fingerprint: of the model that encoded it.
+        fingerprint: fingerprint of the model that encoded it.
         jpeg: its thumbnail.
     """
 
@@ -220,21 +220,21 @@ class _TooManyPixelsError(ImageError):
 
 
 def read_upload(data: bytes, reduction: Reduction | None = None) -> tuple[Image.Image, bytes]:
-    """An uploaded image, decoded, and its thumbnail.
+    """Decode an uploaded image; return it and its thumbnail.
 
     Args:
         data: content of an image file.
-        reduction: by how much the image may be reduced while decoding; None: not at all.
+        reduction: chooses the reduction factor while decoding; None decodes at full size.
 
     Raises:
         RequestError: it is not an image (415), or has too many pixels (413).
     """
 
     def checked(width: int, height: int) -> int:
-        """Called with the size before any pixel is decoded."""
+        """Check the image size before any pixel is decoded."""
         if width * height > MAX_PIXELS:
             raise _TooManyPixelsError(
-                f"has {width} x {height} pixels, at most {MAX_PIXELS // 10**6} million are read; "
+                f"has {width} x {height} pixels, expected at most {MAX_PIXELS // 10**6} million; "
                 "make it smaller"
             )
         return reduction(width, height) if reduction else 1
@@ -248,13 +248,13 @@ def read_upload(data: bytes, reduction: Reduction | None = None) -> tuple[Image.
 
 
 class UploadCache:
-    """The last uploads, by a name derived from their bytes; never written to disk."""
+    """The latest uploads by a name derived from their bytes; never written to disk."""
 
     def __init__(self) -> None:
         self._uploads: OrderedDict[str, Upload] = OrderedDict()
 
     def add(self, data: bytes, upload: Upload) -> str:
-        """Keep an upload, drop the oldest, and return its name."""
+        """Store an upload, drop the oldest one if full, and return its name."""
         name = hashlib.sha256(data).hexdigest()[:32]
         self._uploads[name] = upload
         self._uploads.move_to_end(name)
@@ -263,7 +263,7 @@ class UploadCache:
         return name
 
     def get(self, name: str, fingerprint: str) -> Upload:
-        """An upload by its name; raises RequestError (404) if dropped, or of another model."""
+        """Get an upload by name; raises RequestError (404) if dropped or of another model."""
         upload = self._uploads.get(name)
         if upload is None or upload.fingerprint != fingerprint:
             raise RequestError(404, "the uploaded image has expired; upload it again")
@@ -272,13 +272,13 @@ class UploadCache:
 
 
 class ThumbnailCache:
-    """Thumbnails on disk, within a bound of bytes; the least recently used go first.
+    """A size-limited LRU cache of thumbnails on disk.
 
-    If the directory cannot be written, thumbnails are computed each time. Thread-safe.
+    If the directory is not writable, thumbnails are computed each time. Thread-safe.
 
     Args:
-        folder: created if missing, readable for its owner only; None: nothing is cached.
-        max_bytes: of all thumbnails together.
+        folder: created if missing, readable only by its owner; None disables the cache.
+        max_bytes: total size of all thumbnails.
     """
 
     def __init__(self, folder: Path | None, max_bytes: int = MAX_CACHE) -> None:
@@ -331,17 +331,17 @@ class ThumbnailCache:
 
 
 def _file_name(version: str) -> str:
-    # A digest, so that no key can name a place outside of the directory.
+    # A digest, so that no key can name a path outside the directory.
     return hashlib.sha256(version.encode()).hexdigest() + ".jpg"
 
 
 class ImageWorker:
-    """Reads and decodes images in threads, as many at a time as there are cores.
+    """Reads and decodes images in threads, one per core.
 
-    A page of new thumbnails neither delays searches nor needs memory for all its images at once.
+    A page of new thumbnails neither delays searches nor decodes all its images into memory at once.
 
     Args:
-        thumbnails: where thumbnails are cached.
+        thumbnails: cache for thumbnails.
     """
 
     def __init__(self, thumbnails: ThumbnailCache) -> None:
@@ -362,6 +362,6 @@ class ImageWorker:
         return data
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Call ``work`` in a thread when a core is free; returns what it returns."""
+        """Call ``work`` in a thread when a core is free and return its result."""
         async with self._free:
             return await asyncio.to_thread(work)

@@ -1,4 +1,4 @@
-"""Counters of a server in Prometheus' text format."""
+"""Metrics of a server in Prometheus text format."""
 
 import time
 
@@ -9,7 +9,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Monitor:
-    """Counters of one server, in a registry of its own: two servers in a process do not mix."""
+    """Metrics of one server, in a registry of its own, so that servers in a process do not mix."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -21,27 +21,27 @@ class Monitor:
         )
         self.batches = Histogram(
             "clipkit_encoder_batch_size",
-            "Captions or images in a call of the encoder",
+            "Captions or images per encoder call",
             buckets=_SIZES,
             registry=self._registry,
         )
         self.images = Gauge("clipkit_index_images", "Images in the index", registry=self._registry)
         self.reloads = Counter(
             "clipkit_reloads",
-            "Reloads of a changed index, done or failed",
+            "Reloads of a changed index, successful or failed",
             ["outcome"],
             registry=self._registry,
         )
         self.thumbnail_bytes = Gauge(
-            "clipkit_thumbnail_bytes", "Bytes of cached thumbnails", registry=self._registry
+            "clipkit_thumbnail_bytes", "Size of cached thumbnails in bytes", registry=self._registry
         )
 
     def render(self) -> bytes:
-        """All counters in Prometheus' text format."""
+        """Return all metrics in Prometheus text format."""
         return generate_latest(self._registry)
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """Wrap an application to count its requests, by route: there are endlessly many URLs."""
+        """Wrap an application to count its requests by route, because URLs are unbounded."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":

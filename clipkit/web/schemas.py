@@ -8,18 +8,18 @@ from clipkit.errors import ServeError
 from clipkit.index.vector_index import MINUS_WEIGHT
 
 MAX_HITS = 10_000
-"""How far a search can be paged."""
+"""Maximum number of hits that can be paged through."""
 MAX_DISTINCT_HITS = 1000
-"""The same with ``distinct``, which compares every hit with all better ones."""
+"""Maximum with ``distinct``, which compares every hit with all better hits."""
 MAX_CAPTIONS = 600
-"""Labels × templates of one classification: about ten seconds of encoding on two cores."""
+"""Maximum labels × templates of one classification: about ten seconds on two cores."""
 Text = Annotated[str, Field(max_length=10_000)]
 Key = Annotated[str, Field(min_length=1, max_length=4096)]
 UploadName = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 class RequestError(ServeError):
-    """A request is refused.
+    """A request was refused.
 
     Attributes:
         status: the HTTP status of the response.
@@ -47,10 +47,10 @@ class Page(BaseModel):
         description="Condition on the columns of the index, in the language of `clipkit search "
         "--where`, such as: year >= 2020 and label in ('dog', 'cat').",
     )
-    k: int = Field(10, ge=1, le=500, description="How many hits to return.")
-    offset: int = Field(0, ge=0, le=MAX_HITS, description="How many of the best hits to skip.")
+    k: int = Field(10, ge=1, le=500, description="Number of hits to return.")
+    offset: int = Field(0, ge=0, le=MAX_HITS, description="Number of best hits to skip.")
     distinct: bool = Field(
-        False, description="Leave out near-duplicates of better hits; the first 1,000 hits only."
+        False, description="Omit near-duplicates of better hits; for the first 1,000 hits only."
     )
 
 
@@ -68,15 +68,15 @@ class QueryTerms(Page):
 
 
 class SearchQuery(QueryTerms):
-    """A query; every part of it fits into a URL."""
+    """A query that can be written as a URL."""
 
     image: UploadName | None = Field(
-        None, description="Name of an image uploaded before, as the response to it gave."
+        None, description="Name of an uploaded image, from the response to the upload."
     )
 
 
 class SearchHit(BaseModel):
-    """An image found."""
+    """An image that matches the query."""
 
     rank: int = Field(description="From 1.")
     key: str
@@ -84,8 +84,8 @@ class SearchHit(BaseModel):
         description="Inner product with the query, higher is better; null without a query."
     )
     probability: float | None = Field(
-        description="That the image shows what the text says, from 0 to 1; null unless the index "
-        "is calibrated and the query is text alone."
+        description="Probability that the image matches the text, from 0 to 1; null unless the "
+        "index is calibrated and the query is only text."
     )
     captions: list[str]
     label: str | None
@@ -113,7 +113,7 @@ class ClassifyRequest(BaseModel):
     labels: list[Annotated[str, Field(max_length=1000)]] = Field(
         min_length=2,
         max_length=200,
-        description="Each a name, or a name and its phrases in captions: `fox: red fox, vixen`.",
+        description="Names, each optionally with phrases for captions: `fox: red fox, vixen`.",
     )
     templates: list[Annotated[str, Field(max_length=1000)]] = Field(
         [],
@@ -128,7 +128,7 @@ class ImageProbabilities(BaseModel):
     """The probabilities of one image."""
 
     key: str | None = Field(description="Null for the uploaded image.")
-    probabilities: list[float] = Field(description="One per label, in their order.")
+    probabilities: list[float] = Field(description="One per label, in the order of the labels.")
 
 
 class ClassifyResponse(BaseModel):
@@ -145,14 +145,14 @@ class Column(BaseModel):
     name: str
     kind: Literal["text", "number", "time", "boolean"]
     values: list[tuple[str, int]] = Field(
-        description="Every value and its number of images, for columns of few values."
+        description="Each value and its number of images, for columns with few values."
     )
     min: str | None = Field(description="Smallest number or time.")
     max: str | None = Field(description="Largest number or time.")
 
 
 class Info(BaseModel):
-    """The index that is served."""
+    """Information about the served index."""
 
     name: str
     count: int

@@ -1,7 +1,7 @@
-"""Guard: the ASGI middleware between the network and the application.
+"""Guard: ASGI middleware that protects the application from untrusted requests.
 
-It checks host names, origins and the token, bounds the size and time of requests, and sets the
-headers that let a browser run the page's own scripts only.
+It checks host names, origins and the token, limits the size and duration of requests, and sets
+headers that allow a browser to run only the page's own scripts.
 """
 
 import asyncio
@@ -17,16 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clipkit.web.schemas import RequestError
 
 MAX_UPLOAD = 20 << 20
-"""Bytes of an uploaded image."""
+"""Maximum size of an uploaded image in bytes."""
 MAX_BODY = 1 << 20
-"""Bytes of any other request body."""
+"""Maximum size of any other request body in bytes."""
 MAX_BUFFERED = 200 << 20
-"""Bytes of all request bodies in progress together."""
+"""Maximum total size of all request bodies in progress, in bytes."""
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
 """Time limits for receiving a request body and for sending each part of a response."""
 COOKIE = "clipkit-token"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_PUBLIC = ("/health", "/static/")  # shown without the token
+_PUBLIC = ("/health", "/static/")  # served without the token
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -45,9 +45,9 @@ class Guard:
 
     Args:
         app: the application.
-        hosts: allowed names in the Host header, against DNS rebinding; None: any.
-        token: required as ``Authorization: Bearer``, as a cookie, or once in the page's URL; None:
-            no token is required.
+        hosts: allowed names in the Host header, to prevent DNS rebinding; None allows any.
+        token: required as ``Authorization: Bearer``, as a cookie, or once in the page's URL; None
+            requires no token.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str] | None, token: str | None) -> None:
@@ -82,7 +82,7 @@ class Guard:
         if self._hosts is not None and _host_name(host) not in self._hosts:
             raise RequestError(
                 421,
-                f"{host!r} is not a name of this server; use the URL that it printed at its start",
+                f"{host!r} is not a name of this server; use the URL that it printed at startup",
             )
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != host
@@ -91,7 +91,7 @@ class Guard:
         opened = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
         if not opened and (foreign or site not in ("same-origin", "none")):
             raise RequestError(
-                403, "the request comes from another site's page; open the page of this server"
+                403, "the request comes from another site; open this server's own page"
             )
 
     def _is_authorized(self, scope: Scope, headers: Headers) -> bool:
@@ -104,7 +104,7 @@ class Guard:
         return hmac.compare_digest(given.encode(), (self._token or "").encode())
 
     async def _request_token(self, scope: Scope, send: Send) -> None:
-        """Move a token from the page's URL into a cookie, or ask for it."""
+        """Move a token from the page's URL into a cookie, or request one."""
         query = parse_qsl(scope["query_string"].decode("latin-1"))
         given = [value for name, value in query if name == "token"]
         opened = scope["path"] == "/" and scope["method"] == "GET"
@@ -122,7 +122,7 @@ class Guard:
     async def _receive_body(
         self, scope: Scope, headers: Headers, receive: Receive, body: bytearray
     ) -> None:
-        """Receive the whole body, within limits of size and time, before any work starts."""
+        """Receive the whole body within size and time limits before any work starts."""
         limit = MAX_UPLOAD if scope["path"] == "/search" else MAX_BODY
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
@@ -133,7 +133,7 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RequestError(400, "the connection broke off; send the request again")
+                        raise RequestError(400, "the connection was cut; send the request again")
                     part = message.get("body", b"")
                     more = message.get("more_body", False)
                     body += part

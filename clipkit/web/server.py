@@ -1,4 +1,4 @@
-"""Run an application with uvicorn, closing connections that keep it waiting."""
+"""Run an application with uvicorn and close connections without a complete request in time."""
 
 import asyncio
 import socket
@@ -11,19 +11,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from clipkit.errors import ServeError
 
 IDLE_SECONDS = 30
-"""How long a connection may stay open without a complete request."""
+"""Maximum time that a connection may stay open without a complete request."""
 MAX_CONNECTIONS = 500
 MAX_HEADERS = 64 << 10
-"""Bytes of a request line and headers: a query of a thousand words fits."""
+"""Maximum size of the request line and headers in bytes; fits a query of a thousand words."""
 
 
 class _TimeoutProtocol(H11Protocol):
     """uvicorn's protocol with a time limit for the headers of a request, which uvicorn lacks.
 
-    Measured with 500 connections that send half a request line (2026-11-27, limit set to 3 s): with
-    it, other clients get 503 for 3.1 s and 200 from then on; with uvicorn's own protocol they get
-    503 for as long as those connections stay open. It extends h11 and not the faster httptools,
-    which does not bound the size of headers.
+    Measured with 500 connections that send half a request line (2026-11-27, limit of 3 s): with
+    this class, other clients get 503 for 3.1 s and then 200. With uvicorn's own protocol they get
+    503 for as long as those connections stay open. It extends h11 because the faster httptools does
+    not limit the size of headers.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -52,7 +52,7 @@ class _TimeoutProtocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
         ServeError: the address is in use, or is not an address of this machine.
@@ -77,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server(app: ASGIApp) -> uvicorn.Server:
-    """A server of an application; ``run(sockets=[…])`` runs it until it is stopped."""
+    """Create a server for an application; ``run(sockets=[…])`` runs it until stopped."""
     return uvicorn.Server(
         uvicorn.Config(
             app,

@@ -1,4 +1,4 @@
-"""Search, classification and images of the served index, for the routes of ``app``."""
+"""Search, classification and images of the served index, used by the routes of ``app``."""
 
 import asyncio
 import math
@@ -39,12 +39,12 @@ from clipkit.web.schemas import (
 
 MAX_CLASSIFIERS = 32
 MAX_TEXT = 2000
-"""Characters of one text of a record, which bounds a response to a few megabytes."""
+"""Maximum characters per text of a record, which limits a response to a few megabytes."""
 
 
 @dataclass(frozen=True)
 class _VectorSearch:
-    """One search of an index; those that differ only in their vector run as one batch."""
+    """One search of an index; searches that differ only in their vector form one batch."""
 
     collection: Collection
     vector: Vector
@@ -54,11 +54,11 @@ class _VectorSearch:
 
 
 class Service:
-    """What the routes call.
+    """Implements the routes of the HTTP API.
 
     Args:
-        served: the index.
-        thumbnails: where thumbnails are cached.
+        served: the served index.
+        thumbnails: cache for thumbnails.
         monitor: counts batches, reloads and images.
     """
 
@@ -71,11 +71,11 @@ class Service:
 
     @property
     def collection(self) -> Collection:
-        """The state of the index that is served now."""
+        """The current state of the index."""
         return self.served.collection
 
     async def refresh(self) -> None:
-        """Take over a newer state of the index; if it cannot be opened, keep the old one."""
+        """Reload the index if it has changed; keep the old state if that fails."""
         try:
             changed = await asyncio.to_thread(self.served.refresh)
         except Exception as error:
@@ -87,18 +87,18 @@ class Service:
         self.monitor.images.set(len(self.collection))
 
     def close(self) -> None:
-        """Finish what is waiting."""
+        """Process the waiting requests and stop."""
         self._searches.close()
         self._encoding.close()
 
     async def upload(self, collection: Collection, data: bytes) -> str:
-        """Encode and keep an uploaded image; returns the name to search for it by."""
+        """Encode and cache an uploaded image; return the name to search with."""
         pixels, jpeg = await self.worker.run(lambda: collection.read_upload(data))
         vector = await self._encoding.encode_image(collection.encoder, pixels)
         return self.uploads.add(data, Upload(vector, collection.encoder.model.fingerprint, jpeg))
 
     async def search(self, collection: Collection, query: SearchQuery) -> SearchResponse:
-        """The hits of a query; without one, images in the order of the index.
+        """The hits of a query; for an empty query, images in the order of the index.
 
         Raises:
             RequestError: a key or an upload does not exist (404).
@@ -131,12 +131,12 @@ class Service:
         )
 
     async def classify(self, collection: Collection, asked: ClassifyRequest) -> ClassifyResponse:
-        """The probabilities of labels for images of the index or an uploaded one.
+        """The probabilities of labels for images of the index or an uploaded image.
 
         Raises:
-            RequestError: no image is given (422), one does not exist (404), or labels × templates
-                give too many captions (422).
-            CaptionError: labels or templates are empty, repeated, or lack the slot.
+            RequestError: no image is given (422), an image does not exist (404), or labels ×
+                templates give too many captions (422).
+            CaptionError: labels or templates are empty or repeated, or a template lacks ``{}``.
         """
         labels = [parse_label(text) for text in asked.labels]
         templates = asked.templates or list(DEFAULT_TEMPLATES)
@@ -185,7 +185,7 @@ class Service:
         mask: Mask | None,
         stop: int,
     ) -> list[Hit]:
-        """The best hits, at least ``stop`` of them if there are as many."""
+        """The best hits, at least ``stop`` if the index has that many."""
         if query.distinct and stop > MAX_DISTINCT_HITS:
             raise RequestError(
                 422,
@@ -234,10 +234,10 @@ class Service:
 
 
 def _round_up(k: int) -> int:
-    """At least ``k``, and the same for neighbouring pages and for most requests.
+    """Round ``k`` up to a number that neighbouring pages and most requests share.
 
-    Requests of one ``k`` can share a batch. Equal scores at the end of a page, of which FAISS
-    returns whichever it met first, appear on one page only.
+    Requests with the same ``k`` can share a batch. FAISS breaks ties arbitrarily at the last hit;
+    with the same ``k``, a tie at the end of a page appears on one page only.
     """
     return max(128, 1 << (k - 1).bit_length())
 
@@ -272,7 +272,7 @@ def _describe(
 ) -> list[SearchHit]:
     hidden = {*OWN}
     if FOLDER not in {column.name for column in collection.columns}:
-        hidden.add(FOLDER)  # all images are in one
+        hidden.add(FOLDER)  # all images are in one folder
     records = collection.records_of([key for key, _ in hits])
     return [
         SearchHit(
@@ -289,13 +289,13 @@ def _describe(
 
 
 def _is_caption(query: SearchQuery) -> bool:
-    """Whether the query is text alone: only such scores are calibrated."""
+    """Whether the query is only text: other scores are not calibrated."""
     more = query.image or query.like or query.unlike or any(map(str.strip, query.minus))
     return bool(query.q.strip()) and not more
 
 
 def _as_json(value: Any) -> str | int | float | bool | None:
-    """A value of any column as JSON can hold it: no NaN, no bytes, bounded texts."""
+    """Convert a value of any column for JSON: no NaN, no bytes, truncated texts."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -304,7 +304,7 @@ def _as_json(value: Any) -> str | int | float | bool | None:
 
 
 def _truncation_notes(query: SearchQuery) -> list[str]:
-    """A sentence about words beyond the model's context length."""
+    """Warnings about words beyond the model's context length."""
     report = TruncationReport()
     tokenize([text for text in (query.q, *query.minus) if text.strip()], report=report)
     return [

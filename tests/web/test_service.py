@@ -156,7 +156,7 @@ def test_vectors_are_those_of_their_keys_in_an_index_of_several_parts(tmp_path):
     assert len(collection.keys) == 29
     for key in collection.keys:
         np.testing.assert_array_equal(collection.vector(key), vectors[key])
-    with pytest.raises(RequestError, match="no image of this key"):
+    with pytest.raises(RequestError, match="no image with this key"):
         collection.vector("red/red-0.png")
 
 

@@ -16,6 +16,7 @@ def init(
     out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("train.toml"),
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    as_json: Json = False,
 ) -> None:
     """Write a commented training configuration for your data.
 
@@ -24,7 +25,11 @@ def init(
     from clipkit.tasks.config import init_config
 
     found = init_config(data, out, image_column=image_column, caption_column=caption_column)
-    print_text(found.text)
+    if as_json:
+        facts = {"config": str(out), "images": found.images, "image_side": found.image_side}
+        print_json({**facts, "text": found.text})
+    else:
+        print_text(found.text)
     note(f"wrote {out}; train with: clipkit train {out} --out run")
 
 

@@ -1,16 +1,19 @@
 """clipkit demo."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clipkit.cli.output import note, print_facts, print_table
+from clipkit.cli.options import Json
+from clipkit.cli.output import note, print_facts, print_json, print_table
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("clipkit-demo"),
     minutes: Annotated[float, typer.Option(min=0.05, help="Maximum training minutes.")] = 5.0,
+    as_json: Json = False,
 ) -> None:
     """Pretrain on emoji drawings and search them.
 
@@ -19,6 +22,9 @@ def demo(
     from clipkit.demo.run import demo as run
 
     result = run(out, minutes=minutes, report=note)
+    if as_json:
+        print_json({**asdict(result), "page": str(result.page)})
+        return
     print_table(
         ("results on the held-out style", "model", "chance"),
         [(name, f"{m:.3f}", f"{result.chance[name]:.4f}") for name, m in result.metrics.items()],

@@ -1,7 +1,7 @@
 """clipkit embed and clipkit index: store vectors, index them, and keep the index up to date."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,163 @@ if TYPE_CHECKING:
 
 
 app = new_group("Build indexes of image vectors and keep them up to date.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``, ``1.5 GiB`` or ``2g``.
+
+    Raises:
+        BadParameter: it is not a size, which ends a command with exit code 2.
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text.strip())
+    except ValidationError:
+        raise typer.BadParameter(f"expected a size such as 500MB, found {text!r}") from None
+
+
+Decode = Annotated[
+    Literal["exact", "fast"] | None,
+    typer.Option(
+        help="exact reads images as open_clip does; fast at a sufficient size, in a third of the "
+        "time; default: as the store at --out, else exact."
+    ),
+]
+
+
+def embed(
+    data: Images,
+    out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
+    model: Model = None,
+    decode: Decode = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    precision: Precision = None,
+    device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
+    as_json: Json = False,
+) -> None:
+    """Encode images and store their vectors.
+
+    Run again, it encodes only new images and what an interrupted run left; renamed images keep
+    their vectors.
+    """
+    from clipkit.data.open_source import open_source
+
+    source = open_source(data, image=image_column, caption=caption_column, metadata=True)
+
+    from clipkit.tasks.embed import embed as run
+
+    encoder = _encoder_for(out, model, precision, device)
+    store = run(source, out, encoder, decode=decode, batch_size=batch_size, workers=workers)
+    note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
+    print_result({"store": str(out), "images": len(store), "model": str(store.model)}, as_json)
+
+
+def _encoder_for(
+    store: Path, model: str | None, precision: PrecisionName | None, device: str | None
+) -> "Encoder":
+    """The encoder that options name; without --model that of the store, or else the default."""
+    from clipkit.tasks.embed import stored_model
+
+    found = None if model else stored_model(store)
+    if found is None:
+        return load_encoder(model, precision, device)
+    note(f"using the model of the store {store}, {found}")
+    return load_maker(found, f"the store {store}", precision, device)
+
+
+@app.command("build")
+def build(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help=f"An embedding store, images, folders of images, or: {DATA_HELP}",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the index.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"For images only. {MODEL_HELP}", rich_help_panel=MACHINE)
+    ] = None,
+    spec: Annotated[
+        str,
+        typer.Option(help="FAISS factory string; auto chooses one by its recall for captions."),
+    ] = "Flat",
+    recall: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --spec auto: target recall@10; default: 0.95."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With --spec auto: memory limit, such as 500MB.")
+    ] = None,
+    decode: Decode = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    precision: Precision = None,
+    device: Device = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
+    as_json: Json = False,
+) -> None:
+    """Index a store, or images.
+
+    Images are embedded first, into a store beside the index, which a later build updates.
+    """
+    from clipkit.index.tuning import AUTO, RECALL, TuningTarget
+    from clipkit.store.embedding_store import EmbeddingStore
+    from clipkit.tasks.index import build_index, store_beside
+
+    if spec != AUTO and (recall is not None or memory is not None):
+        raise typer.BadParameter("--recall and --memory are for --spec auto")
+    most = None if memory is None else parse_size(memory)
+    target = TuningTarget(RECALL if recall is None else recall, most)
+    source = _open(data, image_column, caption_column)
+    embedded = not isinstance(source, str)
+    encoder = _encoder_for(store_beside(out), model, precision, device) if embedded else None
+    index = build_index(
+        source,
+        out,
+        encoder,
+        spec=spec,
+        target=target,
+        decode=decode,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    store = EmbeddingStore.open(index.manifest.source["store"])
+    if embedded:
+        note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
+    elif model:
+        note(f"--model is for images: {source} is a store, encoded by {store.model}")
+    if decode and not embedded:
+        note(f"--decode is for images: {source} is a store, embedded with --decode {store.decode}")
+    detail, calibration = index.manifest.detail, index.calibration
+    facts = [
+        ("index", out),
+        ("store", store.path),
+        ("vectors", len(index)),
+        ("spec", index.spec),
+        *describe_tuning(detail),
+        *describe_calibration(calibration),
+        ("model", index.model),
+    ]
+    if as_json:
+        plain: dict[str, Any] = {"index": str(out), "store": str(store.path)}
+        plain["model"] = str(index.model)
+        plain |= {"vectors": len(index), "spec": index.spec}
+        if "tuning" in detail:
+            names = ("recall", "queries", "source", "milliseconds")
+            tuning = {name: detail["tuning"][name] for name in names}
+            plain["tuning"] = tuning | {"target": detail["tuning"]["wanted"]}
+        if calibration is not None:
+            figures = ("informative", "auroc", "error", "captions", "source")
+            plain["calibration"] = {name: getattr(calibration, name) for name in figures}
+        print_json(plain)
+    else:
+        print_facts(facts)
 
 
 @app.command("add")
@@ -250,136 +407,3 @@ def _as_text(name: str, value: float) -> str:
 def _print_index(path: Path, index: "VectorIndex", as_json: bool) -> None:
     facts = {"index": str(path), "vectors": len(index), "spec": index.spec}
     print_result(facts, as_json)
-
-
-def parse_size(text: str) -> int:
-    """Parse a size such as ``500MB``, ``1.5 GiB`` or ``2g`` to bytes.
-
-    Raises:
-        BadParameter: ``text`` is not a size; the command exits with code 2.
-    """
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(ByteSize).validate_python(text.strip())
-    except ValidationError:
-        raise typer.BadParameter(f"expected a size such as 500MB, found {text!r}") from None
-
-
-Decode = Annotated[
-    Literal["exact", "fast"] | None,
-    typer.Option(
-        help="exact decodes images as open_clip does; fast decodes at a reduced size in a third "
-        "of the time; default: that of an existing store, else exact."
-    ),
-]
-
-
-def embed(
-    data: Images,
-    out: Annotated[Path, typer.Option(help="Directory of the embedding store.")],
-    model: Model = None,
-    decode: Decode = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    precision: Precision = None,
-    device: Device = None,
-    batch_size: BatchSize = "auto",
-    workers: Workers = "auto",
-    as_json: Json = False,
-) -> None:
-    """Encode images and store their vectors.
-
-    A repeated run encodes only new and changed images, and continues an interrupted run. Renamed
-    images keep their vectors.
-    """
-    from clipkit.data.open_source import open_source
-
-    source = open_source(data, image=image_column, caption=caption_column, metadata=True)
-
-    from clipkit.tasks.embed import embed as run
-
-    encoder = load_encoder(model, precision, device)
-    store = run(source, out, encoder, decode=decode, batch_size=batch_size, workers=workers)
-    note_skipped(store.manifest.detail["skipped"], f"listed in {out / 'skipped.jsonl'}")
-    print_result({"store": str(out), "images": len(store), "model": str(store.model)}, as_json)
-
-
-@app.command("build")
-def build(
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DATA...",
-            help=f"An embedding store, images, folders of images, or: {DATA_HELP}",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory of the index.")],
-    model: Annotated[
-        str | None, typer.Option(help=f"For images only. {MODEL_HELP}", rich_help_panel=MACHINE)
-    ] = None,
-    spec: Annotated[
-        str,
-        typer.Option(help="FAISS factory string; auto chooses one by caption recall."),
-    ] = "Flat",
-    recall: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="With --spec auto: target recall@10; default: 0.95."),
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="With --spec auto: memory limit, such as 500MB.")
-    ] = None,
-    decode: Decode = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    precision: Precision = None,
-    device: Device = None,
-    batch_size: BatchSize = "auto",
-    workers: Workers = "auto",
-    as_json: Json = False,
-) -> None:
-    """Index a store, or images.
-
-    Images are first embedded into a store beside the index. A later build updates the store.
-    """
-    from clipkit.index.tuning import AUTO, RECALL, TuningTarget
-    from clipkit.store.embedding_store import EmbeddingStore
-    from clipkit.tasks.index import build_index
-
-    if spec != AUTO and (recall is not None or memory is not None):
-        raise typer.BadParameter("--recall and --memory require --spec auto")
-    most = None if memory is None else parse_size(memory)
-    target = TuningTarget(RECALL if recall is None else recall, most)
-    source = _open(data, image_column, caption_column)
-    embedded = not isinstance(source, str)
-    encoder = load_encoder(model, precision, device) if embedded else None
-    index = build_index(
-        source,
-        out,
-        encoder,
-        spec=spec,
-        target=target,
-        decode=decode,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    store = EmbeddingStore.open(index.manifest.source["store"])
-    if embedded:
-        note_skipped(store.manifest.detail["skipped"], f"listed in {store.path / 'skipped.jsonl'}")
-    elif model:
-        note(f"--model is for images: {source} is a store, encoded by {store.model}")
-    if decode and not embedded:
-        note(f"--decode is for images: {source} is a store, embedded with --decode {store.decode}")
-    facts = [
-        ("index", out),
-        ("store", store.path),
-        ("vectors", len(index)),
-        ("spec", index.spec),
-        *describe_tuning(index.manifest.detail),
-        *describe_calibration(index.calibration),
-        ("model", index.model),
-    ]
-    if as_json:
-        print_json({"index": str(out), "store": str(store.path), "vectors": len(index)})
-    else:
-        print_facts(facts)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, Json
+from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, Json, Precision
 from clipkit.cli.output import load_maker, note, print_described, print_hits, print_pictures
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def search(
         typer.Option("--from", help="A file of queries, one a line; - reads stdin."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    precision: Precision = None,
     device: Device = None,
     as_json: Json = False,
     html: Html = None,
@@ -69,8 +70,8 @@ def search(
 
     from clipkit.tasks.search import write_page
 
-    if device is not None:
-        encoder = load_maker(opened.model, f"the index {index}", "fp32", device)
+    if precision is not None or device is not None:
+        encoder = load_maker(opened.model, f"the index {index}", precision or "fp32", device)
         opened = opened.with_encoder(encoder)
     found: list[tuple[str | None, Hits]] = []
     wanted: list[str | None] = [*asked] or [query]

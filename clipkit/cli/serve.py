@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import Index, Precision
+from clipkit.cli.options import Device, Index, Precision
 from clipkit.cli.output import note
 
 
@@ -26,6 +26,7 @@ def serve(
         Path | None, typer.Option(help="Thumbnail folder; default: the user's cache.")
     ] = None,
     precision: Precision = None,
+    device: Device = None,
 ) -> None:
     """Serve a search page and an HTTP API.
 
@@ -44,5 +45,6 @@ def serve(
         images=images,
         cache=cache,
         precision=precision,
+        device=device,
         on_ready=ready,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from clipkit.artifacts import is_complete, partial_path
+from clipkit.artifacts import ModelRef, is_complete, partial_path
 from clipkit.data.images import Decode, content_hash
 from clipkit.data.open_source import Data, Row, Source, open_source, row_record, row_source
 from clipkit.data.workers import worker_count
@@ -103,16 +103,24 @@ def embed(
         return writer.finish({"spec": source.spec, **origin, "fingerprint": source.fingerprint})
 
 
+def stored_model(store: Path) -> ModelRef | None:
+    """The model of the store at a path, finished or half-written; None if there is no store.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    owner = Owner.read(partial_path(store))
+    if owner is not None:
+        return owner.model
+    return EmbeddingStore.open(store).model if is_complete(store) else None
+
+
 def default_encoder(store: Path) -> "Encoder":
     """The encoder of the store at a path, complete or partial, or the default model."""
     from clipkit.models.loading import load_model, load_model_ref
 
-    owner = Owner.read(partial_path(store))
-    if owner is not None:
-        return load_model_ref(owner.model, f"the store {store}")
-    if is_complete(store):
-        return load_model_ref(EmbeddingStore.open(store).model, f"the store {store}")
-    return load_model()
+    model = stored_model(store)
+    return load_model() if model is None else load_model_ref(model, f"the store {store}")
 
 
 class _Walk:

@@ -123,7 +123,7 @@ def build_index(
 
         assert not isinstance(data, EmbeddingStore)
         source = _open_source(data)
-        encoder = encoder or default_encoder(_store_beside(out))
+        encoder = encoder or default_encoder(store_beside(out))
         # Refuse now what can be refused, not after hours of encoding.
         if spec != AUTO:
             new_index(spec, encoder.dim, None if source.streaming else len(source.rows))
@@ -131,7 +131,7 @@ def build_index(
             pass
         store = embed(
             source,
-            _store_beside(out),
+            store_beside(out),
             encoder,
             decode=decode,
             batch_size=batch_size,
@@ -184,7 +184,8 @@ def _open_source(data: Data) -> Source:
     return data if isinstance(data, Source) else open_source(data, metadata=True)
 
 
-def _store_beside(out: Path) -> Path:
+def store_beside(out: Path) -> Path:
+    """The directory of the store that ``build_index`` embeds images into."""
     return out.with_name(f"{out.name}.store")
 
 

@@ -32,6 +32,7 @@ def serve(
     cache: str | Path | None = None,
     encoder: "Encoder | None" = None,
     precision: "Precision | None" = None,
+    device: str | None = None,
     on_ready: Callable[[str, int], None] | None = None,
 ) -> None:
     """Serve the search page and the HTTP API until interrupted; reload the index if it changes.
@@ -45,6 +46,7 @@ def serve(
         cache: thumbnail folder; None: a folder in the user's cache, unless caching is disabled.
         encoder: the index's model; None loads the model that its manifest names.
         precision: precision of the loaded model, as for ``load_model``; None: the default.
+        device: device of the loaded model; None: the first GPU, or the CPU.
         on_ready: called with the URL of the page and the number of images.
 
     Raises:
@@ -71,7 +73,7 @@ def serve(
     with listen(host, port) as socket:
         if folder is not None and not folder.is_dir():
             raise ServeError(f"{folder} is not a folder, expected the images of the index")
-        served = ServedIndex(path, folder, encoder, precision)
+        served = ServedIndex(path, folder, encoder, precision, device)
         hosts = {host, *LOOPBACK} if host in LOOPBACK else None
         app = create_app(served, ThumbnailCache(_thumbnails(cache)), hosts=hosts, token=token)
         name = f"[{host}]" if ":" in host else host

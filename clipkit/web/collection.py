@@ -197,6 +197,7 @@ class ServedIndex:
         images: as for ``Collection``.
         encoder: the index's model; None loads the model that its manifest names.
         precision: precision of a model loaded from the manifest; None: the default.
+        device: device of a model loaded from the manifest; None: the first GPU, or the CPU.
 
     Raises:
         ArtifactError: the index does not exist or is damaged.
@@ -209,9 +210,10 @@ class ServedIndex:
         images: Path | None = None,
         encoder: Encoder | None = None,
         precision: Precision | None = None,
+        device: str | None = None,
     ) -> None:
         self.path, self._images = path, images
-        self._precision = precision or DEFAULT_PRECISION
+        self._precision, self._device = precision or DEFAULT_PRECISION, device
         self._refreshing = threading.Lock()
         self._state = self._manifest_state()
         self.collection = self._open(encoder)
@@ -241,6 +243,9 @@ class ServedIndex:
         index = VectorIndex.open(self.path)
         if encoder is None or encoder.model.fingerprint != index.model.fingerprint:
             encoder = load_model_ref(
-                index.model, f"the index {self.path}", precision=self._precision
+                index.model,
+                f"the index {self.path}",
+                precision=self._precision,
+                device=self._device,
             )
         return Collection(index, encoder, self._images)

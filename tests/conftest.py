@@ -11,11 +11,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 import clipkit.cli
+from tests.helpers import shapes
 from tests.helpers.browser import missing
 from tests.helpers.faults import SmallDisk
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SHARED
 from tests.helpers.pictures import write_colours
+
+shapes.install()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate, estimate
+from clipkit.shapes import Float32, Float64, Int64
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -51,13 +52,15 @@ class Relevance:
         distinct: the number of different captions.
     """
 
-    captions: Integers
-    image_of: Integers
-    caption_of: Integers
+    captions: Int64[Integers, " m"]
+    image_of: Int64[Integers, " pairs"]
+    caption_of: Int64[Integers, " pairs"]
     distinct: int
 
 
-def relevant_pairs(texts: list[str], owners: Integers, equal_captions: EqualCaptions) -> Relevance:
+def relevant_pairs(
+    texts: list[str], owners: Int64[Integers, " captions"], equal_captions: EqualCaptions
+) -> Relevance:
     """Match captions with images.
 
     Args:
@@ -100,22 +103,22 @@ class RetrievalResult:
         gallery: the number of items searched.
     """
 
-    queries: Integers
-    ranks: Integers
-    average_precision: NDArray[np.float64]
-    pair_query: Integers
-    pair_image: Integers
+    queries: Int64[Integers, " q"]
+    ranks: Int64[Integers, " q"]
+    average_precision: Float64[Scores, " q"]
+    pair_query: Int64[Integers, " pairs"]
+    pair_image: Int64[Integers, " pairs"]
     gallery: int
 
     @property
-    def shares(self) -> NDArray[np.float64]:
+    def shares(self) -> Float64[Scores, " pairs"]:
         """float64 [pairs], the share of its query that each pair stands for."""
         shares: NDArray[np.float64] = 1 / np.bincount(self.pair_query)[self.pair_query]
         return shares
 
 
 def measure_retrieval(
-    images: Floats, captions: Floats, relevance: Relevance
+    images: Float32[Floats, "n dim"], captions: Float32[Floats, "m dim"], relevance: Relevance
 ) -> tuple[dict[str, RetrievalResult], dict[str, Estimate]]:
     """Rank every query, and estimate the metrics by a bootstrap over images.
 
@@ -135,10 +138,10 @@ def measure_retrieval(
 
 
 def rank_queries(
-    images: Floats,
-    captions: Floats,
-    image_of: Integers,
-    caption_of: Integers,
+    images: Float32[Floats, "n dim"],
+    captions: Float32[Floats, "m dim"],
+    image_of: Int64[Integers, " pairs"],
+    caption_of: Int64[Integers, " pairs"],
     block: tuple[int, int] = BLOCK,
 ) -> dict[str, RetrievalResult]:
     """Search the images with each caption and the captions with each image, in bounded memory.
@@ -182,8 +185,8 @@ def _result(
 
 
 def retrieval_metrics(
-    results: dict[str, RetrievalResult], weights: NDArray[np.float64], ks: Sequence[int] = KS
-) -> dict[str, NDArray[np.float64]]:
+    results: dict[str, RetrievalResult], weights: Float64[Scores, "b n"], ks: Sequence[int] = KS
+) -> dict[str, Float64[Scores, " b"]]:
     """Recall@k, median rank (1 is best) and mean average precision over weighted images.
 
     Args:
@@ -236,7 +239,10 @@ def _median_ranks(result: RetrievalResult, weights: NDArray[np.float64]) -> NDAr
 
 
 def retrieval_recall(
-    images: Floats, captions: Floats, owners: Integers, ks: Sequence[int] = (1, 5, 10)
+    images: Float32[Floats, "n dim"],
+    captions: Float32[Floats, "m dim"],
+    owners: Int64[Integers, " m"],
+    ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """Recall@k in both directions, for any number of captions per image.
 
@@ -262,12 +268,12 @@ def retrieval_recall(
 
 
 def count_ahead(
-    images: Floats,
-    captions: Floats,
-    image_of: Integers,
-    caption_of: Integers,
+    images: Float32[Floats, "n dim"],
+    captions: Float32[Floats, "m dim"],
+    image_of: Int64[Integers, " pairs"],
+    caption_of: Int64[Integers, " pairs"],
     block: tuple[int, int] = BLOCK,
-) -> tuple[Integers, Integers]:
+) -> tuple[Int64[Integers, " pairs"], Int64[Integers, " pairs"]]:
     """For each relevant pair, how many non-relevant captions and images score at least as high.
 
     One product of each block of images with each block of captions serves both directions. The

@@ -33,6 +33,7 @@ from clipkit.index.hits import Hit, Hits, Record
 from clipkit.index.roots import roots_of
 from clipkit.index.search import split_search_parameters
 from clipkit.index.segments import ID, Mask, Segment, mismatch, parts_of, search_segments
+from clipkit.shapes import Float32, Int64, Shaped
 from clipkit.store.embedding_store import EXACT, EmbeddingStore, ExternalVectors
 from clipkit.store.shards import SCHEMA, Vectors, json_value, together
 
@@ -132,7 +133,7 @@ class VectorIndex:
     @classmethod
     def from_vectors(
         cls,
-        vectors: NDArray[Any],
+        vectors: Shaped[NDArray[Any], "n dim"],
         keys: Sequence[str],
         *,
         metadata: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None = None,
@@ -263,7 +264,7 @@ class VectorIndex:
         for segment in self.segments:
             yield from segment.blocks(segment.live, self.path)
 
-    def vector(self, key: str) -> Vectors:
+    def vector(self, key: str) -> Float32[NDArray[np.float32], " {self.dim}"]:
         """The vector of an item, float32 [dim].
 
         Raises:
@@ -554,7 +555,9 @@ class VectorIndex:
         pairs = zip(hits, chances.tolist(), strict=True)
         return [replace(hit, probability=chance) for hit, chance in pairs]
 
-    def search_vectors(self, queries: Vectors, k: int, mask: Mask | None = None) -> list[list[Hit]]:
+    def search_vectors(
+        self, queries: Float32[NDArray[np.float32], "n dim"], k: int, mask: Mask | None = None
+    ) -> list[list[Hit]]:
         """The best ``k`` items of each query vector, best first; fewer if the index has fewer.
 
         Args:
@@ -575,7 +578,7 @@ class VectorIndex:
         found = search_segments(self.segments, queries, k, mask)
         return [self._hits(*pair, k) for pair in zip(*found, strict=True)]
 
-    def _checked(self, queries: NDArray[Any]) -> Vectors:
+    def _checked(self, queries: NDArray[Any]) -> Float32[NDArray[np.float32], "n {self.dim}"]:
         queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ArtifactError(
@@ -600,7 +603,7 @@ class VectorIndex:
         return Hit(segment.keys[row].as_py(), score, int(segment.ids[row]))
 
     @cached_property
-    def places(self) -> NDArray[np.int64]:
+    def places(self) -> Int64[NDArray[np.int64], " n"]:
         """The place of each record, int64 [n]: its row number, counted over all segments."""
         live = (s.live if s.live is not None else np.ones(s.rows, bool) for s in self.segments)
         return np.flatnonzero(np.concatenate([*live]))

@@ -25,9 +25,11 @@ from clipkit.models.tokenizer import (
     warn_truncated,
 )
 from clipkit.progress import print_status
+from clipkit.shapes import Float32, Int64
 
-Vectors = NDArray[np.float32]
-"""float32 [n, dim], unit rows; float32 [dim] for a single item."""
+Vectors = Float32[NDArray[np.float32], "n dim"]
+"""Unit rows."""
+Vector = Float32[NDArray[np.float32], " dim"]
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
 """One image: a file, a PIL image, a uint8 array [height, width, 3], or a tensor [3, height, width]
 that is uint8 or already normalised float."""
@@ -90,7 +92,7 @@ class Encoder:
     @torch.inference_mode()
     def encode_images(
         self, images: ImageLike | Iterable[ImageLike], batch_size: int = 64
-    ) -> Vectors:
+    ) -> Vector | Vectors:
         """Encode one image or many. Thread-safe.
 
         Args:
@@ -195,7 +197,7 @@ class Encoder:
         *,
         policy: Literal["cut", "error"] = "cut",
         report: TruncationReport | None = None,
-    ) -> Vectors:
+    ) -> Vector | Vectors:
         """Encode one caption or many, of at most 77 tokens each. Thread-safe.
 
         Captions of similar length share a batch without padding; equal ones are encoded once.
@@ -229,7 +231,7 @@ class Encoder:
             warn_truncated(counted, stacklevel=4)  # torch's decorator adds a frame
         return vectors[0] if isinstance(captions, str) else vectors
 
-    def _encode_rows(self, tokens: NDArray[np.int64], most: int) -> Vectors:
+    def _encode_rows(self, tokens: Int64[NDArray[np.int64], "n 77"], most: int) -> Vectors:
         """int64 [n, 77] to vectors, about ``most`` tokens at a time."""
         lengths = tokens.argmax(axis=1) + 1
         order = np.argsort(lengths, kind="stable")

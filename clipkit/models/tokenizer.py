@@ -19,6 +19,7 @@ import regex
 
 from clipkit.errors import CaptionError
 from clipkit.models.bpe import END, SPECIAL, START, VOCAB, vocabulary
+from clipkit.shapes import Int64
 
 __all__ = [
     "CONTEXT",
@@ -197,7 +198,7 @@ def tokenize(
     *,
     policy: Literal["cut", "error"] = "cut",
     report: TruncationReport | None = None,
-) -> npt.NDArray[np.int64]:
+) -> Int64[npt.NDArray[np.int64], "n 77"]:
     """Tokenize captions for CLIP's text tower.
 
     Args:
@@ -228,7 +229,9 @@ def tokenize(
     return _fill(rows, np.minimum(lengths, ROOM))
 
 
-def _fill(rows: list[list[int]], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _fill(
+    rows: list[list[int]], lengths: Int64[npt.NDArray[np.int64], " n"]
+) -> Int64[npt.NDArray[np.int64], "n 77"]:
     out = np.zeros((len(rows), CONTEXT), np.int64)
     out[:, 0] = START
     inside = np.arange(ROOM) < lengths[:, None]

@@ -30,6 +30,7 @@ from clipkit.artifacts import (
     write_json,
 )
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError
+from clipkit.shapes import Float32, Shaped
 from clipkit.store.shards import (
     Record,
     ShardWriter,
@@ -172,7 +173,7 @@ class EmbeddingStore:
     @classmethod
     def from_vectors(
         cls,
-        vectors: NDArray[Any],
+        vectors: Shaped[NDArray[Any], "n dim"],
         keys: Sequence[str],
         path: str | Path,
         *,
@@ -227,7 +228,7 @@ class EmbeddingStore:
                 "remove the store and embed again"
             )
 
-    def vectors(self) -> Vectors:
+    def vectors(self) -> Float32[NDArray[np.float32], "n {self.dim}"]:
         """All vectors in memory, float32 [n, dim]."""
         empty = np.empty((0, self.dim), np.float32)
         return np.concatenate([empty, *(vectors for vectors, _ in self.shards())])
@@ -403,7 +404,7 @@ class ExternalVectors:
         model: what encoded them.
     """
 
-    vectors: Vectors
+    vectors: Float32[NDArray[np.float32], "n dim"]
     table: pa.Table
     model: ModelRef
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from clipkit.models.bpe import WORD_END, vocabulary
 from clipkit.models.tokenizer import CONTEXT
 from clipkit.models.transformer import send
+from clipkit.shapes import Float, Int
 from clipkit.training.distributed import ALONE, World
 
 TILES = {"cpu": 1024, "cuda": 4096}
@@ -28,16 +29,16 @@ tiles (64 MB) need fewer kernel launches."""
 
 
 def info_nce(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    groups: Tensor | None = None,
+    images: Float[Tensor, "n dim"],
+    texts: Float[Tensor, "n dim"],
+    scale: Float[Tensor, ""],
+    groups: Int[Tensor, " n"] | Int[Tensor, "n k"] | None = None,
     tile: int | None = None,
     *,
-    weights: Tensor | None = None,
+    weights: Float[Tensor, " n"] | None = None,
     duplicates: Literal["mask", "positive", "ignore"] = "mask",
     world: World = ALONE,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Symmetric InfoNCE: the mean cross-entropy of image→text and text→image matching.
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",

@@ -10,7 +10,7 @@ from tests.helpers.paths import PACKAGE
 
 # Imports point down only.
 LAYERS = [
-    {"errors"},
+    {"errors", "shapes"},
     {"artifacts", "config", "display", "progress", "user_cache"},
     {"data"},
     {"evaluation"},
@@ -74,7 +74,15 @@ def loaded_by(code):
 
 @pytest.mark.parametrize("code", ["import clipkit", "import clipkit.cli", "import clipkit.errors"])
 def test_light_imports(code):
-    assert not loaded_by(code) & {"torch", "faiss", "datasets", "open_clip", "pandas", "numpy"}
+    assert not loaded_by(code) & {
+        "torch",
+        "faiss",
+        "datasets",
+        "open_clip",
+        "pandas",
+        "numpy",
+        "jaxtyping",
+    }
 
 
 def test_help_imports_neither_torch_nor_faiss():
@@ -82,9 +90,9 @@ def test_help_imports_neither_torch_nor_faiss():
         "import sys, clipkit.cli\nsys.argv = ['clipkit', '--help']\n"
         "try:\n    clipkit.cli.main()\nexcept SystemExit as end:\n    assert not end.code"
     )
-    assert not loaded_by(code) & {"torch", "faiss", "datasets", "open_clip", "numpy"}
+    assert not loaded_by(code) & {"torch", "faiss", "datasets", "open_clip", "numpy", "jaxtyping"}
 
 
 def test_the_store_never_loads_torch():
     code = "import clipkit.store.embedding_store, clipkit.index.vector_index"
-    assert "torch" not in loaded_by(code)
+    assert not loaded_by(code) & {"torch", "jaxtyping"}

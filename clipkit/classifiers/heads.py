@@ -19,13 +19,13 @@ from clipkit.artifacts import (
     read_manifest,
 )
 from clipkit.classifiers.zero_shot import Classifier, Vectors, ZeroShotClassifier
-from clipkit.data.labels import Label, path_of
+from clipkit.data.labels import Label, to_labels
 from clipkit.data.prompts import IMAGENET, TEMPLATE_SETS, read_labels, read_templates
 from clipkit.errors import ArtifactError, CaptionError
 from clipkit.models.encoder import Encoder
 from clipkit.models.loading import load_model, load_model_ref
 
-Labels = Sequence[str] | str | Path | Classifier
+Labels = Sequence[str | Label] | str | Path | Classifier
 """A list of labels, a file with one label per line, a saved classifier, or a classifier."""
 Templates = Sequence[str] | str | Path | None
 """A list of templates, a file with one per line, ``"openai"``, ``"simple"``, or the default."""
@@ -46,7 +46,7 @@ class LinearHead(Classifier):
     kind = "linear"
 
     def __init__(
-        self, labels: Sequence[str], weights: Vectors, bias: Vectors, model: ModelRef
+        self, labels: Sequence[str | Label], weights: Vectors, bias: Vectors, model: ModelRef
     ) -> None:
         super().__init__(labels, 1.0, model)
         self.weights, self.bias = weights, bias
@@ -62,7 +62,7 @@ class LinearHead(Classifier):
     @classmethod
     def restore(
         cls,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
@@ -84,7 +84,7 @@ class NeighbourHead(Classifier):
     kind = "neighbours"
 
     def __init__(
-        self, labels: Sequence[str], keys: Vectors, values: Vectors, k: int, model: ModelRef
+        self, labels: Sequence[str | Label], keys: Vectors, values: Vectors, k: int, model: ModelRef
     ) -> None:
         super().__init__(labels, VOTE_SCALE, model)
         self.keys, self.values, self.k = keys, values, k
@@ -110,7 +110,7 @@ class NeighbourHead(Classifier):
     @classmethod
     def restore(
         cls,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
@@ -134,7 +134,7 @@ class TipAdapterHead(Classifier):
 
     def __init__(
         self,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         weights: Vectors,
         cache: tuple[Vectors, Vectors],
         strength: tuple[float, float],
@@ -163,7 +163,7 @@ class TipAdapterHead(Classifier):
     @classmethod
     def restore(
         cls,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
@@ -208,7 +208,7 @@ def save_classifier(
 
     detail = {
         "type": classifier.kind,
-        "labels": [list(path_of(label)) for label in classifier.labels],
+        "labels": [list(label.path) for label in classifier.labels],
         "settings": classifier.settings(),
     }
     manifest = Manifest(
@@ -243,7 +243,7 @@ def open_classifier(path: Path) -> Classifier:
         )
     try:
         arrays = load_file(path / ARRAYS)
-        labels = [Label(parts) for parts in detail["labels"]]
+        labels = [Label(parts[-1], tuple(parts[:-1])) for parts in detail["labels"]]
         kind: type[Classifier] = _KINDS[detail["type"]]
         return kind.restore(labels, model, arrays, detail["settings"])
     except (OSError, SafetensorError, KeyError, TypeError, IndexError) as error:
@@ -289,17 +289,17 @@ def load_classifier(
     return encoder, ZeroShotClassifier.from_labels(encoder, found, captions, background=background)
 
 
-def read_labels_or_classifier(labels: Labels) -> list[str] | Classifier:
+def read_labels_or_classifier(labels: Labels) -> list[Label] | Classifier:
     """Labels as a list, or the classifier; see ``load_classifier``."""
     if isinstance(labels, Classifier):
         return labels
     if not isinstance(labels, (str, Path)):
-        return list(labels)
+        return to_labels(labels)
     # Not Path.is_file, which fails for a text longer than a file name.
     if os.path.isfile(os.path.join(labels, MANIFEST)):
         return open_classifier(Path(labels))
     if isinstance(labels, Path) or os.path.isfile(labels) or labels == IMAGENET:
-        return list(read_labels(labels))
+        return read_labels(labels)
     raise TypeError(
         f"labels is one string, {labels[:80]!r}, expected a list such as ['dog', 'cat'], a file "
         "with one label per line, or a saved classifier"

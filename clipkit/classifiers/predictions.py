@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from clipkit.artifacts import ModelRef
 from clipkit.data.images import Skipped
+from clipkit.data.labels import Label, to_labels
 from clipkit.data.open_source import row_image
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import gallery
@@ -21,10 +22,17 @@ NO_MATCH = "none of these"
 
 @dataclass(frozen=True)
 class LabelScore:
-    """A label or group of labels, and its probability in [0, 1]."""
+    """A label or group of labels, and its probability in [0, 1].
+
+    Attributes:
+        label: the name.
+        score: the probability.
+        path: the groups of the label and its own name, outermost first; may be empty.
+    """
 
     label: str
     score: float
+    path: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class Predictions(Sequence[Prediction]):
 
 
 def rank(
-    scores: NDArray[np.floating], labels: Sequence[str], keys: Sequence[str], k: int
+    scores: NDArray[np.floating], labels: Sequence[str | Label], keys: Sequence[str], k: int
 ) -> Iterator[Prediction]:
     """A prediction with the ``k`` labels of highest score for each row of scores.
 
@@ -139,9 +147,11 @@ def rank(
         keys: the keys of the n images.
         k: labels per image, at most as many as there are.
     """
+    classes = [(str(label), label.path) for label in to_labels(labels)]
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     for key, row, order in zip(keys, scores, best, strict=True):
-        yield Prediction(key, tuple(LabelScore(labels[j], float(row[j])) for j in order))
+        top = ((*classes[j], float(row[j])) for j in order)
+        yield Prediction(key, tuple(LabelScore(name, score, path) for name, path, score in top))
 
 
 def _thumbnail(prediction: Prediction) -> bytes | None:

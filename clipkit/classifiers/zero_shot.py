@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.predictions import LabelScore, Prediction, Predictions, rank
-from clipkit.data.labels import parents, phrases_of
+from clipkit.data.labels import Label, parents, to_labels
 from clipkit.data.prompts import BACKGROUND, DEFAULT_TEMPLATES, check_labels, label_captions
 from clipkit.errors import CaptionError, ModelMismatchError
 from clipkit.evaluation.calibration import softmax
@@ -40,8 +40,8 @@ class Classifier(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, labels: Sequence[str], logit_scale: float, model: ModelRef) -> None:
-        self.labels = list(labels)
+    def __init__(self, labels: Sequence[str | Label], logit_scale: float, model: ModelRef) -> None:
+        self.labels = to_labels(labels)
         self.logit_scale = logit_scale
         self.model = model
 
@@ -61,7 +61,7 @@ class Classifier(ABC):
     @abstractmethod
     def restore(
         cls,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
@@ -72,7 +72,8 @@ class Classifier(ABC):
     def fingerprint(self) -> str:
         """Changes with everything that the predictions depend on."""
         content = {name: array.tobytes() for name, array in sorted(self.arrays().items())}
-        return key_of(self.kind, self.model.fingerprint, self.labels, self.settings(), content)
+        names = [str(label) for label in self.labels]
+        return key_of(self.kind, self.model.fingerprint, names, self.settings(), content)
 
     def require(self, model: ModelRef) -> None:
         """Raise ModelMismatchError unless the classifier was built for this model's vectors."""
@@ -134,7 +135,7 @@ class ZeroShotClassifier(Classifier):
 
     def __init__(
         self,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         weights: Vectors,
         logit_scale: float,
         model: ModelRef,
@@ -149,7 +150,7 @@ class ZeroShotClassifier(Classifier):
     def from_labels(
         cls,
         encoder: Encoder,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         *,
         background: bool = False,
@@ -163,6 +164,7 @@ class ZeroShotClassifier(Classifier):
             background: encode background captions too, for ``any_of`` and ``each_alone``.
 
         Raises:
+            TypeError: ``labels`` or ``templates`` is a single string instead of a list.
             CaptionError: labels or templates are empty or repeated, lack the ``{}``, or do not fit
                 in 77 tokens.
         """
@@ -186,7 +188,7 @@ class ZeroShotClassifier(Classifier):
     @classmethod
     def restore(
         cls,
-        labels: Sequence[str],
+        labels: Sequence[str | Label],
         model: ModelRef,
         arrays: Mapping[str, Vectors],
         settings: Mapping[str, Any],
@@ -276,7 +278,9 @@ class ZeroShotClassifier(Classifier):
         return np.asarray(np.logaddexp.reduce(logits, axis=1), np.float32)
 
 
-def class_weights(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> Vectors:
+def class_weights(
+    encoder: Encoder, labels: Sequence[str | Label], templates: Sequence[str]
+) -> Vectors:
     """The normalised mean of the caption vectors of each label: float32 [labels, dim].
 
     Weights of many captions are stored in the user's cache.
@@ -287,8 +291,10 @@ def class_weights(encoder: Encoder, labels: Sequence[str], templates: Sequence[s
         templates: captions with a ``{}`` in place of the label.
 
     Raises:
+        TypeError: ``labels`` or ``templates`` is a single string instead of a list.
         CaptionError: a template lacks the ``{}``, or a caption does not fit in 77 tokens.
     """
+    labels = to_labels(labels)
     captions = label_captions(labels, templates)
     count = sum(map(len, captions))
     cache = user_cache() if count >= CACHED_FROM else None
@@ -311,9 +317,10 @@ def class_weights(encoder: Encoder, labels: Sequence[str], templates: Sequence[s
     return weights
 
 
-def background_weights(encoder: Encoder, labels: Sequence[str]) -> Vectors:
+def background_weights(encoder: Encoder, labels: Sequence[str | Label]) -> Vectors:
     """The vectors of the background captions that name none of the labels: float32 [m, dim]."""
-    words = {w for label in labels for text in phrases_of(label) for w in text.lower().split()}
+    phrases = [phrase for label in to_labels(labels) for phrase in label.phrases]
+    words = {word for phrase in phrases for word in phrase.lower().split()}
     texts = [text for text in BACKGROUND if text.rstrip(".").split()[-1] not in words]
     return encoder.encode_text(texts)
 
@@ -329,14 +336,14 @@ def _parts(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return [*parts, (first, len(sizes))]
 
 
-def _encode(encoder: Encoder, texts: Sequence[str], labels: Sequence[str]) -> Vectors:
+def _encode(encoder: Encoder, texts: Sequence[str], labels: Sequence[Label]) -> Vectors:
     try:
         return encoder.encode_text(texts, policy="error")
     except CaptionError:
         for text in texts:
             needed = len(encode(text))
             if needed > ROOM:
-                label = next(one for one in labels if any(p in text for p in phrases_of(one)))
+                label = next(one for one in labels if any(p in text for p in one.phrases))
                 raise CaptionError(
                     f"the caption {shorten(text, 60)!r} of the label {shorten(str(label), 60)!r} "
                     f"has {needed + 2} tokens, expected at most {CONTEXT}; shorten it, or split it "

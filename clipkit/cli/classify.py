@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from clipkit.classifiers.predictions import Prediction
     from clipkit.classifiers.zero_shot import Classifier
+    from clipkit.data.labels import Label
     from clipkit.models.encoder import Encoder
     from clipkit.reports.classification import PredictionFiles
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 class Choice:
     """Labels with their templates, or a saved classifier."""
 
-    labels: list[str]
+    labels: "list[Label]"
     templates: list[str]
     saved: "Classifier | None"
 
@@ -82,7 +83,7 @@ def read_choice(labels: str, templates: str | None) -> Choice:
 
     # Not Path.is_file, for which a list of labels that is longer than a file name is an error.
     if not os.path.isfile(os.path.join(labels, MANIFEST)):
-        return Choice(list(read_labels(labels)), read_templates(templates), None)
+        return Choice(read_labels(labels), read_templates(templates), None)
     from clipkit.classifiers.heads import open_classifier
 
     if templates is not None:

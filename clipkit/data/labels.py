@@ -1,13 +1,13 @@
-"""Labels of data found among the labels that a classifier knows.
+"""Labels: their names, groups and phrases, and the labels of data matched against a list.
 
-Labels that say more than a word: synonyms, descriptions, a place in a hierarchy.
-
-Labels for collections of everyday photos, where none are given.
+A label may have synonyms or a description for its captions, and a place in a hierarchy.
+``EVERYDAY`` is a list of labels for collections of photos.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,98 +18,126 @@ _COLON = re.compile(r"(?<!\\):\s")
 _SLASH = re.compile(r"(?<!\\)/")
 
 
-class Label(str):
-    """A label's name, which is what is printed, and the words that stand for it in captions.
+@dataclass(frozen=True)
+class Label:
+    """A class of images.
+
+    ``str(label)`` is the name that is printed; it starts with the groups: ``animal/fox``.
 
     Attributes:
-        path: the groups above it and its own name: ``("animal", "fox")``.
-        phrases: what captions say; if nothing else is given, the last part of the path.
+        name: the name below its groups: ``"fox"``.
+        groups: the groups above it, outermost first: ``("animal",)``.
+        phrases: what captions say; the name if nothing else is given.
+
+    Raises:
+        TypeError: groups or phrases are a single string.
     """
 
-    path: tuple[str, ...]
-    phrases: tuple[str, ...]
+    name: str
+    groups: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
 
-    def __new__(cls, path: Sequence[str], phrases: Sequence[str] = ()) -> "Label":  # noqa: D102
-        label = super().__new__(cls, "/".join(path))
-        label.path = tuple(path)
-        label.phrases = tuple(phrases) or (label.path[-1],)
-        return label
+    def __post_init__(self) -> None:
+        for what, value in (("groups", self.groups), ("phrases", self.phrases)):
+            if isinstance(value, str):
+                raise TypeError(f"{what} is one string, {value!r}, expected a tuple of strings")
+        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "phrases", tuple(self.phrases) or (self.name,))
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The groups and the name: ``("animal", "fox")``."""
+        return (*self.groups, self.name)
+
+    def __str__(self) -> str:
+        return "/".join(self.path)
+
+
+def to_labels(labels: Sequence[str | Label]) -> list[Label]:
+    """Labels as ``Label`` objects; a plain string is a name without groups and synonyms.
+
+    Raises:
+        TypeError: ``labels`` is a single string, or has an item that is neither a string nor a
+            ``Label``.
+    """
+    if isinstance(labels, str):
+        raise TypeError(
+            f"labels is one string, {labels[:80]!r}, expected a list such as ['dog', 'cat']"
+        )
+    found = list(labels)
+    for label in found:
+        if not isinstance(label, (str, Label)):
+            raise TypeError(
+                f"labels has {label!r} of type {type(label).__name__}, expected strings or Labels"
+            )
+    return [label if isinstance(label, Label) else Label(label) for label in found]
 
 
 def parse_label(text: str) -> Label:
     r"""Read a label: ``fox``, ``animal/fox``, ``fox: red fox, vixen``.
 
-    What stands behind the colon is what captions say instead of the name; where it holds a
-    semicolon, this parts the phrases, else a comma does (``fox: a small, red animal; vixen``).
-    ``\:`` and ``\/`` are the characters themselves.
+    The text after the colon is what captions say instead of the name. Semicolons separate its
+    phrases, or commas if it has no semicolon (``fox: a small, red animal; vixen``).
+    ``\:`` and ``\/`` are a literal colon and slash.
     """
     parts = _COLON.split(text, maxsplit=1)
     name = " ".join(parts[0].replace("\\:", ":").split())
-    path = [part.strip().replace("\\/", "/") for part in _SLASH.split(name)]
+    *groups, own = (part.strip().replace("\\/", "/") for part in _SLASH.split(name))
     words = parts[1] if len(parts) > 1 else ""
-    phrases = [" ".join(one.split()) for one in words.split(";" if ";" in words else ",")]
-    return Label(path, [phrase for phrase in phrases if phrase])
+    phrases = (" ".join(one.split()) for one in words.split(";" if ";" in words else ","))
+    return Label(own, tuple(groups), tuple(phrase for phrase in phrases if phrase))
 
 
-def phrases_of(label: str) -> tuple[str, ...]:
-    """The words that captions say for a label; a plain text stands for itself."""
-    return label.phrases if isinstance(label, Label) else (label,)
-
-
-def path_of(label: str) -> tuple[str, ...]:
-    """The groups above a label and its own name; a plain text has no groups."""
-    return label.path if isinstance(label, Label) else (label,)
-
-
-def parents(labels: Sequence[str]) -> dict[str, list[int]]:
-    """Every group above the labels, with the numbers of the labels below it, outermost first."""
+def parents(labels: Sequence[Label]) -> dict[str, list[int]]:
+    """The groups above the labels, outermost first, and the numbers of the labels in each."""
     groups: dict[str, list[int]] = {}
     for number, label in enumerate(labels):
-        parts = path_of(label)
-        for depth in range(1, len(parts)):
-            groups.setdefault("/".join(parts[:depth]), []).append(number)
+        for depth in range(1, len(label.path)):
+            groups.setdefault("/".join(label.path[:depth]), []).append(number)
     return groups
 
 
-def check_paths(labels: Sequence[str], where: str) -> None:
-    """Refuse empty parts, a label that is a group too, and two that say the same.
+def check_paths(labels: Sequence[Label], where: str) -> None:
+    """Check that names and groups are not empty, and that labels can be distinguished.
 
     Raises:
-        CaptionError: names the labels.
+        CaptionError: a path has an empty part, a label is also a group, or two labels have the same
+            phrases.
     """
     groups = parents(labels)
-    said: dict[tuple[str, ...], str] = {}
+    seen: dict[tuple[str, ...], Label] = {}
     for label in labels:
-        if not all(path_of(label)):
+        name = str(label)
+        if not all(label.path):
             raise CaptionError(
-                f"{where} holds {label!r} with an empty part, expected names between the slashes; "
-                "write a slash that parts nothing as \\/"
+                f"{where} holds {name!r} with an empty part, expected names between the slashes; "
+                "write a slash that separates nothing as \\/"
             )
-        if label in groups:
+        if name in groups:
             raise CaptionError(
-                f"{where} holds {label!r} and labels below it, expected either; call it "
-                f"{label + '/other'!r}, with words for what it shows"
+                f"{where} holds {name!r} and labels below it, expected either; call it "
+                f"{name + '/other'!r}, with words for what it shows"
             )
-        words = tuple(sorted(phrase.lower() for phrase in phrases_of(label)))
-        if words in said:
+        words = tuple(sorted(phrase.lower() for phrase in label.phrases))
+        if words in seen:
             raise CaptionError(
-                f"{where} describes {said[words]!r} and {label!r} with the same words, which "
+                f"{where} describes {str(seen[words])!r} and {name!r} with the same words, which "
                 "nothing can tell apart; write other words behind a colon"
             )
-        said[words] = label
+        seen[words] = label
 
 
 def literal_labels(names: Sequence[str]) -> list[Label]:
-    """Names of classes as they are, in their order; one that comes again is printed with a number.
+    """Class names as they are, in their order; a repeated name is printed with its number.
 
-    Public lists of classes hold names twice (of ImageNet's, "missile" and "sunglasses").
+    Public lists of classes repeat names (ImageNet's repeats "missile" and "sunglasses").
     """
     seen: set[str] = set()
     labels = []
     for number, name in enumerate(names):
         shown = f"{name} ({number})" if name.lower() in seen else name
         seen.add(name.lower())
-        labels.append(Label([shown], [name]))
+        labels.append(Label(shown, phrases=(name,)))
     return labels
 
 
@@ -124,24 +152,24 @@ _SHOWN = 10  # labels
 
 
 def targets_of(
-    found: Sequence[str | None], labels: Sequence[str], spec: str
+    found: Sequence[str | None], labels: Sequence[str | Label], spec: str
 ) -> tuple[list[int], NDArray[np.int64]]:
-    """The rows that have a label, and its number among ``labels``, int64 [rows].
+    """The rows that have a label, and the index of each one's label, int64 [rows].
 
-    A label is found by its words: capitals, hyphens and underscores do not matter.
+    Labels match if they have the same words; case, hyphens and underscores do not matter.
 
     Args:
         found: the label of each row of the data, or None.
-        labels: what may be chosen.
+        labels: the classes.
         spec: the data's name, for the error.
 
     Raises:
-        DataError: no row has a label, or one that is not among ``labels``.
+        DataError: no row has a label, or a row has a label that is not among ``labels``.
     """
     rows = [i for i, label in enumerate(found) if label is not None]
     if not rows:
         raise DataError(f"{spec} has no labels; expected one folder per class, or a label column")
-    numbers = {_words(label): number for number, label in enumerate(labels)}
+    numbers = {_words(str(label)): number for number, label in enumerate(labels)}
     names = [str(found[i]) for i in rows]
     unknown = Counter(name for name in names if _words(name) not in numbers)
     if unknown:
@@ -154,14 +182,14 @@ def targets_of(
 
 
 def own_labels(found: Sequence[str | None], spec: str) -> list[Label]:
-    """The labels that occur in data, sorted; captions say them without underscores and hyphens.
+    """The labels of data, sorted; their phrases have spaces instead of underscores and hyphens.
 
     Args:
         found: the label of each row, or None.
         spec: the data's name, for the error.
 
     Raises:
-        DataError: fewer than two.
+        DataError: the data has fewer than two labels.
     """
     names = sorted({label for label in found if label is not None})
     if len(names) < 2:
@@ -170,14 +198,14 @@ def own_labels(found: Sequence[str | None], spec: str) -> list[Label]:
             "more; name a label column, or a folder with one folder per class"
         )
     return [
-        Label([name], [" ".join(name.replace("_", " ").replace("-", " ").split())])
+        Label(name, phrases=(" ".join(name.replace("_", " ").replace("-", " ").split()),))
         for name in names
     ]
 
 
-def empty_classes(targets: NDArray[np.int64], labels: Sequence[str]) -> str:
-    """A sentence about labels that no image has; empty if there are none."""
-    empty = [labels[i] for i in sorted(set(range(len(labels))) - set(targets.tolist()))]
+def empty_classes(targets: NDArray[np.int64], labels: Sequence[str | Label]) -> str:
+    """A sentence about labels without images; an empty string if every label has one."""
+    empty = [str(labels[i]) for i in sorted(set(range(len(labels))) - set(targets.tolist()))]
     if not empty:
         return ""
     more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
@@ -208,4 +236,4 @@ weapon, flag, fire, smoke, firework, swimming pool, playground, stadium, golf co
 parking lot, tennis court, aerial view
 """
 EVERYDAY = tuple(" ".join(label.split()) for label in _LABELS.split(","))
-"""About 170 things photos are often of, as labels for ``clipkit map``."""
+"""About 170 common subjects of photos, the default labels of ``clipkit map``."""

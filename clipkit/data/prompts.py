@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipkit.data.labels import Label, check_paths, imagenet_labels, parse_label, phrases_of
+from clipkit.data.labels import Label, check_paths, imagenet_labels, parse_label, to_labels
 from clipkit.errors import CaptionError
 
 SLOT = "{}"
@@ -47,13 +47,12 @@ BACKGROUND = (
 def read_labels(labels: str | Path) -> list[Label]:
     """Read labels from text like ``cat,dog,red fox``, a file with one per line, or ``imagenet``.
 
-    A label may have its own phrases or a path, see ``parse_label``. Blank lines and surrounding
-    spaces are ignored.
+    A label may have phrases and groups, see ``parse_label``. Blank lines and surrounding spaces
+    are ignored.
 
     Raises:
-        CaptionError: the file is missing or not UTF-8 text; there are fewer than two labels; a
-            label is empty or repeated (ignoring case, since the tokenizer lowercases); or two
-            labels cannot be distinguished.
+        CaptionError: the file is missing or not UTF-8; there are fewer than two labels; a label is
+            empty or repeated (the tokenizer ignores case); or two labels have the same phrases.
     """
     text = str(labels)
     if text == IMAGENET and not os.path.isfile(text):
@@ -77,28 +76,34 @@ def _looks_like_path(text: str) -> bool:
     return "," not in text and ("/" in text or os.sep in text or bool(re.search(r"\.\w+$", text)))
 
 
-def check_labels(labels: Sequence[str], where: str = "the list of labels") -> None:
-    """Raise CaptionError unless there are at least two labels, none of them empty or repeated."""
-    if not any(labels):
+def check_labels(labels: Sequence[str | Label], where: str = "the list of labels") -> None:
+    """Check that there are two labels or more, none empty and none twice.
+
+    Raises:
+        TypeError: ``labels`` is a single string instead of a list.
+        CaptionError: there are fewer than two labels, or one is empty or repeated.
+    """
+    names = [str(label) for label in to_labels(labels)]
+    if not any(names):
         raise CaptionError(f"{where} contains no labels, expected two or more; add them")
-    if not all(labels):
+    if not all(names):
         raise CaptionError(
-            f"{where} contains an empty label at position {labels.index('') + 1}, "
+            f"{where} contains an empty label at position {names.index('') + 1}, "
             "expected text between the commas; remove the extra comma"
         )
-    if len(labels) == 1:
+    if len(names) == 1:
         raise CaptionError(
-            f"{where} contains only {labels[0]!r}, expected two or more labels, since the "
+            f"{where} contains only {names[0]!r}, expected two or more labels, since the "
             "probability of a single label is always 1; add what else an image may show"
         )
     seen: dict[str, str] = {}
-    for label in labels:
-        if label.lower() in seen:
+    for name in names:
+        if name.lower() in seen:
             raise CaptionError(
-                f"{where} contains {label!r} twice (first as {seen[label.lower()]!r}), expected "
+                f"{where} contains {name!r} twice (first as {seen[name.lower()]!r}), expected "
                 "each label once, ignoring case; remove one"
             )
-        seen[label.lower()] = label
+        seen[name.lower()] = name
 
 
 def read_templates(name: str | Path | None) -> list[str]:
@@ -138,7 +143,17 @@ def _template_set(name: str) -> list[str]:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise CaptionError unless each template has a slot."""
+    """Check that each template has a slot.
+
+    Raises:
+        TypeError: ``templates`` is a single string instead of a list.
+        CaptionError: a template has no slot.
+    """
+    if isinstance(templates, str):
+        raise TypeError(
+            f"templates is one string, {templates[:80]!r}, expected a list such as "
+            f"['a photo of a {SLOT}.']"
+        )
     for template in templates:
         if SLOT not in template:
             raise CaptionError(
@@ -147,17 +162,18 @@ def check_templates(templates: Sequence[str]) -> None:
             )
 
 
-def label_captions(labels: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+def label_captions(labels: Sequence[str | Label], templates: Sequence[str]) -> list[list[str]]:
     """The captions of each label, one per template and phrase: ``[labels][phrases × templates]``.
 
     Raises:
+        TypeError: ``labels`` or ``templates`` is a single string instead of a list.
         CaptionError: a template has no slot.
     """
     check_templates(templates)
     # Not str.format, which would interpret braces in a label.
     return [
-        [template.replace(SLOT, phrase) for phrase in phrases_of(label) for template in templates]
-        for label in labels
+        [template.replace(SLOT, phrase) for phrase in label.phrases for template in templates]
+        for label in to_labels(labels)
     ]
 
 

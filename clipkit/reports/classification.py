@@ -16,7 +16,6 @@ from typing import IO, Any, Self
 
 from clipkit.artifacts import move_into_place, partial_path, write_text
 from clipkit.classifiers.predictions import Prediction
-from clipkit.data.labels import path_of
 from clipkit.data.open_source import row_image
 from clipkit.display.html import bar, data_uri, document
 from clipkit.display.thumbnails import contact_sheet, thumbnail
@@ -99,9 +98,8 @@ class PredictionFiles:
             write(stream, prediction)
         image = prediction.image or {"bytes": None, "path": None}
         if self._folder:
-            rejected = prediction.rejected
-            path = (prediction.label,) if rejected else path_of(prediction.top[0].label)
-            self._folder.add(path, prediction.key, image)
+            path = () if prediction.rejected else prediction.top[0].path
+            self._folder.add(path or (prediction.label,), prediction.key, image)
         if self._visual and len(self._shown) < MOST_IMAGES:
             try:
                 self._shown.append((prediction, thumbnail(row_image({"image": image}))))

@@ -7,6 +7,7 @@ from typing import Any
 
 from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
 from clipkit.classifiers.zero_shot import Classifier
+from clipkit.data.labels import Label
 from clipkit.data.open_source import Source, open_source
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import card, table
@@ -119,7 +120,7 @@ def compare(
     second: Encoder | str | Path,
     data: str | Path | Source,
     *,
-    labels: Sequence[str] | str | Path | None = None,
+    labels: Sequence[str | Label] | str | Path | None = None,
     templates: Templates = None,
     equal_captions: EqualCaptions = "merge",
     names: tuple[str, str] | None = None,

@@ -140,7 +140,7 @@ def evaluate_zero_shot(
         captions = list_templates(templates)
         encoder = encoder or load_model()
         pairs = encode(encoder, source)
-        own = list[str](own_labels(pairs.labels, source.spec))
+        own = own_labels(pairs.labels, source.spec)
         classifier: Classifier = ZeroShotClassifier.from_labels(encoder, own, captions)
     else:
         encoder, classifier = load_classifier(labels, encoder, templates)
@@ -151,6 +151,7 @@ def evaluate_zero_shot(
     )
     keys = [pairs.keys[i] for i in rows]
     empty = empty_classes(targets, classifier.labels)
+    names = [str(label) for label in classifier.labels]
     unlabelled = [
         Skipped(key, "has no label")
         for key, label in zip(pairs.keys, pairs.labels, strict=True)
@@ -163,7 +164,7 @@ def evaluate_zero_shot(
         pairs,
         {"classes": result.classes},
         estimates,
-        ClassificationOutcome(result, keys, classifier.labels, classifier.logit_scale, fitted),
+        ClassificationOutcome(result, keys, names, classifier.logit_scale, fitted),
         {"classifier": classifier.fingerprint},
         [empty] if empty else [],
         unlabelled,

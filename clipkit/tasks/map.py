@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipkit.artifacts import Manifest, read_manifest, write_text
-from clipkit.data.labels import EVERYDAY
+from clipkit.data.labels import EVERYDAY, Label
 from clipkit.data.open_source import open_source, row_image
 from clipkit.display.html import data_uri
 from clipkit.display.thumbnails import thumbnail
@@ -66,7 +66,7 @@ def draw_map(
     collection: "str | Path | VectorIndex | EmbeddingStore",
     out: str | Path = "map.html",
     *,
-    labels: Sequence[str] = EVERYDAY,
+    labels: Sequence[str | Label] = EVERYDAY,
     encoder: "Encoder | None" = None,
     clusters: int = 0,
     max_items: int = MAX_ITEMS,
@@ -174,15 +174,16 @@ def _encoder(opened: VectorIndex | EmbeddingStore, encoder: "Encoder | None") ->
 def _names(
     vectors: Vectors,
     assigned: NDArray[np.int64],
-    labels: Sequence[str],
+    labels: Sequence[str | Label],
     encoder: "Encoder | None",
 ) -> list[str]:
     if encoder is None:
         return [f"cluster {number + 1}" for number in range(int(assigned.max()) + 1)]
     from clipkit.classifiers.zero_shot import ZeroShotClassifier
 
-    classifier = ZeroShotClassifier.from_labels(encoder, list(labels))
-    return name_clusters(vectors, assigned, classifier.labels, classifier.weights)
+    classifier = ZeroShotClassifier.from_labels(encoder, labels)
+    names = [str(label) for label in classifier.labels]
+    return name_clusters(vectors, assigned, names, classifier.weights)
 
 
 def _middle(points: NDArray[np.float32]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from clipkit.artifacts import ModelRef
 from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread, require_methods
 from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
 from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
-from clipkit.data.labels import own_labels, targets_of
+from clipkit.data.labels import Label, own_labels, targets_of
 from clipkit.data.open_source import Source, open_source
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import bullets, card, table
@@ -124,7 +124,7 @@ def probe(
     encoder: Encoder | None = None,
     *,
     test: str | Path | Source | None = None,
-    labels: Sequence[str] | str | Path | None = None,
+    labels: Sequence[str | Label] | str | Path | None = None,
     templates: Templates = None,
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     methods: Sequence[str] = tuple(METHODS),
@@ -173,12 +173,13 @@ def probe(
         with_captions=False,
         progress=progress,
     )
-    names, pool = _labelled(encode(source), source.spec, given)
+    classes, pool = _labelled(encode(source), source.spec, given)
     if test_source is None:
         pool, tested = _split(pool)
     else:
-        _, tested = _labelled(encode(test_source), test_source.spec, names)
-    text = ZeroShotClassifier.from_labels(encoder, names, captions)
+        _, tested = _labelled(encode(test_source), test_source.spec, classes)
+    text = ZeroShotClassifier.from_labels(encoder, classes, captions)
+    names = [str(label) for label in classes]
     possible, notes = _possible_shots(pool, names, sorted(set(shots)), source)
     results = [_result(ZERO_SHOT, 0, [_hits(text, tested)], tested)]
     best: tuple[float, Classifier] = (-1.0, text)
@@ -196,7 +197,7 @@ def probe(
                 bar.update()
             results.append(_result(method, count, hits, tested))
     return ProbeReport(
-        encoder.model, source.spec, list(names), len(tested.targets), results, best[1], notes
+        encoder.model, source.spec, names, len(tested.targets), results, best[1], notes
     )
 
 
@@ -222,12 +223,12 @@ def draw(pool: Labelled, shots: int, seed: int) -> tuple[Labelled, Labelled]:
 
 
 def _labelled(
-    pairs: EncodedPairs, spec: str, labels: Sequence[str] | None
-) -> tuple[list[str], Labelled]:
-    """The class names, and the vectors of the images that have a label."""
-    names = list[str](own_labels(pairs.labels, spec) if labels is None else labels)
-    rows, targets = targets_of(pairs.labels, names, spec)
-    return names, Labelled(pairs.images[rows], targets)
+    pairs: EncodedPairs, spec: str, labels: Sequence[Label] | None
+) -> tuple[list[Label], Labelled]:
+    """The classes, and the vectors of the images that have a label."""
+    classes = own_labels(pairs.labels, spec) if labels is None else list(labels)
+    rows, targets = targets_of(pairs.labels, classes, spec)
+    return classes, Labelled(pairs.images[rows], targets)
 
 
 def _split(pool: Labelled) -> tuple[Labelled, Labelled]:

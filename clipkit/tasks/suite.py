@@ -12,7 +12,7 @@ from clipkit import __version__
 from clipkit.artifacts import write_text
 from clipkit.classifiers.heads import list_templates
 from clipkit.data.formats.huggingface import HUB
-from clipkit.data.labels import own_labels, phrases_of
+from clipkit.data.labels import Label, own_labels
 from clipkit.data.open_source import Source, open_source
 from clipkit.data.prompts import read_labels, read_templates
 from clipkit.display.dataframe import data_frame
@@ -132,7 +132,7 @@ class _OpenSet:
     name: str
     task: str
     source: Source
-    labels: list[str]
+    labels: list[Label]
     templates: list[str]
     equal_captions: EqualCaptions
 
@@ -141,7 +141,7 @@ class _OpenSet:
         """What the metrics depend on besides model and images."""
         if self.task == "retrieval":
             return {"equal_captions": self.equal_captions}
-        labels = [[str(label), list(phrases_of(label))] for label in self.labels]
+        labels = [[str(label), list(label.phrases)] for label in self.labels]
         return {"labels": labels, "templates": self.templates}
 
 
@@ -231,7 +231,7 @@ def open_set(
     if is_benchmark(Path(spec), one.split):
         given = open_benchmark(Path(spec), one.split)
         source = replace(given.source, spec=one.data)
-        labels = list[str](read_labels(_near(one.labels, root)) if one.labels else given.labels)
+        labels = read_labels(_near(one.labels, root)) if one.labels else given.labels
         captions = templates or given.templates
         return _OpenSet(one.name, given.task, source, labels, captions, one.equal_captions)
     if not one.task:
@@ -250,10 +250,10 @@ def open_set(
     if not zero_shot:
         return _OpenSet(one.name, one.task, source, [], [], one.equal_captions)
     if one.labels:
-        labels = list[str](read_labels(_near(one.labels, root)))
+        labels = read_labels(_near(one.labels, root))
     else:
         pairs = cached_pairs(encoder, source, with_captions=False, **(encoding or {}))
-        labels = list[str](own_labels(pairs.labels, one.data))
+        labels = own_labels(pairs.labels, one.data)
     captions = templates or list_templates(None)
     return _OpenSet(one.name, one.task, source, labels, captions, one.equal_captions)
 

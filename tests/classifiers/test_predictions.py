@@ -8,7 +8,7 @@ from clipkit.classifiers.heads import list_templates, read_labels_or_classifier
 from clipkit.classifiers.predictions import LabelScore, Prediction, Predictions, rank
 from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.images import Skipped
-from clipkit.data.labels import parse_label
+from clipkit.data.labels import Label, parse_label
 from clipkit.data.prompts import DEFAULT_TEMPLATES
 from clipkit.errors import CaptionError
 
@@ -81,7 +81,7 @@ def test_labels_and_templates_are_lists_or_files(tmp_path):
     (tmp_path / "labels.txt").write_text("dog\nfox: red fox, vixen\n")
     for file in (tmp_path / "labels.txt", str(tmp_path / "labels.txt")):
         assert [str(label) for label in read_labels_or_classifier(file)] == ["dog", "fox"]
-    assert read_labels_or_classifier(("dog", "cat")) == ["dog", "cat"]
+    assert read_labels_or_classifier(("dog", "cat")) == [Label("dog"), Label("cat")]
     assert len(read_labels_or_classifier("imagenet")) == 1000
     for text in ("dog", "dog,cat"):
         with pytest.raises(TypeError, match="labels is one string, .* expected a list such as"):

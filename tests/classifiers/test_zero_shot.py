@@ -42,7 +42,7 @@ def test_imagenets_names_in_eighty_templates_are_encoded_once(
     first = class_weights(encoder, labels, templates)
     assert sum(counts) == 80_000
     assert max(counts) <= module._AT_ONCE  # no more are held at a time
-    texts = [template.replace("{}", labels[700]) for template in templates]
+    texts = [template.replace("{}", str(labels[700])) for template in templates]
     mean = encode(encoder, texts).mean(axis=0)
     np.testing.assert_allclose(first[700], mean / np.linalg.norm(mean), atol=1e-6)
 
@@ -77,7 +77,11 @@ def test_weights_equal_open_clips_for_its_own_sets(encoder):
 
 
 def test_a_label_is_the_mean_of_all_its_captions(encoder, monkeypatch):
-    labels = [Label(["fox"], ["red fox", "vixen", "fox cub"]), Label(["dog"]), Label(["a", "cat"])]
+    labels = [
+        Label("fox", phrases=("red fox", "vixen", "fox cub")),
+        Label("dog"),
+        Label("cat", ("a",)),
+    ]
     templates = ["a {}.", "{}"]
     for most in (2048, 3):  # in one part, and a part for each label
         monkeypatch.setattr(module, "_AT_ONCE", most)

@@ -4,19 +4,30 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.data.prompts import DEFAULT_TEMPLATES, label_captions, read_labels, read_templates
+from clipkit.data.labels import Label, to_labels
+from clipkit.data.prompts import (
+    DEFAULT_TEMPLATES,
+    check_labels,
+    check_templates,
+    label_captions,
+    read_labels,
+    read_templates,
+)
 from clipkit.errors import CaptionError
 
 
 def test_labels_from_a_list():
-    assert read_labels("cat, dog ,red  fox") == ["cat", "dog", "red fox"]
-    assert read_labels("cat/kitten,dog/puppy") == ["cat/kitten", "dog/puppy"]
+    assert [str(label) for label in read_labels("cat, dog ,red  fox")] == ["cat", "dog", "red fox"]
+    assert read_labels("cat/kitten,dog/puppy") == [
+        Label("kitten", ("cat",)),
+        Label("puppy", ("dog",)),
+    ]
 
 
 def test_labels_from_a_file(tmp_path):
     file = tmp_path / "labels"
     file.write_bytes("\ufeffcat\r\n\n  red fox  \nsalt, pepper\nécureuil\n".encode())
-    expected = ["cat", "red fox", "salt, pepper", "écureuil"]
+    expected = to_labels(["cat", "red fox", "salt, pepper", "écureuil"])
     assert read_labels(str(file)) == expected
     assert read_labels(file) == expected
 
@@ -79,3 +90,34 @@ def test_default_templates_serve():
     captions = label_captions(["cat"], read_templates(None))[0]
     assert len(set(captions)) == len(DEFAULT_TEMPLATES)
     assert all("cat" in caption for caption in captions)
+
+
+def test_a_label_is_a_name_with_groups_and_phrases():
+    fox = Label("fox", ("animal",))
+    assert (str(fox), fox.path, fox.phrases) == ("animal/fox", ("animal", "fox"), ("fox",))
+    assert fox == Label("fox", ("animal",), ("fox",)) != Label("fox")
+    assert not isinstance(fox, str)
+    assert to_labels(["cat", fox]) == [Label("cat"), fox]
+    for wrong in ({"groups": "animal"}, {"phrases": "red fox"}):
+        with pytest.raises(TypeError, match="is one string"):
+            Label("fox", **wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: check_labels("cat"),
+        lambda: label_captions("cat", ["a {}."]),
+        lambda: label_captions(["cat"], "a {}."),
+        lambda: check_templates("a {}."),
+        lambda: to_labels("cat"),
+    ],
+)
+def test_one_string_is_not_a_list_of_letters(call):
+    with pytest.raises(TypeError, match="is one string, .* expected a list"):
+        call()
+
+
+def test_labels_of_another_type_are_refused():
+    with pytest.raises(TypeError, match="labels has 3 of type int, expected strings or Labels"):
+        check_labels(["cat", 3])

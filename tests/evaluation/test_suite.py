@@ -10,6 +10,7 @@ import pytest
 
 import clipkit
 from clipkit.cli import main
+from clipkit.data.labels import Label
 from clipkit.data.open_source import open_source
 from clipkit.errors import ConfigError, DataError
 from clipkit.evaluation.clip_benchmark import open_benchmark
@@ -189,8 +190,8 @@ def test_a_set_without_a_task_is_refused(run, tiny_checkpoint, colour_folder, tm
 def test_classes_have_the_names_of_their_numbers(benchmark):
     found = open_benchmark(benchmark, "test")
     assert found.task == "zero-shot"
-    assert found.labels == ["red: a", "green/x", "blue"]  # as they are: no synonyms, no paths
-    assert [label.phrases for label in found.labels] == [("red: a",), ("green/x",), ("blue",)]
+    names = ["red: a", "green/x", "blue"]  # as they are: no synonyms, no groups
+    assert found.labels == [Label(name) for name in names]
     assert found.templates == ["a photo of {}.", "{}"]
     rows = list(found.source.rows)
     assert [row["label"] for row in rows] == ["red: a", "green/x", "blue"] * 4

@@ -43,7 +43,7 @@ def encoder(tiny_checkpoint):
 )
 def test_how_a_label_is_read(text, name, path, phrases):
     label = parse_label(text)
-    assert (label, label.path, label.phrases) == (name, path, phrases)
+    assert (str(label), label.path, label.phrases) == (name, path, phrases)
 
 
 def test_groups_are_all_that_stands_above():
@@ -72,7 +72,7 @@ def test_the_sets_that_open_clip_ships():
     labels = read_labels("imagenet")
     assert labels == imagenet_labels()
     assert [label.phrases[0] for label in labels] == list(metadata.IMAGENET_CLASSNAMES)
-    assert len({label.lower() for label in labels}) == len(labels) == 1000
+    assert len({str(label).lower() for label in labels}) == len(labels) == 1000
     assert parents(labels) == {}
     for name, functions in (
         ("openai", metadata.OPENAI_IMAGENET_TEMPLATES),

@@ -350,7 +350,7 @@ class PairLoader:
         )
         raise SkipLimitError(
             f"{self.bad} of {self.seen} rows of {self.source.spec} cannot be used (for example "
-            f"{key}: {reason}), expected {allowed}; mend what `clipkit data check` lists, or allow "
+            f"{key}: {reason}), expected {allowed}; fix what `clipkit data check` lists, or allow "
             "more"
         )
 

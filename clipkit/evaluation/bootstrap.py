@@ -1,7 +1,7 @@
 """Confidence intervals: the percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
 
 A resample is a row of whole weights, one for each item, so that a metric is computed for many
-resamples in one matrix product. ``scipy.stats.bootstrap`` would draw anew for every metric, and
+resamples in one matrix product. ``scipy.stats.bootstrap`` would draw again for every metric, and
 hands over values instead of weights.
 """
 

@@ -247,7 +247,7 @@ def test_impossible_locks(start, weights, model, sentence):
 
 def test_a_temperature_beside_weights_that_bring_their_own_is_refused(start):
     model = parse_config({"model": {"init_from": str(start)}}).model
-    with pytest.raises(ConfigError, match=r"optim\.temperature \(0\.04\) does nothing"):
+    with pytest.raises(ConfigError, match=r"optim\.temperature is 0\.04, but model\.init_from"):
         build_towers(model, 0.04, 0)
 
 

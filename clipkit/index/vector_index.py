@@ -512,7 +512,9 @@ class VectorIndex:
 
             if not isinstance(self._encoder, QueryEncoder):
                 return self._encoder
-        return load_encoder_of(self.model, f"the index {self.path}", precision="fp32")
+        from clipkit.models.loading import load_model_ref
+
+        return load_model_ref(self.model, f"the index {self.path}", precision="fp32")
 
     def _nearest(
         self, vectors: Vectors, k: int, mask: Mask | None, excluded: set[str], distinct: bool
@@ -635,33 +637,15 @@ def open_index(path: str | Path, *, encoder: "AnyEncoder | None" = None) -> Vect
     return VectorIndex.open(path, encoder=encoder)
 
 
-def load_encoder_of(model: ModelRef, what: str, *, precision: Any = "auto") -> "Encoder":
-    """The encoder of an artifact's model.
-
-    Args:
-        model: the reference in the artifact's manifest.
-        what: the artifact, for the error.
-        precision: as of ``load_model``.
-
-    Raises:
-        ModelError: it cannot be loaded, or the vectors came from outside clipkit.
-        ModelMismatchError: the model of that name has other weights now.
-    """
-    from clipkit.models.loading import load_model_ref
-
-    if model.external:
-        raise ModelError(
-            f"the vectors of {what} came from outside clipkit, so the model for texts and images "
-            "is unknown; pass encoder=..., or search with a vector"
-        )
-    return load_model_ref(model, what, precision=precision)
-
-
 def load_text_encoder(model: ModelRef, what: str) -> "AnyEncoder":
-    """As ``load_encoder_of``, without torch if the text tower's weights are known."""
+    """As ``load_model_ref``, without torch if the text tower's weights are known."""
     from clipkit.models.text_encoder_numpy import load_query_encoder
 
-    return load_query_encoder(model) or load_encoder_of(model, what, precision="fp32")
+    if (encoder := load_query_encoder(model)) is not None:
+        return encoder
+    from clipkit.models.loading import load_model_ref
+
+    return load_model_ref(model, what, precision="fp32")
 
 
 def combine(vectors: Sequence[Vectors]) -> Vectors:

@@ -138,9 +138,14 @@ def load_model_ref(
         precision: as in ``load_model``; vectors of both precisions are compatible.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or the vectors came from outside clipkit.
         ModelMismatchError: the model found has other weights or preprocessing.
     """
+    if model.external:
+        raise ModelError(
+            f"the vectors of {what} came from outside clipkit, so the model for texts and images "
+            "is unknown; pass encoder=..., or search with a vector"
+        )
     if model.weights == OBJECT:
         raise ModelError(
             f"{what} was built with {model}, which was passed to load_model as an object and "

@@ -21,7 +21,7 @@ from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
 from clipkit.index.projection import cluster, lay_out, name_clusters, require_enough
 from clipkit.index.roots import file_of, roots_of
-from clipkit.index.vector_index import VectorIndex, load_encoder_of
+from clipkit.index.vector_index import VectorIndex
 from clipkit.reports.map import Cluster, MapPage, render_map
 from clipkit.reports.plots import plot_map
 from clipkit.store.embedding_store import EmbeddingStore
@@ -163,7 +163,9 @@ def _encoder(opened: VectorIndex | EmbeddingStore, encoder: "Encoder | None") ->
             return None
         if isinstance(opened, VectorIndex):
             return opened.image_encoder
-        return load_encoder_of(opened.model, str(opened.path))
+        from clipkit.models.loading import load_model_ref
+
+        return load_model_ref(opened.model, str(opened.path))
     if not opened.model.external:
         opened.model.require(
             encoder.model, what=str(opened.path), repair="name the clusters with its own model"

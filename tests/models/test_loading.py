@@ -13,6 +13,7 @@ import clipkit
 from clipkit.config import parse_config
 from clipkit.data.transforms import Preprocess
 from clipkit.errors import ModelError, ModelMismatchError
+from clipkit.index.vector_index import VectorIndex
 from clipkit.models.dual_encoder import why_unsuitable
 from clipkit.models.loading import load_model, load_model_ref, resolve
 from clipkit.training.build import build_towers
@@ -320,3 +321,9 @@ def test_a_configuration_without_weights_is_refused(named, tmp_path):
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="no weights"):
         load_model(folder)
+
+
+def test_vectors_from_outside_have_no_model_to_load():
+    model = VectorIndex.from_vectors(np.eye(3), ["a", "b", "c"]).model
+    with pytest.raises(ModelError, match="the index X came from outside clipkit"):
+        load_model_ref(model, "the index X")

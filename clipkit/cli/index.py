@@ -364,10 +364,10 @@ def check(index: Index, as_json: Json = False) -> None:
         print_json(facts)
     else:
         problems, advice = facts.pop("problems"), facts.pop("advice")
-        told = {name: value for name, value in facts.items() if value is not None}
         shown = [
             (name.replace("_", " "), _as_text(name, value) if isinstance(value, float) else value)
-            for name, value in told.items()
+            for name, value in facts.items()
+            if value is not None
         ]
         print_facts([*shown, *(("wrong", p) for p in problems), *(("advice", a) for a in advice)])
     if report.problems:

@@ -182,10 +182,15 @@ def describe_tuning(detail: dict[str, Any]) -> list[tuple[str, str]]:
 
 def print_hits(hits: "Sequence[Hit]") -> None:
     """A table of hits, with their probabilities where they have any."""
-    told = any(hit.probability is not None for hit in hits)
-    header = ("rank", *(("match",) if told else ()), "score", "key")
+    calibrated = any(hit.probability is not None for hit in hits)
+    header = ("rank", *(("match",) if calibrated else ()), "score", "key")
     rows = [
-        (str(rank), *((f"{hit.probability:.0%}",) if told else ()), f"{hit.score:.3f}", hit.key)
+        (
+            str(rank),
+            *((f"{hit.probability:.0%}",) if calibrated else ()),
+            f"{hit.score:.3f}",
+            hit.key,
+        )
         for rank, hit in enumerate(hits, 1)
     ]
     print_table(header, rows)
@@ -222,8 +227,8 @@ def print_described(
         asked = {} if query is None else {"query": query}
         for rank, (hit, record) in enumerate(zip(hits, records, strict=True), 1):
             chance = {} if hit.probability is None else {"probability": hit.probability}
-            told = {**asked, "rank": rank, "score": hit.score, **chance, "key": hit.key}
-            lines.append({**told, **record})
+            found_by = {**asked, "rank": rank, "score": hit.score, **chance, "key": hit.key}
+            lines.append({**found_by, **record})
     if as_json:
         for line in lines:
             print_json(line)

@@ -105,10 +105,10 @@ def images(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
         yield f"{current}.{suffix_of_it}", image
 
 
-def open_at(stream: BinaryIO, offset: int, told: dict[str, str]) -> tarfile.TarFile:
-    """A tar from the header at an offset on, with what global headers before it have told."""
+def open_at(stream: BinaryIO, offset: int, pax_headers: dict[str, str]) -> tarfile.TarFile:
+    """Open a tar at the header at ``offset``, given the global PAX headers that precede it."""
     stream.seek(offset)
-    return tarfile.open(fileobj=stream, mode="r:", pax_headers=told)
+    return tarfile.open(fileobj=stream, mode="r:", pax_headers=pax_headers)
 
 
 def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

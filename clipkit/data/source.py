@@ -12,6 +12,7 @@ from PIL import Image
 
 from clipkit.data.images import Reduction, Skipped, read_image
 from clipkit.errors import DataError, ImageError
+from clipkit.progress import is_main_process, print_status
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,6 +52,20 @@ class Skips(list[Skipped]):
             super().append(item)
 
 
+class Notes(list[str]):
+    """Sentences about how a source was read: what was assumed, combined or not used.
+
+    Each is kept once, and printed on stderr when it is added.
+    """
+
+    def append(self, sentence: str) -> None:
+        """Add and print a sentence, unless it is there."""
+        if sentence not in self:
+            super().append(sentence)
+            if is_main_process():
+                print_status(f"note: {sentence}")
+
+
 @dataclass(frozen=True)
 class Source:
     """A data source, opened.
@@ -64,7 +79,9 @@ class Source:
             ``metadata: dict`` where a table has any and it was asked for.
         root: the directory that paths and keys are relative to; None for the hub.
         fingerprint: changes when the content does; made from names, sizes and times alone.
-        skipped: what was left out; of a stream, so far.
+        skipped: items that were left out; of a stream, so far.
+        notes: how the source was read, if that is not obvious, and what in it was not used; of a
+            stream, so far.
     """
 
     spec: str
@@ -73,6 +90,7 @@ class Source:
     root: Path | None
     fingerprint: str
     skipped: list[Skipped]
+    notes: list[str] = field(default_factory=Notes)
 
     @property
     def streaming(self) -> bool:

@@ -59,6 +59,7 @@ class DataReport:
         captions_per_image: number of images by number of captions.
         labels, formats: number of images by label and by format, the most frequent first.
         widths, heights: in pixels; None without readable images.
+        notes: how the source was read, and what in it was not used.
         problems: problems by kind, the most frequent first.
         caption_tokens: caption lengths with start and end token, before truncation.
         cut: truncated captions.
@@ -78,6 +79,7 @@ class DataReport:
     formats: dict[str, int]
     widths: Spread | None
     heights: Spread | None
+    notes: list[str]
     problems: list[Problem]
     caption_tokens: Spread | None
     cut: TruncationReport
@@ -93,6 +95,7 @@ class DataReport:
     def render(self) -> str:
         """The report as text."""
         lines = [f"{self.spec} ({self.kind})", *_render_content(self), *_render_captions(self)]
+        lines += [f"note      {note}" for note in self.notes]
         return "\n".join([*lines, *_render_problems(self), *_render_leaks(self.leaks)])
 
 
@@ -142,6 +145,7 @@ def _report(
         formats=dict(found.forms.most_common()),
         widths=Spread.of(found.widths) if found.keys else None,
         heights=Spread.of(found.heights) if found.keys else None,
+        notes=list(source.notes),
         problems=sorted(found.problems.values(), key=lambda problem: -problem.count),
         caption_tokens=Spread.of(captions.tokens) if captions.tokens else None,
         cut=captions.cut,

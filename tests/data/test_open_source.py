@@ -750,3 +750,11 @@ def test_a_generator_is_read_once(tmp_path):
 def test_a_list_of_columns_is_refused(tmp_path):
     with pytest.raises(TypeError, match="caption is a list, expected the name of one column"):
         open_source(tmp_path, caption=["title"])
+
+
+def test_a_note_is_kept_and_printed_once(capsys):
+    notes = rows_module.Notes()
+    notes.append("columns b and c are both captions")
+    notes.append("columns b and c are both captions")
+    assert notes == ["columns b and c are both captions"]
+    assert capsys.readouterr().err == "note: columns b and c are both captions\n"

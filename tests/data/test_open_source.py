@@ -281,7 +281,7 @@ def test_jsonl(tmp_path):
     source = open_source(tmp_path / "t.jsonl")
     assert told(source) == [("a.png", ["one", "zwei"], "3"), ("b.png", ["three"], None)]
     assert [(item.key, item.reason.split(":")[0]) for item in source.skipped] == [
-        ("t.jsonl:4", "is no JSON object"),
+        ("t.jsonl:4", "is not a JSON object"),
         ("t.jsonl:5", "is not JSON"),
         ("a.png", "one of its captions is empty"),
         ("b.png", "a caption of it is not UTF-8 and is left out"),

@@ -1,7 +1,6 @@
 """Tables of images and captions: CSV and TSV, JSON lines, Parquet."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from clipkit.data.formats.columns import Columns, Common, find_columns
+from clipkit.data.formats.json_tables import json_records
 from clipkit.data.images import Skipped
 from clipkit.data.source import (
     MEMORY_LIMIT,
@@ -169,7 +169,7 @@ def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
 
 
 def _text(form: str, file: Path, wanted: Wanted, skipped: list[Skipped]) -> tuple[Common, Read]:
-    records = _csv_records if form == "csv" else _json_records
+    records = _csv_records if form == "csv" else json_records
     # Told at the second, full reading; the names alone are wanted here.
     head = [record for record, _ in islice(records(file, []), 1000)]
     names = dict.fromkeys(name for record in head for name in record)
@@ -270,22 +270,3 @@ def _csv_records(
                     skipped.append(Skipped(f"{file.name}:{lines.place[1]}", found))
         except csv.Error as error:
             raise DataError(f"{file}:{lines.place[1]} is not CSV: {error}") from None
-
-
-def _json_records(
-    file: Path, skipped: list[Skipped], start: Sequence[int] = (0, 0)
-) -> Iterator[tuple[Row, list[int]]]:
-    """The records of a file from a place on, each with the place after it."""
-    with file.open("rb") as stream:
-        lines = _Lines(stream)
-        lines.seek(start)
-        for line in lines:
-            try:
-                record = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                skipped.append(Skipped(f"{file.name}:{lines.place[1]}", f"is not JSON: {error}"))
-                continue
-            if isinstance(record, dict):
-                yield record, lines.place
-            elif line.strip():
-                skipped.append(Skipped(f"{file.name}:{lines.place[1]}", "is no JSON object"))

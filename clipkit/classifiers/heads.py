@@ -274,13 +274,8 @@ def load_classifier(
         ArtifactError: the saved classifier cannot be read.
         ModelMismatchError: the classifier was built for another model.
     """
-    found = read_labels_or_classifier(labels)
+    found = read_labels_or_classifier(labels, templates)
     if isinstance(found, Classifier):
-        if templates is not None:
-            raise CaptionError(
-                "templates were given for a classifier whose captions are already encoded; leave "
-                "them out, or give labels instead of the classifier"
-            )
         encoder = encoder or load_model_ref(found.model, "the classifier")
         found.require(encoder.model)
         return encoder, found
@@ -289,21 +284,31 @@ def load_classifier(
     return encoder, ZeroShotClassifier.from_labels(encoder, found, captions, background=background)
 
 
-def read_labels_or_classifier(labels: Labels) -> list[Label] | Classifier:
+def read_labels_or_classifier(
+    labels: Labels, templates: Templates = None
+) -> list[Label] | Classifier:
     """Labels as a list, or the classifier; see ``load_classifier``."""
-    if isinstance(labels, Classifier):
-        return labels
-    if not isinstance(labels, (str, Path)):
+    if not isinstance(labels, (str, Path, Classifier)):
         return to_labels(labels)
-    # Not Path.is_file, which fails for a text longer than a file name.
-    if os.path.isfile(os.path.join(labels, MANIFEST)):
-        return open_classifier(Path(labels))
+    if isinstance(labels, Classifier) or is_classifier(labels):
+        if templates is not None:
+            raise CaptionError(
+                "templates were given for a classifier whose captions are already encoded; leave "
+                "them out, or give labels instead of the classifier"
+            )
+        return labels if isinstance(labels, Classifier) else open_classifier(Path(labels))
     if isinstance(labels, Path) or os.path.isfile(labels) or labels == IMAGENET:
         return read_labels(labels)
     raise TypeError(
         f"labels is one string, {labels[:80]!r}, expected a list such as ['dog', 'cat'], a file "
         "with one label per line, or a saved classifier"
     )
+
+
+def is_classifier(path: str | Path) -> bool:
+    """Whether a path is the directory of an artifact, such as a saved classifier."""
+    # Not Path.is_file, which fails for a text longer than a file name.
+    return os.path.isfile(os.path.join(path, MANIFEST))
 
 
 def list_templates(templates: Templates) -> list[str]:

@@ -1,7 +1,5 @@
-"""clipkit classify, and the choice between labels and a saved classifier."""
+"""clipkit classify."""
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,79 +17,23 @@ from clipkit.cli.options import (
     Labels,
     Model,
     Precision,
-    PrecisionName,
     Templates,
     Workers,
 )
 from clipkit.cli.output import (
-    load_encoder,
-    load_maker,
+    load_classifier_option,
     note,
     note_skipped,
     print_json,
     print_table,
+    read_labels_option,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from clipkit.classifiers.predictions import Prediction
-    from clipkit.classifiers.zero_shot import Classifier
-    from clipkit.data.labels import Label
-    from clipkit.models.encoder import Encoder
     from clipkit.reports.classification import PredictionFiles
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Labels with their templates, or a saved classifier."""
-
-    labels: "list[Label]"
-    templates: list[str]
-    saved: "Classifier | None"
-
-    def load(
-        self,
-        model: str | None,
-        precision: PrecisionName | None,
-        device: str | None = None,
-        *,
-        background: bool = False,
-    ) -> "tuple[Encoder, Classifier]":
-        """The encoder, and the classifier made with it or opened."""
-        from clipkit.classifiers.zero_shot import ZeroShotClassifier
-
-        if self.saved is None:
-            encoder = load_encoder(model, precision, device)
-            made = ZeroShotClassifier.from_labels(
-                encoder, self.labels, self.templates, background=background
-            )
-            return encoder, made
-        if model:
-            encoder = load_encoder(model, precision, device)
-        else:
-            encoder = load_maker(self.saved.model, "the classifier", precision, device)
-        self.saved.require(encoder.model)
-        return encoder, self.saved
-
-
-def read_choice(labels: str, templates: str | None) -> Choice:
-    """Read what was chosen, before anything that takes time; see ``read_labels``."""
-    from clipkit.artifacts import MANIFEST
-    from clipkit.data.prompts import read_labels, read_templates
-    from clipkit.errors import CaptionError
-
-    # Not Path.is_file, for which a list of labels that is longer than a file name is an error.
-    if not os.path.isfile(os.path.join(labels, MANIFEST)):
-        return Choice(read_labels(labels), read_templates(templates), None)
-    from clipkit.classifiers.heads import open_classifier
-
-    if templates is not None:
-        raise CaptionError(
-            f"{labels} is a saved classifier, whose captions are encoded already; leave "
-            "--templates out, or name labels"
-        )
-    return Choice([], [], open_classifier(Path(labels)))
 
 
 def classify(
@@ -140,8 +82,7 @@ def classify(
     ] = None,
 ) -> None:
     """Classify images zero-shot or with a saved classifier."""
-    files = _files(html=html, csv=csv, sheet=sheet)
-    choice = read_choice(labels, templates)
+    found = read_labels_option(labels, templates)
 
     from clipkit.classifiers.heads import save_classifier
     from clipkit.data.open_source import open_source
@@ -152,7 +93,9 @@ def classify(
     sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
     examples = open_source(calibrate, caption="", label="") if calibrate else None
     reject = reject or examples is not None
-    encoder, classifier = choice.load(model, precision, device, background=each or reject)
+    encoder, classifier = load_classifier_option(
+        found, templates, model, precision, device, background=each or reject
+    )
     if examples:
         calibrate_rejection(
             examples,
@@ -171,7 +114,7 @@ def classify(
         note(f"skipped {key}: {reason}")
 
     lead = f"{', '.join(images)}, by {encoder.model}."
-    with PredictionFiles(files, sort, link=link, lead=lead) as writer:
+    with PredictionFiles(csv, html, sheet, sort, link=link, lead=lead) as writer:
         predictions = predict_images(
             sources,
             encoder,
@@ -188,20 +131,6 @@ def classify(
             raise no_image(skipped)
     note(f"classified by {encoder.model}")
     note_skipped(len(skipped), "see above")
-
-
-def _files(**given: Path | None) -> list[Path]:
-    """The files to write; each option takes only names of its own format."""
-    formats = {"html": (".html",), "csv": (".csv",), "sheet": (".png", ".jpg")}
-    for name, file in given.items():
-        wanted = formats[name]
-        if file and file.suffix.lower() not in wanted and (name, str(file)) != ("csv", "-"):
-            option = "contact-sheet" if name == "sheet" else name
-            raise typer.BadParameter(
-                f"expected a file name that ends in {' or '.join(wanted)}, found {str(file)!r}",
-                param_hint=f"--{option}",
-            )
-    return [file for file in given.values() if file]
 
 
 def _print(

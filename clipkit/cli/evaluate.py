@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clipkit.cli.classify import read_choice
 from clipkit.cli.options import (
     DATA_HELP,
     MODEL_HELP,
@@ -27,12 +26,14 @@ from clipkit.cli.options import (
     new_group,
 )
 from clipkit.cli.output import (
+    load_classifier_option,
     load_encoder,
     note,
     note_skipped,
     print_facts,
     print_json,
     print_table,
+    read_labels_option,
     write_csv,
 )
 
@@ -117,12 +118,12 @@ def zero_shot(
     """
     from clipkit.data.open_source import open_source
 
-    choice = read_choice(labels, templates)
+    found = read_labels_option(labels, templates)
     source = open_source(data, image=image_column, caption="", label=label_column)
 
     from clipkit.tasks.evaluate import evaluate_zero_shot
 
-    encoder, classifier = choice.load(model, precision, device)
+    encoder, classifier = load_classifier_option(found, templates, model, precision, device)
     report = evaluate_zero_shot(
         source,
         encoder,

@@ -95,18 +95,41 @@ Workers = Annotated[
     ),
 ]
 
+
+def _file(*suffixes: str, stdout: bool = False) -> Any:
+    """A callback that accepts only file names that end as the format does, or ``-``."""
+
+    def check(file: Path | None) -> Path | None:
+        if file and not (stdout and str(file) == "-") and file.suffix.lower() not in suffixes:
+            wanted = " or ".join(suffixes)
+            raise typer.BadParameter(f"expected a file name that ends in {wanted}, found {file}")
+        return file
+
+    return check
+
+
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print JSON, one object a line.", rich_help_panel=OUTPUT),
 ]
 Html = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Write an HTML page.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write an HTML page.",
+        callback=_file(".html", ".htm"),
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Csv = Annotated[
     Path | None,
     typer.Option(
-        "--csv", metavar="FILE", help="Write a CSV table; - is stdout.", rich_help_panel=OUTPUT
+        "--csv",
+        metavar="FILE",
+        help="Write a CSV table; - is stdout.",
+        callback=_file(".csv", stdout=True),
+        rich_help_panel=OUTPUT,
     ),
 ]
 

@@ -18,6 +18,8 @@ from clipkit.errors import ArtifactError
 
 if TYPE_CHECKING:
     from clipkit.artifacts import ModelRef
+    from clipkit.classifiers.zero_shot import Classifier
+    from clipkit.data.labels import Label
     from clipkit.index.calibration import Calibration
     from clipkit.index.hits import Hit, Hits
     from clipkit.models.encoder import Encoder
@@ -152,6 +154,43 @@ def load_maker(
     from clipkit.models.loading import load_model_ref
 
     return load_model_ref(model, what, precision=precision or DEFAULT_PRECISION, device=device)
+
+
+def read_labels_option(labels: str, templates: str | None) -> "list[Label] | Classifier":
+    """The labels or the saved classifier that ``--labels`` names.
+
+    Nothing slow is done, so that mistakes show before the data are opened or a model is loaded.
+    """
+    from clipkit.classifiers.heads import (
+        is_classifier,
+        list_templates,
+        read_labels_or_classifier,
+    )
+    from clipkit.data.prompts import read_labels
+
+    list_templates(templates)
+    # Unlike Python, the command line takes labels as one string: "cat,dog".
+    given = Path(labels) if is_classifier(labels) else read_labels(labels)
+    return read_labels_or_classifier(given, templates)
+
+
+def load_classifier_option(
+    found: "list[Label] | Classifier",
+    templates: str | None,
+    model: str | None,
+    precision: PrecisionName | None,
+    device: str | None,
+    *,
+    background: bool = False,
+) -> "tuple[Encoder, Classifier]":
+    """The encoder and the classifier for what ``read_labels_option`` returned."""
+    from clipkit.classifiers.heads import load_classifier
+
+    if model or isinstance(found, list):
+        encoder = load_encoder(model, precision, device)
+    else:
+        encoder = load_maker(found.model, "the classifier", precision, device)
+    return load_classifier(found, encoder, templates, background=background)
 
 
 def describe_calibration(found: "Calibration | None") -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ def contact_sheet(images: Sequence[tuple[str, bytes]], file: Path) -> None:
         top += -(-len(part) // _ACROSS) * cell
     temp = file.with_name(f".{file.name}.tmp")
     try:
-        sheet.save(temp, "JPEG" if file.suffix.lower() == ".jpg" else "PNG")
+        sheet.save(temp, "PNG" if file.suffix.lower() == ".png" else "JPEG")
         temp.replace(file)
     finally:
         temp.unlink(missing_ok=True)

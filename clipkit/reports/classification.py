@@ -1,7 +1,6 @@
 """The files that a classification is written to: tables, HTML pages, contact sheets, folders."""
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from clipkit.display.html import bar, data_uri, document
 from clipkit.display.thumbnails import contact_sheet, thumbnail
 from clipkit.errors import ArtifactError, ImageError
 
-FORMATS = (".csv", ".json", ".jsonl", ".html", ".png", ".jpg")
+SHEET_FORMATS = (".png", ".jpg", ".jpeg")
 STDOUT = Path("-")
 MOST_IMAGES = 400
 """Images on a page or contact sheet, about 3 MB."""
@@ -41,52 +40,61 @@ figcaption { font-size: .75rem; overflow-wrap: anywhere; margin-top: .3rem; }
 class PredictionFiles:
     """Writes predictions to files one by one; use it in a ``with`` statement.
 
-    An exception leaves nothing behind.
+    An exception leaves nothing behind. Existing files are replaced.
 
     Args:
-        files: ``.csv`` (a row per image), ``.json`` or ``.jsonl`` (an object per line), ``.html``
-            (a page with images), ``.png`` or ``.jpg`` (a contact sheet); ``-`` prints CSV. Existing
-            files are replaced.
-        folder: a new folder for the images, with a sub-folder for each label; may be None.
+        csv: a table with a row for each image; ``-`` prints it.
+        html: a page with images.
+        sheet: a contact sheet, PNG or JPEG.
+        folder: a new folder for the images, with a sub-folder for each label.
         link: add symbolic links to the folder instead of copies.
         lead: a sentence at the top of the page.
 
     Raises:
-        ArtifactError: a file has an unknown format, or the folder is not empty.
+        ArtifactError: the contact sheet has an unknown format, a file cannot be written, or the
+            folder is not empty.
     """
 
     def __init__(
-        self, files: Sequence[Path], folder: Path | None, *, link: bool = False, lead: str = ""
+        self,
+        csv: Path | None = None,
+        html: Path | None = None,
+        sheet: Path | None = None,
+        folder: Path | None = None,
+        *,
+        link: bool = False,
+        lead: str = "",
     ) -> None:
-        for file in files:
-            if file != STDOUT and file.suffix.lower() not in FORMATS:
-                raise ArtifactError(
-                    f"cannot write predictions to {file}, expected one of {', '.join(FORMATS)}"
-                )
-        self._lead, self._stack = lead, ExitStack()
-        self._tables: list[tuple[IO[str], Path, Path, Callable[[IO[str], Prediction], None]]] = []
-        self._visual = [file for file in files if file.suffix.lower() in (".html", ".png", ".jpg")]
+        if sheet and sheet.suffix.lower() not in SHEET_FORMATS:
+            raise ArtifactError(
+                f"cannot write a contact sheet to {sheet}, expected a name that ends in "
+                f"{', '.join(SHEET_FORMATS)}"
+            )
+        self._html, self._sheet, self._lead = html, sheet, lead
+        self._stack = ExitStack()
         self._shown: list[tuple[Prediction, bytes]] = []
         self._counts: Counter[str] = Counter()
         self._folder = self._stack.enter_context(SortedFolder(folder, link)) if folder else None
-        for file in files:
-            if file not in self._visual:
-                self._open(file)
+        self._table: tuple[IO[str], Path, Path] | None = None
+        self._write: Callable[[Prediction], None] | None = None
+        if csv:
+            with self._stack:  # closes what is open if the table cannot be
+                self._write = _csv_writer(self._open(csv))
+                self._stack = self._stack.pop_all()
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path) -> IO[str]:
+        """A stream whose content replaces ``file`` at the end of the ``with`` statement."""
         if file == STDOUT:
-            self._tables.append((sys.stdout, file, file, _csv_writer(sys.stdout)))
-            return
+            return sys.stdout
         temp = file.with_name(f".{file.name}.tmp")
         try:
             stream = temp.open("w", encoding="utf-8", newline="")
         except OSError as error:
-            self._stack.close()
             raise ArtifactError(f"cannot write to {file} ({error.strerror})") from None
+        self._table = stream, temp, file
         self._stack.callback(temp.unlink, missing_ok=True)
         self._stack.enter_context(stream)
-        write = _write_json if file.suffix.lower() != ".csv" else _csv_writer(stream)
-        self._tables.append((stream, temp, file, write))
+        return stream
 
     def __enter__(self) -> Self:
         return self
@@ -94,13 +102,13 @@ class PredictionFiles:
     def add(self, prediction: Prediction) -> None:
         """Write one prediction, which has its image."""
         self._counts[prediction.label] += 1
-        for stream, _, _, write in self._tables:
-            write(stream, prediction)
+        if self._write:
+            self._write(prediction)
         image = prediction.image or {"bytes": None, "path": None}
         if self._folder:
             path = () if prediction.rejected else prediction.top[0].path
             self._folder.add(path or (prediction.label,), prediction.key, image)
-        if self._visual and len(self._shown) < MOST_IMAGES:
+        if (self._html or self._sheet) and len(self._shown) < MOST_IMAGES:
             try:
                 self._shown.append((prediction, thumbnail(row_image({"image": image}))))
             except ImageError as error:  # it was readable a moment ago
@@ -119,30 +127,24 @@ class PredictionFiles:
                 self._finish()
 
     def _finish(self) -> None:
-        for stream, temp, file, _ in self._tables:
-            if file == STDOUT:
-                continue
+        if self._table:
+            stream, temp, file = self._table
             stream.close()
             temp.replace(file)
-        for file in self._visual:
-            if file.suffix.lower() == ".html":
-                page = render_predictions(self._shown, self._counts.most_common(), self._lead)
-                write_text(file, page)
-            else:
-                images = [(prediction.label, jpeg) for prediction, jpeg in self._shown]
-                contact_sheet(sorted(images, key=lambda one: one[0]), file)
+        if self._html:
+            page = render_predictions(self._shown, self._counts.most_common(), self._lead)
+            write_text(self._html, page)
+        if self._sheet:
+            images = [(prediction.label, jpeg) for prediction, jpeg in self._shown]
+            contact_sheet(sorted(images, key=lambda one: one[0]), self._sheet)
         if self._folder:
             self._folder.finish()
 
 
-def _write_json(stream: IO[str], prediction: Prediction) -> None:
-    stream.write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")
-
-
-def _csv_writer(stream: IO[str]) -> Callable[[IO[str], Prediction], None]:
+def _csv_writer(stream: IO[str]) -> Callable[[Prediction], None]:
     writer, started = csv.writer(stream), False
 
-    def write(_: IO[str], prediction: Prediction) -> None:
+    def write(prediction: Prediction) -> None:
         nonlocal started
         row = prediction.to_row()
         if not started:

@@ -32,7 +32,7 @@ def test_a_saved_classifier_gives_the_same_predictions(
     _, err = run(
         *["classify", colour_folder, "--labels", tmp_path / "c", "--templates", "simple"], code=1
     )
-    assert "captions are encoded already; leave --templates out" in err
+    assert "captions are already encoded; leave them out" in err
     _, err = run("classify", colour_folder, "--labels", tmp_path / "c", "--reject", code=1)
     assert "has no background captions" in err
 

@@ -41,6 +41,10 @@ def test_tables_pages_and_sheets(run, colour_folder, tiny_checkpoint, tmp_path):
     assert out.splitlines() == files[0].read_text().splitlines()
     _, err = run("classify", *words, "--csv", tmp_path / "o.xlsx", code=2)
     assert "expected a file name that ends in .csv" in " ".join(err.split())
+    _, err = run("classify", *words, "--html", tmp_path / "o.pdf", code=2)
+    assert "expected a file name that ends in .html" in " ".join(err.split())
+    _, err = run("classify", *words, "--contact-sheet", tmp_path / "o.gif", code=1)
+    assert "expected a name that ends in .png, .jpg, .jpeg" in err
 
 
 def test_a_failed_run_leaves_no_files(run, colour_folder, tiny_checkpoint, tmp_path):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,18 @@ NEAR_DUPLICATE = 0.95
 near to another; the median cosine to the nearest other photo is 0.81."""
 MOST_COMPARED = 10_000
 """Keys that a misspelt key is compared with: a million would take minutes."""
+
+
+class SearchOptions(TypedDict, total=False):
+    """The keyword arguments of ``VectorIndex.search``, for the types of its overloads."""
+
+    where: str | None
+    image: ImageQuery | None
+    like: str | Sequence[str]
+    minus: str | Sequence[str]
+    minus_weight: float
+    image_weight: float
+    distinct: bool
 
 
 class VectorIndex:
@@ -317,42 +329,21 @@ class VectorIndex:
         self,
         query: str | Path | Image.Image | None = None,
         k: int = 10,
-        *,
-        where: str | None = None,
-        image: ImageQuery | None = None,
-        like: str | Sequence[str] = (),
-        minus: str | Sequence[str] = (),
-        minus_weight: float = MINUS_WEIGHT,
-        image_weight: float = 1.0,
-        distinct: bool = False,
+        **options: Unpack[SearchOptions],
     ) -> Hits: ...
     @overload
     def search(
         self,
         query: list[Any] | tuple[Any, ...],
         k: int = 10,
-        *,
-        where: str | None = None,
-        image: ImageQuery | None = None,
-        like: str | Sequence[str] = (),
-        minus: str | Sequence[str] = (),
-        minus_weight: float = MINUS_WEIGHT,
-        image_weight: float = 1.0,
-        distinct: bool = False,
+        **options: Unpack[SearchOptions],
     ) -> list[Hits]: ...
     @overload
     def search(
         self,
         query: NDArray[Any],
         k: int = 10,
-        *,
-        where: str | None = None,
-        image: ImageQuery | None = None,
-        like: str | Sequence[str] = (),
-        minus: str | Sequence[str] = (),
-        minus_weight: float = MINUS_WEIGHT,
-        image_weight: float = 1.0,
-        distinct: bool = False,
+        **options: Unpack[SearchOptions],
     ) -> Any: ...
     def search(
         self,

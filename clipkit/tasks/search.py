@@ -54,9 +54,17 @@ def search(
         index = VectorIndex.open(index)
     if encoder is not None:
         index = index.with_encoder(encoder)
-    options: dict[str, Any] = {"where": where, "image": image, "like": like, "minus": minus}
-    options |= {"minus_weight": minus_weight, "image_weight": image_weight, "distinct": distinct}
-    return index.search(cast(Any, query), k, **options)
+    return index.search(
+        cast(Any, query),
+        k,
+        where=where,
+        image=image,
+        like=like,
+        minus=minus,
+        minus_weight=minus_weight,
+        image_weight=image_weight,
+        distinct=distinct,
+    )
 
 
 def write_page(found: Sequence[Hits], file: Path) -> None:

@@ -136,7 +136,7 @@ class _TablePictures:
     """Of Parquet files: the rows of a group before a picture are read on the way to it."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._rows = ParquetRows.open(files, Wanted(caption="", label=""), [])
+        self._rows = ParquetRows.open(files, Wanted(caption="", label=""), [], [])
         self._starts = [group.first for group in self._rows.groups]
         self._lock = Lock()
 

@@ -216,26 +216,15 @@ def in_memory(
     return Dataset(pa.table(columns, schema=schema), fingerprint=fingerprint)
 
 
-def clean_captions(values: Any, key: str, skipped: list[Skipped]) -> list[str]:
-    """Captions from a string or a list; damaged ones, and blank ones beside good, are told."""
-    values = values if isinstance(values, list) else [values]
-    texts = [clean_text(value) for value in values if value is not None]
-    captions = [text for text in texts if text and _LOST not in text]
-    if any(_LOST in text for text in texts):
-        skipped.append(Skipped(key, "a caption of it is not UTF-8 and is left out"))
-    if captions and not all(texts):
-        skipped.append(Skipped(key, "one of its captions is empty"))
-    return captions
-
-
 def usable(captions: Iterable[str | None]) -> list[str]:
     """The captions that hold any text."""
     return [caption for caption in captions if caption and caption.strip()]
 
 
 def clean_text(value: Any) -> str:
-    """A value as stripped text that can be encoded: lone surrogates become U+FFFD."""
-    text = str(value).strip()
+    """A value as stripped text that can be encoded: what is not UTF-8 becomes U+FFFD."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    text = text.strip()
     if text.isascii():
         return text
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipkit.data.captions import caption_warning
 from clipkit.data.duplicates import LOOK, content_hash, look
 from clipkit.data.images import Skipped
 from clipkit.data.open_source import Row, Source, row_image
@@ -101,10 +102,12 @@ class Survey:
         """The appearance of each readable image (see ``look``), uint8 [n, 200]."""
         return np.frombuffer(bytes(self._looks), np.uint8).reshape(-1, LOOK)
 
-    def tell(self, key: str, reason: str) -> None:
-        """Record a problem with an item."""
+    def tell(self, key: str, reason: str, detail: str = "") -> None:
+        """Record a problem with an item; only the examples show ``detail``, after the reason."""
         kind = re.sub(r"(?<![\w-])\d[\d.,]*\b", "…", reason)
-        self.problems.setdefault(kind, Problem(kind)).add(Skipped(key, reason))
+        self.problems.setdefault(kind, Problem(kind)).add(
+            Skipped(key, f"{reason}: {detail}" if detail else reason)
+        )
 
     def add_image(self, key: str, seen: _Seen) -> None:
         """Record a readable image."""
@@ -147,6 +150,8 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
         found.per_image[len(row["captions"])] += 1
         for caption in row["captions"]:
             on_caption(caption)
+            if warning := caption_warning(caption, key):
+                found.tell(key, warning, repr(caption[:100]))
         if not row["captions"]:
             missing["has no caption"].add(Skipped(key, "has no caption"))
         if row["label"] is None:

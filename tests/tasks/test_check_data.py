@@ -245,3 +245,29 @@ def test_a_stream_is_checked_as_it_comes(tmp_path):
     assert (report.kind, report.rows, report.images) == ("tars", 3, 2)
     assert len(report.exact.examples[0]) == 2
     assert problems(report)["has no caption"].count == 1
+
+
+def test_captions_that_describe_nothing_are_counted(tmp_path):
+    captions = ["a dog", "nan", "NULL", "nan", "p4.png", "p5", "17", "3.5", "True", "['a', 'b']"]
+    for number in range(len(captions)):
+        picture(number).save(tmp_path / f"p{number}.png")
+    lines = [f'p{number}.png,"{caption}"' for number, caption in enumerate(captions)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *lines]))
+    report = check_data(tmp_path / "t.csv")
+    found = problems(report)
+    assert {reason: problem.count for reason, problem in found.items()} == {
+        "its caption 'nan' stands for a missing value": 2,
+        "its caption 'NULL' stands for a missing value": 1,
+        "has no caption": 3,
+        "its caption is a file name": 2,
+        "its caption is mostly digits": 2,
+        "its caption is a truth value": 1,
+    }
+    assert [str(item.key) for item in found["its caption is a file name"].examples] == [
+        "p4.png",
+        "p5.png",
+    ]
+    assert "    p6.png: its caption is mostly digits: '17'" in report.render().splitlines()
+    assert report.captions_per_image == {0: 3, 1: 6, 2: 1}
+    [note] = report.notes
+    assert note.startswith("captions printed as lists")

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipkit.data.captions import clean_captions
 from clipkit.data.images import Skipped
-from clipkit.data.source import Wanted, clean_captions, clean_text, features, is_damaged
+from clipkit.data.source import Notes, Wanted, clean_text, features, is_damaged
 from clipkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Common:
         root: directory that relative image paths start from.
         width: digits of a row number where that must serve as key; ``prefix`` goes before it.
         metadata: further columns that its rows keep.
+        notes: takes sentences about how values were read.
     """
 
     columns: Columns
@@ -146,6 +148,7 @@ class Common:
     width: int = 1
     prefix: str = ""
     metadata: "Metadata | None" = None
+    notes: list[str] = field(default_factory=Notes)
 
     @property
     def used(self) -> list[str]:
@@ -176,7 +179,7 @@ class Common:
             good.append(place is not None)
             if place is not None:
                 caption = [text for column in texts for text in _listed(column[index])]
-                captions = clean_captions(caption, place[0], self.skipped)
+                captions = clean_captions(caption, place[0], self.skipped, self.notes)
                 rows.append((*place, captions, self._label(labels[index])))
         # A filter copies; without one the bytes stay where they are, mapped from disk or not.
         data = data if all(good) else data.filter(pa.array(good))

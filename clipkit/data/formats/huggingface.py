@@ -132,7 +132,7 @@ def _common(
     result: Any = Stream(read, list(range(shard_count)))
     if held and not streaming:
         result = in_memory(result.batches(), prints, common.skipped, common.told)
-    return Source(spec, kind, result, root, prints, common.skipped)
+    return Source(spec, kind, result, root, prints, common.skipped, common.notes)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipkit.data.captions import clean_captions
 from clipkit.data.images import Skipped
-from clipkit.data.source import Row, Source, clean_captions, in_memory, to_batches
+from clipkit.data.source import Notes, Row, Source, in_memory, to_batches
 
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
@@ -28,6 +29,7 @@ def open_pairs(pairs: Iterable[Any]) -> Source:
         TypeError: an item is not a pair, or its image or caption has the wrong type.
     """
     skipped: list[Skipped] = []
+    notes = Notes()
     digest = blake2b(digest_size=16)
 
     def rows() -> Iterator[Row]:
@@ -37,13 +39,14 @@ def open_pairs(pairs: Iterable[Any]) -> Source:
                     f"item {number} is a {type(pair).__name__}, expected an (image, caption) pair"
                 )
             key, image = f"{number:08}", _image(pair[0], number)
-            captions = clean_captions(_captions(pair[1], number), key, skipped)
+            captions = clean_captions(_captions(pair[1], number), key, skipped, notes)
             digest.update(repr((image, captions)).encode("utf-8", "surrogatepass"))
             yield {"key": key, "image": image, "captions": captions, "label": None}
 
     batches = list(to_batches(rows(), 256))
     prints = digest.hexdigest()
-    return Source("pairs", "pairs", in_memory(batches, prints, skipped), None, prints, skipped)
+    table = in_memory(batches, prints, skipped)
+    return Source("pairs", "pairs", table, None, prints, skipped, notes)
 
 
 def _image(image: Any, number: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from clipkit.data.formats.json_tables import json_records
 from clipkit.data.images import Skipped
 from clipkit.data.source import (
     MEMORY_LIMIT,
+    Notes,
     Row,
     Skips,
     Source,
@@ -53,7 +54,7 @@ def open_table(
         DataError: a file is no such table, or the columns needed are not there.
     """
     form = TABLES[files[0].suffix.lower()]
-    spec, root, skipped = str(files[0]), files[0].parent, Skips()
+    spec, root, skipped, notes = str(files[0]), files[0].parent, Skips(), Notes()
     if form != "parquet" and len(files) > 1:
         raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
     growth = 1 if form == "parquet" else _TEXT_GROWTH
@@ -63,18 +64,18 @@ def open_table(
         size = sum(file.stat().st_size for file in files) * growth
         streams = size > MEMORY_LIMIT if streaming is None else streaming
         if form == "parquet":
-            held = ParquetRows.open(files, wanted, skipped)
+            held = ParquetRows.open(files, wanted, skipped, notes)
             common, shards = held.common, held.groups
             read = partial(held.read, size=_STREAMED_ROWS if streams else _ROWS)
         else:
-            (common, read), shards = _text(form, files[0], wanted, skipped), files
+            (common, read), shards = _text(form, files[0], wanted, skipped, notes), files
     except OSError as error:
         raise DataError(f"{spec} cannot be read: {error}") from None
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
     rows: Any = Stream(read, shards)
     if not streams:
         rows = in_memory(rows.batches(), prints, skipped, common.told)
-    return Source(spec, kind or form, rows, root, prints, skipped)
+    return Source(spec, kind or form, rows, root, prints, skipped, notes)
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,10 @@ class ParquetRows:
     common: Common
 
     @classmethod
-    def open(cls, files: list[Path], wanted: Wanted, skipped: list[Skipped]) -> Self:
-        """Read what the files say of themselves; raises DataError where one is damaged."""
+    def open(
+        cls, files: list[Path], wanted: Wanted, skipped: list[Skipped], notes: list[str]
+    ) -> Self:
+        """Read the schemas and metadata of the files; raises DataError if one is damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -120,7 +123,8 @@ class ParquetRows:
                 columns = columns_of(schema, wanted, str(file))
         more = columns.metadata(types, str(files[0])) if wanted.metadata else None
         width = len(str(max(rows - 1, 0)))
-        return cls(groups, Common(columns, files[0].parent, skipped, width, metadata=more))
+        common = Common(columns, files[0].parent, skipped, width, metadata=more, notes=notes)
+        return cls(groups, common)
 
     def batches(
         self, group: Group, size: int, start: int = 0
@@ -168,7 +172,9 @@ def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
     return columns
 
 
-def _text(form: str, file: Path, wanted: Wanted, skipped: list[Skipped]) -> tuple[Common, Read]:
+def _text(
+    form: str, file: Path, wanted: Wanted, skipped: list[Skipped], notes: list[str]
+) -> tuple[Common, Read]:
     records = _csv_records if form == "csv" else json_records
     # Told at the second, full reading; the names alone are wanted here.
     head = [record for record, _ in islice(records(file, []), 1000)]
@@ -182,7 +188,7 @@ def _text(form: str, file: Path, wanted: Wanted, skipped: list[Skipped]) -> tupl
 
         types = infer_types((record for record, _ in records(file, [])), typed=form == "jsonl")
         more = columns.metadata([types], str(file))
-    common = Common(columns, file.parent, skipped, metadata=more)
+    common = Common(columns, file.parent, skipped, metadata=more, notes=notes)
 
     def read(file: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
         start, first = at or ((0, 0), 0)
@@ -212,7 +218,8 @@ def _arrow(records: list[Row], common: Common) -> "pa.RecordBatch":
 
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [clean_text(one) for one in values if one is not None]
+    # NaN, which JSON from Python may hold, differs from itself.
+    return [clean_text(one) for one in values if one is not None and one == one]
 
 
 class _Lines:

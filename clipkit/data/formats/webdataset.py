@@ -13,15 +13,16 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from clipkit.data.captions import clean_captions
 from clipkit.data.formats.columns import CAPTION, LABEL
 from clipkit.data.images import SUFFIXES, Skipped, is_utf8, printable
 from clipkit.data.source import (
+    Notes,
     Row,
     Skips,
     Source,
     Wanted,
     chunks,
-    clean_captions,
     clean_text,
     features,
     fingerprint_of,
@@ -167,8 +168,8 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     and a label in ``.cls`` or in ``.json``; a caption or label name given means such a field. Other
     fields are metadata, whose types are found in all shards before anything else is read.
     """
-    root, skipped = root_of_tars(files), Skips()
-    reader = _Reader(root, wanted, skipped)
+    root, skipped, notes = root_of_tars(files), Skips(), Notes()
+    reader = _Reader(root, wanted, skipped, notes)
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
     more = _find_metadata(files, wanted) if wanted.metadata else None
 
@@ -179,7 +180,7 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     rows: Any = Stream(read, files)
     if streaming is False:
         rows = in_memory(rows.batches(), prints, skipped, more and more.schema)
-    return Source(str(files[0]), "tars", rows, root, prints, skipped)
+    return Source(str(files[0]), "tars", rows, root, prints, skipped, notes)
 
 
 def root_of_tars(files: list[Path]) -> Path:
@@ -192,6 +193,7 @@ class _Reader:
     root: Path
     wanted: Wanted
     skipped: list[Skipped]
+    notes: list[str]
 
     def rows(self, shard: Path, at: Position) -> Iterator[tuple[Row, Position]]:
         """The rows of one shard from a position on, as far as it can be read.
@@ -263,7 +265,7 @@ class _Reader:
         return {
             "key": key,
             "image": {"bytes": parts[suffix], "path": None},
-            "captions": clean_captions(captions, key, self.skipped),
+            "captions": clean_captions(captions, key, self.skipped, self.notes),
             "label": None if label is None else clean_text(label) or None,
             "fields": fields,
         }

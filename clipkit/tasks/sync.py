@@ -16,12 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifacts import is_complete
-from clipkit.data.images import Decode, Skipped, content_hash
-from clipkit.data.open_source import Row, Source, open_source, row_record, row_source
+from clipkit.data.images import Decode, Skipped
+from clipkit.data.open_source import Row, Source, open_source
 from clipkit.data.source import Data
 from clipkit.data.workers import worker_count
 from clipkit.errors import ArtifactError, DataError
-from clipkit.index.incremental import IndexedRows
 from clipkit.index.roots import (
     Root,
     Scope,
@@ -37,10 +36,10 @@ from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.models.embed_source import encoded_batches
 from clipkit.models.loading import load_model_ref
-from clipkit.progress import print_status, progress_bar
-from clipkit.store.embedding_store import EmbeddingStore, StoreWriter
-from clipkit.store.incremental import StoredVectors
-from clipkit.store.shards import Record, Vectors, digest, shard_numbers
+from clipkit.progress import print_status
+from clipkit.store.embedding_store import EmbeddingStore
+from clipkit.store.incremental import IncrementalPass, KnownRows
+from clipkit.store.shards import Record, Vectors, shard_numbers
 
 if TYPE_CHECKING:
     from clipkit.models.encoder import BatchSize, Encoder
@@ -84,12 +83,18 @@ class Update:
 
     def __init__(self, writer: IndexWriter, scope: Scope, roots: list[Root]) -> None:
         self.writer, self.scope, self.roots = writer, scope, roots
-        self.indexed = IndexedRows(writer.index)
+        records = writer.index.records()
+        self.ids = records[ID.name].to_numpy()
+        self.indexed = KnownRows(records.drop_columns([ID.name]), self._vector)
         self.changes = Changes()
         self.delta = writer.path.with_name(f".{writer.path.name}.delta")
-        self._seen: set[str] = set()
-        self._unreadable: set[str] = set()
         self._fingerprint: dict[str, str] = {}
+
+    def _vector(self, row: int) -> Vectors | None:
+        """The vector of a row of the index; None if an older clipkit stored no exact one."""
+        index = self.writer.index
+        segment, place = index.locate(int(index.places[row]))
+        return None if segment.vectors is None else np.array(segment.vectors[place : place + 1])
 
     def encode(
         self,
@@ -97,153 +102,78 @@ class Update:
         encoder: "Encoder | None",
         batch_size: "BatchSize",
         workers: int | str,
-    ) -> EmbeddingStore:
+    ) -> tuple[EmbeddingStore, IncrementalPass]:
         """Write new and changed images into a store beside the index, or continue that store.
 
         Raises:
             DataError: the source has no images.
         """
-        index, wanted = self.writer.index, set[str]()
+        index = self.writer.index
+        what = f"the index {index.path}"
         if encoder is not None:
-            what = f"the index {index.path}"
             index.model.require(encoder.model, what=what, repair="encode with its own model")
-        total = None if source.streaming else len(source.rows)
-        with (
-            EmbeddingStore.create(
-                self.delta, index.model, decode=index.decode, replace=True
-            ) as delta,
-            progress_bar(total=total, unit="img", desc="reading") as bar,
-        ):
-            rows = self._rows(source, delta, wanted, bar)
+
+        def encode(rows: Iterator[Row], **hooks: Any) -> Iterator[tuple[Vectors, list[Row]]]:
             first = next(rows, None)
-            if first is not None:
-                encoder = encoder or load_model_ref(index.model, f"the index {index.path}")
-                self._encode(chain([first], rows), delta, encoder, batch_size, workers, bar)
-            if not self._seen:
+            if first is not None:  # load the model only if there is an image to read
+                yield from encoded_batches(
+                    encoder or load_model_ref(index.model, what),
+                    chain([first], rows),
+                    batch_size=batch_size,
+                    workers=worker_count(workers),
+                    decode=cast(Decode, index.decode),
+                    **hooks,
+                )
+
+        with EmbeddingStore.create(
+            self.delta, index.model, decode=index.decode, replace=True
+        ) as delta:
+            # A complete store is there if a process died before it changed the index.
+            leftover = KnownRows.of_store(delta.path, delta.owner)
+            work = IncrementalPass(
+                source,
+                delta,
+                [self.indexed, leftover],
+                rewrite=False,
+                key=lambda key: self._key(key, source.spec),
+            )
+            work.run(encode)
+            if not work.seen:
                 raise DataError(
                     f"{source.spec} holds no images, nothing was removed; name a folder of images"
                 )
-            for key in delta.done.keys() - wanted:
-                delta.forget(key)
-            self._note_skipped(source)
-            if self.scope == Scope(self.roots[0]):
-                self._fingerprint = {"fingerprint": source.fingerprint}
-            return delta.finish({})
+            store = delta.finish({})
+        self.changes.unchanged += work.unchanged
+        self.changes.encoded += work.encoded
+        self.changes.skipped += work.skipped
+        if self.scope == Scope(self.roots[0]):
+            self._fingerprint = {"fingerprint": source.fingerprint}
+        return store, work
 
-    def _rows(
-        self, source: Source, delta: StoreWriter, wanted: set[str], bar: Any
-    ) -> Iterator[Row]:
-        """The rows whose image must be read; their keys are added to ``wanted``."""
-        for row in source.rows:
-            key = self.scope.key(row["key"])
-            if key in self._seen:
-                taken = Skipped(key, "its key is taken by an earlier image")
-                self.changes.skipped.append(taken)
-                continue
-            self._refuse_foreign_key(key, source.spec)
-            self._seen.add(key)
-            record, at = {**row_record(row), "key": key}, self.indexed.row(key)
-            if self.indexed.as_is(record):
-                self.changes.unchanged += 1
-                bar.update()
-                continue
-            wanted.add(key)
-            done = delta.done.get(key)
-            if done == digest(record):  # encoded before an interruption
-                bar.update()
-                continue
-            if done is not None:
-                delta.forget(key)
-            yield {**row, "key": key, "record": record, "at": at, "same": None, "known": False}
+    def _key(self, key: str, source: str) -> str:
+        """The key in the index of an image of this scope.
 
-    def _refuse_foreign_key(self, key: str, source: str) -> None:
+        Raises:
+            ArtifactError: the key would belong to another root.
+        """
+        key = self.scope.key(key)
         found = owner(self.roots, key)
         if found != self.scope.root:
             raise ArtifactError(
                 f"{source} has an image whose key {key!r} would belong to {found}; rename its "
                 "folder"
             )
+        return key
 
-    def _encode(
-        self,
-        rows: Iterator[Row],
-        delta: StoreWriter,
-        encoder: "Encoder",
-        batch_size: "BatchSize",
-        workers: int | str,
-        bar: Any,
-    ) -> None:
-        leftover = StoredVectors(delta.path, delta.owner)
-
-        def known(row: Row) -> Vectors | None:
-            """The stored vector of a row's content, if any; called by the decoding threads."""
-            content = row["record"]["content_hash"] = content_hash(row_source(row))
-            at = row["at"]
-            if at is None or self.indexed.fact(at, "content_hash") != content:
-                at = self.indexed.same_content(content)
-            vector = None if at is None else self.indexed.vector(at)
-            row["same"] = at
-            if vector is None and (place := leftover.same_content(content)) is not None:
-                vector = leftover.vector(place)
-            row["known"] = vector is not None
-            return vector
-
-        try:
-            for vectors, encoded in encoded_batches(
-                encoder,
-                rows,
-                batch_size=batch_size,
-                workers=worker_count(workers),
-                on_skip=self._skip,
-                decode=cast(Decode, self.writer.index.decode),
-                known=known,
-            ):
-                self._store(vectors, encoded, delta)
-                bar.update(len(encoded))
-        except KeyboardInterrupt:
-            bar.close()
-            print_status(
-                f"stopped: {len(delta.done)} images are saved; "
-                "run the same command again to continue"
-            )
-            raise
-
-    def _store(self, vectors: Vectors, rows: list[Row], delta: StoreWriter) -> None:
-        """Write encoded rows into the store, except rows that are unchanged in the index."""
-        self.changes.encoded += sum(not row["known"] for row in rows)
-        fresh = []
-        for number, row in enumerate(rows):
-            at, record = row["at"], row["record"]
-            if (
-                at is not None
-                and row["same"] == at
-                and self.indexed.same_words(at, record)
-                and self.indexed.fact(at, "mtime_ns") == record["mtime_ns"]
-            ):
-                self.changes.unchanged += 1
-            else:
-                fresh.append(number)
-        delta.append(vectors[fresh], [rows[number]["record"] for number in fresh])
-
-    def _skip(self, key: str, reason: str) -> None:
-        self.changes.skipped.append(Skipped(key, reason))
-        self._unreadable.add(key)
-
-    def _note_skipped(self, source: Source) -> None:
-        named = [(self.scope.key(item.key), item.reason) for item in source.skipped]
-        self.changes.skipped += [Skipped(*item) for item in named if item[0] not in self._seen]
-
-    def gone(self, source: Source) -> list[int]:
+    def gone(self, work: IncrementalPass) -> list[int]:
         """Rows of the index whose image no longer exists; rows in unreadable folders stay."""
         start = self.scope.key("")
-        hidden = tuple(self.scope.key(item.key) for item in source.skipped)
-        below = tuple(f"{key}/" for key in hidden)
+        below = tuple(f"{key}/" for key in work.absent)
 
         def is_gone(key: str) -> bool:
-            if key in self._unreadable:
-                return True
-            out_of_sight = key in hidden or key.startswith(below)
-            return not (key in self._seen or out_of_sight)
+            if key in work.seen:
+                return key in work.unreadable
+            return not (key in work.absent or key.startswith(below))
 
         return [
             row
@@ -270,9 +200,7 @@ class Update:
                 f"{index.path} with --decode {index.decode}; embed them again"
             )
         for vectors, table in store.shards():
-            keys = [self.scope.key(key) for key in table["key"].to_pylist()]
-            for key in keys:
-                self._refuse_foreign_key(key, str(store.path))
+            keys = [self._key(key, str(store.path)) for key in table["key"].to_pylist()]
             place = table.column_names.index("key")
             table = table.set_column(place, "key", pa.array(keys, pa.string()))
             fresh = [not self.indexed.as_is(record) for record in table.to_pylist()]
@@ -283,13 +211,15 @@ class Update:
         """Add rows and remove ``gone`` and the old rows of the same keys in one atomic commit."""
         lost: dict[str, list[int]] = defaultdict(list)
         for row in gone:
-            lost[self.indexed.fact(row, "content_hash")].append(row)
+            content = self.indexed.content_hash(row)
+            if content is not None:
+                lost[content].append(row)
         out = list(gone)
         for vectors, table in shards:
             ids = [self._id(record, lost, out) for record in table.to_pylist()]
             self.writer.append(np.asarray(vectors), table.append_column(ID, pa.array(ids, ID.type)))
         self.changes.removed = len(gone) - self.changes.renamed
-        self.writer.remove_rows(self.indexed.places(out))
+        self.writer.remove_rows(self.writer.index.places[np.array(out, np.int64)])
         source = {**self.writer.index.manifest.source, **self._fingerprint}
         self.writer.commit(source=with_roots(source, self.roots))
 
@@ -298,7 +228,7 @@ class Update:
         at, content = self.indexed.row(record["key"]), record["content_hash"]
         if at is not None:
             out.append(at)
-            same = content is not None and self.indexed.fact(at, "content_hash") == content
+            same = content is not None and self.indexed.content_hash(at) == content
             if same and self.indexed.same_words(at, record):
                 self.changes.unchanged += 1  # only the modification time changed
             else:
@@ -308,7 +238,7 @@ class Update:
             self.changes.renamed += 1
         else:
             self.changes.added += 1
-        return None if at is None else self.indexed.id(at)
+        return None if at is None else int(self.ids[at])
 
     def clear(self) -> None:
         """Delete the store beside the index; its rows are now in the index."""
@@ -349,8 +279,8 @@ def sync_index(
             source = where if isinstance(where, Source) else open_source(where, metadata=True)
             scope, roots = _scope_of(source, roots, writer.path)
             update = Update(writer, scope, roots)
-            store = update.encode(source, encoder, batch_size, workers)
-            update.apply(store.shards(), update.gone(source))
+            store, work = update.encode(source, encoder, batch_size, workers)
+            update.apply(store.shards(), update.gone(work))
             update.clear()
             total.add(update.changes)
         return total
@@ -404,7 +334,8 @@ def add_images(
             roots = [*roots, scope.root]
         update = Update(writer, scope, roots)
         if isinstance(opened, Source):
-            update.apply(update.encode(opened, encoder, batch_size, workers).shards(), [])
+            store, _ = update.encode(opened, encoder, batch_size, workers)
+            update.apply(store.shards(), [])
             update.clear()
         else:
             update.apply(update.shards_of(opened), [])

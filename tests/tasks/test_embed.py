@@ -11,8 +11,8 @@ from clipkit.artifacts import partial_path
 from clipkit.data.images import content_hash
 from clipkit.data.open_source import open_source
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError, SkipLimitError
+from clipkit.store import incremental
 from clipkit.store.embedding_store import EmbeddingStore
-from clipkit.tasks import embed as embed_module
 from clipkit.tasks.embed import embed
 from tests.helpers.paths import ROOT
 from tests.helpers.toys import COLOURS, ColourEncoder, png, square, write_squares
@@ -134,7 +134,7 @@ def test_all_bad_is_said_whatever_is_allowed(tmp_path):
 
 
 def test_a_large_source_is_given_up_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_module, "EARLIEST_STOP", 5)
+    monkeypatch.setattr(incremental, "EARLIEST_STOP", 5)
     keys = write_squares(tmp_path / "photos", per_colour=20)
     for key in keys[:90]:
         (tmp_path / "photos" / key).write_bytes(b"")
@@ -237,6 +237,18 @@ def test_what_changed_while_interrupted_is_not_kept(tmp_path):
     assert by_key(store).keys() == by_key(fresh).keys()
     for key, vector in by_key(store).items():
         np.testing.assert_array_equal(vector, by_key(fresh)[key])
+
+
+def test_what_became_unusable_while_interrupted_is_not_kept(tmp_path):
+    photos = tmp_path / "photos"
+    keys = write_squares(photos)
+    with pytest.raises(KeyboardInterrupt):
+        embed(photos, tmp_path / "store", Interrupted(), batch_size=6)
+    (photos / "black" / "black-0.png").unlink()
+    (photos / "black" / "black-0.png").mkdir()
+    store = embed(photos, tmp_path / "store", ColourEncoder())
+    assert store.keys == keys[1:]
+    assert [key for key, _ in store.skipped()] == ["black/black-0.png"]
 
 
 def test_an_update_of_a_store_can_be_interrupted_too(tmp_path):

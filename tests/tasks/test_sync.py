@@ -11,6 +11,7 @@ from clipkit.data import images
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError
 from clipkit.index.roots import roots_of
 from clipkit.index.vector_index import VectorIndex
+from clipkit.store import incremental
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks import sync as update_module
 from clipkit.tasks.embed import embed
@@ -101,7 +102,7 @@ def test_new_changed_renamed_and_deleted_images(index, photos, tmp_path, encoder
 
 
 def test_nothing_new_reads_no_image_and_loads_no_model(index, photos, monkeypatch):
-    monkeypatch.setattr(update_module, "content_hash", None)
+    monkeypatch.setattr(incremental, "content_hash", None)
     before = (index / "index.faiss").stat()
     assert counts(sync_index(index)) == {"unchanged": 16}
     assert (index / "index.faiss").stat() == before
@@ -134,6 +135,21 @@ def test_other_captions_change_the_records_alone(colour_folder, tmp_path, encode
     }
     assert encoder.encoded == 0
     assert_as_fresh(tmp_path / "index", colour_folder, tmp_path)
+
+
+def test_new_captions_of_unchanged_files_read_no_image(colour_folder, tmp_path, encoder):
+    build_index(colour_folder, tmp_path / "index", encoder=encoder)
+    (colour_folder / "red-0.txt").write_text("a red picture, indeed\n")
+    for image in colour_folder.glob("*.png"):  # same size and time, but nothing can be read
+        status = image.stat()
+        image.write_bytes(bytes(status.st_size))
+        os.utime(image, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    changes = sync_index(tmp_path / "index", encoder=encoder)
+    assert counts(changes) == {"changed": 1, "unchanged": 11}
+    assert not changes.skipped
+    table = VectorIndex.open(tmp_path / "index").records()
+    captions = dict(zip(table["key"].to_pylist(), table["captions"].to_pylist(), strict=True))
+    assert captions["red-0.png"] == ["a red picture, indeed"]
 
 
 def test_unreadable_images_are_told_and_hold_up_nothing(index, photos, encoder):

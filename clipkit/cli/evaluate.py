@@ -62,6 +62,13 @@ def retrieval(
             "apart: for its own image only."
         ),
     ] = "merge",
+    ties: Annotated[
+        Literal["against", "average"],
+        typer.Option(
+            help="Equal scores: against ranks the right item last among them; average takes the "
+            "mean over all their orders."
+        ),
+    ] = "against",
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     precision: Precision = None,
@@ -88,6 +95,7 @@ def retrieval(
         source,
         load_encoder(model, precision, device),
         equal_captions=equal_captions,
+        ties=ties,
         batch_size=batch_size,
         workers=workers,
         progress=not as_json,

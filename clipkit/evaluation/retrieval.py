@@ -2,16 +2,19 @@
 
 Ranks are computed block by block, so that the matrix of all scores is never held in memory.
 
-Tie convention: ties count against the model. The rank of a query's best relevant item is the
-number of non-relevant items whose score in float64 is higher or equal (to 1e-9), so a model that
-gives every item the same vector has the worst rank, not the best. Relevant items of the same query
-never count against each other. Scores that float32 cannot tell apart are computed again in float64,
-so the ranks depend neither on the block size nor on how a BLAS library sums.
+Tie convention: ties count against the model, unless ``ties="average"`` is chosen. The rank of a
+query's best relevant item is the number of non-relevant items whose score in float64 is higher or
+equal (to 1e-9), so a model that gives every item the same vector has the worst rank, not the best.
+With ``"average"`` every metric is its mean over all orders of the tied items, so that such a model
+scores exactly like a random order. Relevant items of the same query never count against each other.
+Scores that float32 cannot tell apart are computed again in float64, so the ranks depend neither on
+the block size nor on how a BLAS library sums.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import comb
 from typing import Literal
 
 import numpy as np
@@ -25,6 +28,7 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Scores = NDArray[np.float64]
 EqualCaptions = Literal["merge", "apart"]
+Ties = Literal["against", "average"]
 
 KS = (1, 5, 10, 50)
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -94,7 +98,10 @@ class RetrievalResult:
     Attributes:
         queries: int64 [q], the caption or image that each query is.
         ranks: int64 [q], how many non-relevant items are ranked before the best relevant one;
-            0 is a hit at 1.
+            0 is a hit at 1. Tied items are among them if ties count against the model.
+        tied: int64 [q], how many further non-relevant items tie with the best relevant one; all 0
+            if ties count against the model.
+        tied_relevant: int64 [q], how many relevant items have the score of the best one.
         average_precision: float64 [q]: the mean, over the relevant items, of the share of relevant
             ones among all items ranked as high.
         pair_query: int64 [pairs], the query of each relevant pair, as an index into ``queries``.
@@ -105,6 +112,8 @@ class RetrievalResult:
 
     queries: Int64[Integers, " q"]
     ranks: Int64[Integers, " q"]
+    tied: Int64[Integers, " q"]
+    tied_relevant: Int64[Integers, " q"]
     average_precision: Float64[Scores, " q"]
     pair_query: Int64[Integers, " pairs"]
     pair_image: Int64[Integers, " pairs"]
@@ -116,9 +125,29 @@ class RetrievalResult:
         shares: NDArray[np.float64] = 1 / np.bincount(self.pair_query)[self.pair_query]
         return shares
 
+    @property
+    def mean_ranks(self) -> Float64[Scores, " q"]:
+        """float64 [q], ``ranks``, averaged over all orders of the tied items."""
+        # The non-relevant items fall with equal chance before, between and after the relevant ones.
+        means: NDArray[np.float64] = self.ranks + self.tied / (self.tied_relevant + 1)
+        return means
+
+    def hits(self, k: int) -> Float64[Scores, " q"]:
+        """float64 [q], the share of all orders of the tied items that have a hit at ``k``."""
+        found = (self.ranks < k).astype(np.float64)
+        for query in np.flatnonzero((self.tied > 0) & (self.ranks < k)):
+            tied, relevant = int(self.tied[query]), int(self.tied_relevant[query])
+            places = min(k - int(self.ranks[query]), tied + relevant)
+            # Hypergeometric: no relevant item is among the first places of the tied ones.
+            found[query] -= comb(tied, places) / comb(tied + relevant, places)
+        return found
+
 
 def measure_retrieval(
-    images: Float32[Floats, "n dim"], captions: Float32[Floats, "m dim"], relevance: Relevance
+    images: Float32[Floats, "n dim"],
+    captions: Float32[Floats, "m dim"],
+    relevance: Relevance,
+    ties: Ties = "against",
 ) -> tuple[dict[str, RetrievalResult], dict[str, Estimate]]:
     """Rank every query, and estimate the metrics by a bootstrap over images.
 
@@ -126,6 +155,7 @@ def measure_retrieval(
         images: float32 [n, dim], unit rows.
         captions: float32 [m, dim], unit rows, merged or not.
         relevance: which captions are relevant to which images.
+        ties: whether equal scores count against the model or are averaged over.
 
     Raises:
         DataError: a vector is not finite.
@@ -133,7 +163,7 @@ def measure_retrieval(
     used = captions
     if len(relevance.captions) != len(captions):
         used = captions[relevance.captions]
-    results = rank_queries(images, used, relevance.image_of, relevance.caption_of)
+    results = rank_queries(images, used, relevance.image_of, relevance.caption_of, ties=ties)
     return results, estimate(partial(retrieval_metrics, results), len(images))
 
 
@@ -143,6 +173,7 @@ def rank_queries(
     image_of: Int64[Integers, " pairs"],
     caption_of: Int64[Integers, " pairs"],
     block: tuple[int, int] = BLOCK,
+    ties: Ties = "against",
 ) -> dict[str, RetrievalResult]:
     """Search the images with each caption and the captions with each image, in bounded memory.
 
@@ -156,6 +187,7 @@ def rank_queries(
         caption_of: int64 [pairs], its caption.
         block: images and captions per matrix product; bounds the memory and does not change the
             result.
+        ties: whether equal scores count against the model or are averaged over.
 
     Returns:
         ``{"text_to_image": …, "image_to_text": …}``.
@@ -164,24 +196,60 @@ def rank_queries(
         DataError: a vector is not finite.
     """
     captions_ahead, images_ahead = count_ahead(images, captions, image_of, caption_of, block)
+    average = ties == "average"
     return {
-        "text_to_image": _result(caption_of, images_ahead, image_of, len(images)),
-        "image_to_text": _result(image_of, captions_ahead, image_of, len(captions)),
+        "text_to_image": _result(caption_of, images_ahead, image_of, len(images), average),
+        "image_to_text": _result(image_of, captions_ahead, image_of, len(captions), average),
     }
 
 
 def _result(
-    pair_query: Integers, ahead: Integers, image_of: Integers, gallery: int
+    pair_query: Integers, count: "Ahead", image_of: Integers, gallery: int, average: bool
 ) -> RetrievalResult:
+    ahead = count.ahead - count.tied if average else count.ahead
+    tied = count.tied if average else np.zeros_like(count.tied)
     # The higher a relevant item scores, the fewer non-relevant ones are ahead of it.
-    order = np.lexsort((ahead, pair_query))
-    pair_query, ahead = pair_query[order], ahead[order]
+    order = np.lexsort((tied, ahead, pair_query))
+    pair_query, ahead, tied = pair_query[order], ahead[order], tied[order]
     queries, starts, places, counts = np.unique(
         pair_query, return_index=True, return_inverse=True, return_counts=True
     )
     place = np.arange(len(pair_query)) - starts[places] + 1
-    precision = np.add.reduceat(place / (place + ahead), starts) / counts
-    return RetrievalResult(queries, ahead[starts], precision, places, image_of[order], gallery)
+    precision = place / (place + ahead)
+    best = (ahead == ahead[starts][places]) & (tied == tied[starts][places])
+    relevant = np.bincount(places, weights=best).astype(np.int64)
+    if tied.any():
+        _average_over_ties(precision, pair_query, place, ahead, tied)
+    return RetrievalResult(
+        queries=queries,
+        ranks=ahead[starts],
+        tied=tied[starts],
+        tied_relevant=relevant,
+        average_precision=np.add.reduceat(precision, starts) / counts,
+        pair_query=places,
+        pair_image=image_of[order],
+        gallery=gallery,
+    )
+
+
+def _average_over_ties(
+    precision: Scores, query: Integers, place: Integers, ahead: Integers, tied: Integers
+) -> None:
+    """Replace the precision at tied relevant items by its mean over all orders.
+
+    McSherry & Najork 2008, section 4.3: of a group of ``relevant`` and ``tied`` items, the item at
+    each position is relevant with equal chance, and the ones before it are a random sample.
+    """
+    groups = np.stack([query, ahead, tied])
+    starts = np.flatnonzero(np.any(np.diff(groups, axis=1, prepend=-1), axis=0))
+    for start, end in zip(starts, np.append(starts[1:], len(query)), strict=True):
+        if not tied[start]:
+            continue
+        relevant, size = end - start, end - start + tied[start]
+        earlier, before = np.arange(size), place[start] - 1
+        found = before + 1 + earlier * (relevant - 1) / max(size - 1, 1)
+        at = found / (before + ahead[start] + 1 + earlier)
+        precision[start:end] = at.sum() / size
 
 
 def retrieval_metrics(
@@ -213,7 +281,7 @@ def sums_per_image(
     result: RetrievalResult, images: int, ks: Sequence[int] = KS
 ) -> dict[str, NDArray[np.float64]]:
     """What the queries of each image add to recall@k and to average precision: float64 [images]."""
-    values = {f"r{k}": (result.ranks < k).astype(float) for k in ks if k <= result.gallery}
+    values = {f"r{k}": result.hits(k) for k in ks if k <= result.gallery}
     values["map"] = result.average_precision
     return {
         name: np.bincount(
@@ -225,7 +293,7 @@ def sums_per_image(
 
 def _median_ranks(result: RetrievalResult, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """The median rank, counted from 1, for each row of image weights: float64 [b]."""
-    ranks = result.ranks[result.pair_query] + 1
+    ranks = result.mean_ranks[result.pair_query] + 1
     order = np.argsort(ranks, kind="stable")
     ranks, images, shares = ranks[order], result.pair_image[order], result.shares[order]
     medians = np.empty(len(weights))
@@ -262,9 +330,20 @@ def retrieval_recall(
         DataError: a vector is not finite.
     """
     results = rank_queries(images, captions, owners, np.arange(len(captions), dtype=np.int64))
-    return {
-        f"{name}_r{k}": float((results[name].ranks < k).mean()) for name in DIRECTIONS for k in ks
-    }
+    return {f"{name}_r{k}": float(results[name].hits(k).mean()) for name in DIRECTIONS for k in ks}
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """For each relevant pair, the non-relevant items of one side that score at least as high.
+
+    Attributes:
+        ahead: int64 [pairs], their number.
+        tied: int64 [pairs], how many of them score the same, to 1e-9.
+    """
+
+    ahead: Int64[Integers, " pairs"]
+    tied: Int64[Integers, " pairs"]
 
 
 def count_ahead(
@@ -273,16 +352,15 @@ def count_ahead(
     image_of: Int64[Integers, " pairs"],
     caption_of: Int64[Integers, " pairs"],
     block: tuple[int, int] = BLOCK,
-) -> tuple[Int64[Integers, " pairs"], Int64[Integers, " pairs"]]:
+) -> tuple[Ahead, Ahead]:
     """For each relevant pair, how many non-relevant captions and images score at least as high.
 
     One product of each block of images with each block of captions serves both directions. The
     arguments are those of ``rank_queries``.
 
     Returns:
-        int64 [pairs]: of the captions that are not relevant to the pair's image, how many score at
-        least as high as the pair; int64 [pairs]: the same for the images that are not relevant to
-        its caption.
+        Of the captions that are not relevant to the pair's image, how many score at least as high
+        as the pair; the same for the images that are not relevant to its caption.
 
     Raises:
         DataError: a vector is not finite.
@@ -308,7 +386,7 @@ def count_ahead(
             table[of_images.places(rows, columns)] = -np.inf
             of_images.add(table, rows, columns)
             of_captions.add(table.T, columns, rows)
-    return of_images.ahead, of_captions.ahead
+    return Ahead(of_images.ahead, of_images.tied), Ahead(of_captions.ahead, of_captions.tied)
 
 
 def _exact_scores(images: Floats, captions: Floats, i: Integers, j: Integers) -> Scores:
@@ -326,6 +404,7 @@ class _Side:
 
     Attributes:
         ahead: int64 [pairs], the count so far.
+        tied: int64 [pairs], how many of these score the same.
     """
 
     def __init__(
@@ -334,6 +413,7 @@ class _Side:
         self.own, self.others = own, others
         self.own_of, self.other_of, self.scores = own_of, other_of, scores
         self.ahead = np.zeros(len(own_of), np.int64)
+        self.tied = np.zeros(len(own_of), np.int64)
         self._order = np.lexsort((scores, own_of))
         self._items, starts = np.unique(own_of[self._order], return_index=True)
         self._starts = np.append(starts, len(own_of))
@@ -375,6 +455,8 @@ class _Side:
                 again = _exact_scores(self.own, self.others, mine.start + own, theirs.start + other)
                 ahead = again >= limits[own] - _TIE
                 counts += np.bincount(own[ahead], minlength=len(table))
+                tied = ahead & (again <= limits[own] + _TIE)
+                self.tied[pairs] += np.bincount(own[tied], minlength=len(table))[rows]
             self.ahead[pairs] += counts[rows]
 
     def _levels(self, part: slice) -> Iterator[Integers]:

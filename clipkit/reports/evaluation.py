@@ -119,7 +119,7 @@ def _retrieval(
     curves = [
         Series(
             _DIRECTIONS[name],
-            [(float(k), float((found.ranks < k).mean())) for k in range(1, _CURVE + 1)],
+            [(float(k), float(found.hits(k).mean())) for k in range(1, _CURVE + 1)],
         )
         for name, found in outcome.results.items()
     ]
@@ -355,6 +355,8 @@ def _command(report: Report) -> str:
     words = ["clipkit", "eval", report.task, report.data, "--model", name]
     if report.settings.get("equal_captions") == "apart":
         words += ["--equal-captions", "apart"]
+    if report.settings.get("ties") == "average":
+        words += ["--ties", "average"]
     return shlex.join(words) + (" --labels LABELS" if report.task == "zero-shot" else "")
 
 

@@ -16,7 +16,7 @@ from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate
 from clipkit.evaluation.classification import measure_classification
 from clipkit.evaluation.report import ClassificationOutcome, Report, RetrievalOutcome, Task
-from clipkit.evaluation.retrieval import EqualCaptions, measure_retrieval, relevant_pairs
+from clipkit.evaluation.retrieval import EqualCaptions, Ties, measure_retrieval, relevant_pairs
 from clipkit.models.embed_source import EncodedPairs, cached_pairs
 from clipkit.models.encoder import BatchSize, Encoder
 from clipkit.models.loading import load_model
@@ -30,6 +30,7 @@ def evaluate_retrieval(
     encoder: Encoder | None = None,
     *,
     equal_captions: EqualCaptions = "merge",
+    ties: Ties = "against",
     batch_size: BatchSize = "auto",
     workers: int | str = "auto",
     progress: bool = True,
@@ -43,6 +44,8 @@ def evaluate_retrieval(
             relevant to all of its images. ``"apart"`` keeps each relevant to its own image alone,
             the protocol of Karpathy & Fei-Fei 2015, which counts another image with the same
             sentence as wrong.
+        ties: ``"against"`` ranks the right item last among those of equal score; ``"average"``
+            takes the mean over all orders of these.
         batch_size: images encoded at once; ``"auto"`` fits the device.
         workers: decoding threads; ``"auto"`` is one per core.
         progress: show a progress bar on stderr.
@@ -54,7 +57,7 @@ def evaluate_retrieval(
     encoder = encoder or load_model()
     pairs = cached_pairs(encoder, source, batch_size=batch_size, workers=workers, progress=progress)
     relevance = relevant_pairs(pairs.texts, pairs.owners, equal_captions)
-    results, estimates = measure_retrieval(pairs.images, pairs.captions, relevance)
+    results, estimates = measure_retrieval(pairs.images, pairs.captions, relevance, ties)
     captions = [pairs.texts[i] for i in relevance.captions]
     copies = len(pairs.images) - len({row.tobytes() for row in pairs.images})
     counts = {"equal_captions": len(pairs.texts) - relevance.distinct, "equal_images": copies}
@@ -66,13 +69,13 @@ def evaluate_retrieval(
         counts,
         estimates,
         RetrievalOutcome(results, pairs.keys, captions),
-        {"equal_captions": equal_captions},
-        _retrieval_notes(source, counts, equal_captions),
+        {"equal_captions": equal_captions, "ties": ties},
+        _retrieval_notes(source, counts, equal_captions, ties),
     )
 
 
 def _retrieval_notes(
-    source: Source, counts: dict[str, int], equal_captions: EqualCaptions
+    source: Source, counts: dict[str, int], equal_captions: EqualCaptions, ties: Ties
 ) -> list[str]:
     notes = []
     stray = texts_without_image(source.root) if source.kind == "sidecars" and source.root else []
@@ -90,9 +93,10 @@ def _retrieval_notes(
         )
         notes.append(f"captions equal to an earlier one: {counts['equal_captions']}; {how}")
     if counts["equal_images"]:
+        how = "ties count against the model" if ties == "against" else "ties are averaged over"
         notes.append(
             f"images with the same vector as an earlier one: {counts['equal_images']}; they tie, "
-            "and ties count against the model (clipkit data check lists duplicates)"
+            f"and {how} (clipkit data check lists duplicates)"
         )
     return notes
 

@@ -1,5 +1,7 @@
 """Ranks, recall and average precision against the definition, written out in full."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
@@ -80,6 +82,52 @@ def test_equal_vectors_are_no_success():
     assert found["text_to_image_r10"] == 1.0
 
 
+def test_a_collapsed_model_scores_like_chance_if_ties_are_averaged():
+    same = np.tile(unit([[1, 2]]), (10, 1))
+    found = rank_queries(same, same, np.arange(10), np.arange(10), ties="average")
+    figures = retrieval_metrics(found, ones(10))
+    for direction in ("text_to_image", "image_to_text"):
+        assert figures[f"{direction}_r1"] == pytest.approx(0.1)
+        assert figures[f"{direction}_r5"] == pytest.approx(0.5)
+        assert figures[f"{direction}_r10"] == pytest.approx(1.0)
+        assert figures[f"{direction}_median_rank"] == pytest.approx(5.5)
+        assert figures[f"{direction}_map"] == pytest.approx(sum(1 / n for n in range(1, 11)) / 10)
+
+
+def test_averaged_ties_equal_the_mean_over_all_orders():
+    """Captions with several images each, images of equal vectors: every order is tried."""
+    images = unit([[1, 0], [1, 1], [1, 1], [1, 1], [0, 1], [0, 1]])
+    captions = unit([[1, 0.9], [0.2, 1]])
+    image_of, caption_of = np.array([1, 2, 4, 0, 3, 5]), np.array([0, 0, 0, 1, 1, 1])
+    found = rank_queries(images, captions, image_of, caption_of, ties="average")["text_to_image"]
+    for query in range(2):
+        scores = np.round(images.astype(float) @ captions[query], 6)
+        right = set(image_of[caption_of == query].tolist())
+        first, precision = [], []
+        for order in permutations(range(6)):
+            if any(np.diff(scores[list(order)]) > 0):
+                continue
+            places = [place for place, image in enumerate(order, 1) if image in right]
+            first.append(places[0])
+            precision.append(np.mean([n / place for n, place in enumerate(places, 1)]))
+        for k in range(1, 7):
+            wanted = np.mean(np.array(first) <= k)
+            assert found.hits(k)[query] == pytest.approx(wanted)
+        assert found.mean_ranks[query] + 1 == pytest.approx(np.mean(first))
+        assert found.average_precision[query] == pytest.approx(np.mean(precision))
+
+
+def test_ties_make_no_difference_without_equal_scores():
+    images, captions = unit_rows(50, 8), unit_rows(50, 8, seed=1)
+    pairs = np.arange(50), np.arange(50)
+    against = rank_queries(images, captions, *pairs)
+    average = rank_queries(images, captions, *pairs, ties="average")
+    for name in against:
+        assert (against[name].ranks == average[name].ranks).all()
+        assert (against[name].average_precision == average[name].average_precision).all()
+        assert (average[name].mean_ranks == average[name].ranks).all()
+
+
 def test_a_copy_of_the_right_image_is_ahead_of_it_wherever_it_stands():
     """Of two equal vectors one product may be larger by a rounding; that must not decide."""
     images = unit_rows(700, 64)
@@ -124,8 +172,8 @@ def test_images_with_good_captions_and_bad_ones_equal_the_definition():
     wrong = np.arange(400)[:, None] != owners
     wanted = [((scores[i] >= own[j]) & wrong[i]).sum() for j, i in enumerate(owners)]
     assert np.median(wanted[::3]) > 1200 / 32 > np.median(wanted)
-    assert ahead.tolist() == wanted
-    assert of_images.tolist() == ((scores >= own) & wrong).sum(axis=0).tolist()
+    assert ahead.ahead.tolist() == wanted
+    assert of_images.ahead.tolist() == ((scores >= own) & wrong).sum(axis=0).tolist()
 
 
 def test_more_rows_than_a_byte_can_count():
@@ -134,7 +182,7 @@ def test_more_rows_than_a_byte_can_count():
     scores = images.astype(float) @ captions.astype(float).T
     wanted = [int((scores[:, j] > scores[j, j]).sum()) for j in range(3)]
     assert max(wanted) > 255
-    assert ahead.tolist() == wanted
+    assert ahead.ahead.tolist() == wanted
 
 
 def test_average_precision_equals_scikit_learns():

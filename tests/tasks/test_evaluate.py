@@ -58,7 +58,7 @@ def test_another_image_with_the_same_caption_is_relevant_unless_kept_apart(encod
         for caption, key in zip(best, merged.outcome.keys, strict=True)
     ]
     assert merged.metrics["image_to_text_r1"] == pytest.approx(np.mean(right))
-    assert merged.to_dict()["settings"] == {"equal_captions": "merge"}
+    assert merged.to_dict()["settings"] == {"equal_captions": "merge", "ties": "against"}
 
 
 def test_duplicates_in_the_gallery_are_noted_and_tie(encoder, colour_folder):

@@ -28,10 +28,18 @@ MOST = 200_000
 NEAR_BITS = 7
 NEAR_COLOURS = 5.0
 """Maximum mean difference of two thumbnails, on a scale from 0 to 255."""
+# Small drawings on an empty ground meet both limits whatever they show: 148 of 150 icons with
+# random letters did. What they show decides the correlation of their deviations from the mean: at
+# most 0.92 for nine in ten pairs of different icons, at least 0.95 for 99 of 100 copies of an icon
+# (half the size, recompressed, or cropped by 2 %), and at least 0.96 for copies of photos.
+NEAR_CORRELATION = 0.95
+FLAT = 2.0
+"""Standard deviation of a thumbnail, on a scale from 0 to 255, below which it shows nothing."""
 
-_HASH, _THUMB = 8, 8 * 8 * 3
-LOOK = _HASH + _THUMB
-_ROWS, _PAIRS = 256, 100_000  # block sizes of the comparison, which bound the memory
+_HASH, _COLOURS, _SIDE = 8, 8 * 8 * 3, 16
+_GREYS = _HASH + _COLOURS  # where the grey thumbnail begins
+LOOK = _GREYS + _SIDE * _SIDE
+_ROWS, _PAIRS = 256, 50_000  # block sizes of the comparison, which bound the memory
 _DCT = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32) + 1) / 64)
 
 
@@ -132,7 +140,9 @@ def content_hash(image: Image.Image) -> bytes:
 
 
 def look(image: Image.Image) -> NDArray[np.uint8]:
-    """The coarse appearance of an RGB image, uint8 [200]: a 64-bit hash, then an 8×8 thumbnail.
+    """The coarse appearance of an RGB image, uint8 [456].
+
+    A 64-bit hash, an 8×8 thumbnail in colour, and a 16×16 one in grey.
 
     The hash is perceptual (Zauner 2010, §3.2.1). Its bits say which of the 8×8 lowest frequencies
     of the grey image at 32×32 pixels are above their median.
@@ -145,34 +155,43 @@ def look(image: Image.Image) -> NDArray[np.uint8]:
     frequencies = (_DCT @ grey @ _DCT.T).ravel()
     bits = np.packbits(frequencies > np.median(frequencies[1:]))
     thumb = small.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)).round().astype(np.uint8)
-    return np.concatenate([bits, thumb.ravel()])
+    greys = grey.reshape(_SIDE, 2, _SIDE, 2).mean(axis=(1, 3)).round().astype(np.uint8)
+    return np.concatenate([bits, thumb.ravel(), greys.ravel()])
 
 
 def near_groups(looks: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Group near-duplicates: a group number for each image, int64 [n].
 
-    Two images are near-duplicates if their hashes differ in at most 7 bits and their thumbnails by
-    at most 5 on average. Groups are the connected components. Hashes that differ in at most 7 of
-    64 bits agree in at least one of their 8 bytes, so only images that share a byte are compared.
+    Two images are near-duplicates if their hashes differ in at most 7 bits, their colour thumbnails
+    by at most 5 on average, and their grey thumbnails correlate to at least 0.95. An image whose
+    thumbnail is flat is a near-duplicate of none: its hash is noise. Groups are the connected
+    components. Hashes that differ in at most 7 of 64 bits agree in at least one of their 8 bytes,
+    so only images that share a byte are compared.
 
     Args:
-        looks: uint8 [n, 200], from ``look``.
+        looks: uint8 [n, 456], from ``look``.
     """
     distinct, inverse = np.unique(looks, axis=0, return_inverse=True)
+    inverse = inverse.ravel()
     groups = np.arange(len(distinct))
+    shown = np.flatnonzero(distinct[:, _GREYS:].std(axis=1) >= FLAT)
+    hashes = distinct[shown, :_HASH]
     signs = np.unpackbits(distinct[:, :_HASH], axis=1).astype(np.float32) * 2 - 1
-    for byte in distinct[:, :_HASH].T:
+    for byte in hashes.T:
         order = np.argsort(byte, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(byte[order])) + 1):
-            _join(groups, bucket, signs, distinct[:, _HASH:])
-    return groups[inverse.ravel()]
+        for bucket in np.split(shown[order], np.flatnonzero(np.diff(byte[order])) + 1):
+            _join(groups, bucket, signs, distinct)
+    flat = np.flatnonzero(~np.isin(inverse, shown))
+    found: NDArray[np.int64] = groups[inverse]
+    found[flat] = len(distinct) + flat
+    return found
 
 
 def _join(
     groups: NDArray[np.int64],
     bucket: NDArray[np.int64],
     signs: NDArray[np.float32],
-    thumbs: NDArray[np.uint8],
+    looks: NDArray[np.uint8],
 ) -> None:
     """Merge the groups of near-duplicates within a bucket, in place."""
     for start in range(0, len(bucket), _ROWS):
@@ -185,10 +204,21 @@ def _join(
             one, other = pairs[i : i + _PAIRS].T
             apart = groups[one] != groups[other]
             one, other = one[apart], other[apart]
-            difference = np.abs(thumbs[one].astype(np.int16) - thumbs[other]).mean(axis=1)
-            for a, b in zip(
-                *(side[difference <= NEAR_COLOURS] for side in (one, other)), strict=True
-            ):
+            near = _are_near(looks[one], looks[other])
+            for a, b in zip(one[near], other[near], strict=True):
                 low, high = sorted((groups[a], groups[b]))
                 if low != high:
                     groups[groups == high] = low
+
+
+def _are_near(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether the thumbnails of each pair agree in colour and correlate."""
+    colours = slice(_HASH, _GREYS)
+    apart = np.abs(one[:, colours].astype(np.int16) - other[:, colours]).mean(axis=1)
+    near: NDArray[np.bool_] = apart <= NEAR_COLOURS
+    left, right = (side[near, _GREYS:].astype(np.float32) for side in (one, other))
+    left, right = (side - side.mean(axis=1, keepdims=True) for side in (left, right))
+    products = np.einsum("ij,ij->i", left, right)
+    norms = np.sqrt(np.einsum("ij,ij->i", left, left) * np.einsum("ij,ij->i", right, right))
+    near[near] = products >= NEAR_CORRELATION * norms
+    return near

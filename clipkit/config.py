@@ -107,6 +107,9 @@ class DataConfig:
     repeated, pairs of common labels are subsampled. Empty: draw every pair once per epoch."""
     caption_weights: dict[str, Positive] = field(default_factory=dict)
     """Loss weights of pairs by label, such as { dog = 2.0 }. Other labels have weight 1."""
+    image_root: str = ""
+    """Folder that the image paths of tables start from. Empty: the table's own, or the one below it
+    that has the images."""
     streaming: Literal["auto", "yes", "no"] = "auto"
     """Whether to read the data sequentially instead of by random access. auto: stream data that
     does not fit in memory."""

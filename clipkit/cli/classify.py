@@ -12,6 +12,7 @@ from clipkit.cli.options import (
     Device,
     Html,
     ImageColumn,
+    ImageRoot,
     Images,
     Json,
     Labels,
@@ -64,6 +65,7 @@ def classify(
         Path | None, typer.Option(help="Directory to save the classifier to, for --labels.")
     ] = None,
     image_column: ImageColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -90,7 +92,10 @@ def classify(
     from clipkit.tasks.classify import calibrate_rejection, no_image, predict_images
 
     # The images alone are wanted: neither captions nor labels need columns.
-    sources = [open_source(spec, image=image_column, caption="", label="") for spec in images]
+    sources = [
+        open_source(spec, image=image_column, caption="", label="", image_root=image_root)
+        for spec in images
+    ]
     examples = open_source(calibrate, caption="", label="") if calibrate else None
     reject = reject or examples is not None
     encoder, classifier = load_classifier_option(

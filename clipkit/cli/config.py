@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import CaptionColumn, Data, ImageColumn, Json
+from clipkit.cli.options import CaptionColumn, Data, ImageColumn, ImageRoot, Json
 from clipkit.cli.output import note, print_json, print_text
 
 
@@ -16,6 +16,7 @@ def init(
     out: Annotated[Path, typer.Option(help="TOML file to write.")] = Path("train.toml"),
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    image_root: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
     """Write a commented training configuration for your data.
@@ -24,7 +25,9 @@ def init(
     """
     from clipkit.tasks.config import init_config
 
-    found = init_config(data, out, image_column=image_column, caption_column=caption_column)
+    found = init_config(
+        data, out, image_column=image_column, caption_column=caption_column, image_root=image_root
+    )
     if as_json:
         facts = {"config": str(out), "images": found.images, "image_side": found.image_side}
         print_json({**facts, "text": found.text})

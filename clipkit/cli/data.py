@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import CaptionColumn, Data, ImageColumn, Json, LabelColumn, new_group
+from clipkit.cli.options import (
+    CaptionColumn,
+    Data,
+    ImageColumn,
+    ImageRoot,
+    Json,
+    LabelColumn,
+    new_group,
+)
 from clipkit.cli.output import print_json, print_text
 
 app = new_group("Look at data before using them.")
@@ -25,13 +33,19 @@ def check(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     label_column: LabelColumn = None,
+    image_root: ImageRoot = None,
     as_json: Json = False,
 ) -> None:
     """Report the contents of data and their problems."""
     from clipkit.tasks.check_data import check_data
 
     report = check_data(
-        data, against, image=image_column, caption=caption_column, label=label_column
+        data,
+        against,
+        image=image_column,
+        caption=caption_column,
+        label=label_column,
+        image_root=image_root,
     )
     if as_json:
         print_json(report.to_dict())

@@ -15,6 +15,7 @@ from clipkit.cli.options import (
     Device,
     Html,
     ImageColumn,
+    ImageRoot,
     Json,
     LabelColumn,
     Labels,
@@ -71,6 +72,7 @@ def retrieval(
     ] = "against",
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -87,7 +89,7 @@ def retrieval(
     """
     from clipkit.data.open_source import open_source
 
-    source = open_source(data, image=image_column, caption=caption_column)
+    source = open_source(data, image=image_column, caption=caption_column, image_root=image_root)
 
     from clipkit.tasks.evaluate import evaluate_retrieval
 
@@ -111,6 +113,7 @@ def zero_shot(
     templates: Templates = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -127,7 +130,9 @@ def zero_shot(
     from clipkit.data.open_source import open_source
 
     found = read_labels_option(labels, templates)
-    source = open_source(data, image=image_column, caption="", label=label_column)
+    source = open_source(
+        data, image=image_column, caption="", label=label_column, image_root=image_root
+    )
 
     from clipkit.tasks.evaluate import evaluate_zero_shot
 
@@ -244,6 +249,7 @@ def compare(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     label_column: LabelColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -262,7 +268,9 @@ def compare(
 
     classes = None if labels is None else read_labels(labels)
     captions = caption_column if classes is None else ""
-    source = open_source(data, image=image_column, caption=captions, label=label_column)
+    source = open_source(
+        data, image=image_column, caption=captions, label=label_column, image_root=image_root
+    )
 
     from clipkit.tasks.compare import compare as run
 
@@ -343,6 +351,7 @@ def probe(
     ] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -361,10 +370,14 @@ def probe(
 
     counts = _numbers(shots)
     classes, captions = labels and read_labels(labels), read_templates(templates)
-    source = open_source(data, image=image_column, caption="", label=label_column)
+    source = open_source(
+        data, image=image_column, caption="", label=label_column, image_root=image_root
+    )
     tested = None
     if test is not None:
-        tested = open_source(test, image=image_column, caption="", label=label_column)
+        tested = open_source(
+            test, image=image_column, caption="", label=label_column, image_root=image_root
+        )
 
     from clipkit.classifiers.few_shot import require_methods
     from clipkit.classifiers.heads import save_classifier

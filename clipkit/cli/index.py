@@ -13,6 +13,7 @@ from clipkit.cli.options import (
     CaptionColumn,
     Device,
     ImageColumn,
+    ImageRoot,
     Images,
     Index,
     Json,
@@ -74,6 +75,7 @@ def embed(
     decode: Decode = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -87,7 +89,9 @@ def embed(
     """
     from clipkit.data.open_source import open_source
 
-    source = open_source(data, image=image_column, caption=caption_column, metadata=True)
+    source = open_source(
+        data, image=image_column, caption=caption_column, metadata=True, image_root=image_root
+    )
 
     from clipkit.tasks.embed import embed as run
 
@@ -137,6 +141,7 @@ def build(
     decode: Decode = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -155,7 +160,7 @@ def build(
         raise typer.BadParameter("--recall and --memory are for --spec auto")
     most = None if memory is None else parse_size(memory)
     target = TuningTarget(RECALL if recall is None else recall, most)
-    source = _open(data, image_column, caption_column)
+    source = _open(data, image_column, caption_column, image_root)
     embedded = not isinstance(source, str)
     encoder = _encoder_for(store_beside(out), model, precision, device) if embedded else None
     index = build_index(
@@ -217,6 +222,7 @@ def add(
     ] = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -231,7 +237,7 @@ def add(
 
     changes = add_images(
         index,
-        _open(data, image_column, caption_column),
+        _open(data, image_column, caption_column, image_root),
         _encoder_of(index, precision, device),
         prefix=prefix,
         batch_size=batch_size,
@@ -267,7 +273,9 @@ def sync(
     _print_changes(changes, as_json)
 
 
-def _open(data: list[str], image_column: str | None, caption_column: str | None) -> "str | Source":
+def _open(
+    data: list[str], image_column: str | None, caption_column: str | None, image_root: str | None
+) -> "str | Source":
     """Return the name of a store, or the opened data."""
     from clipkit.tasks.index import is_store
 
@@ -276,7 +284,9 @@ def _open(data: list[str], image_column: str | None, caption_column: str | None)
 
     from clipkit.data.open_source import open_source
 
-    return open_source(data, image=image_column, caption=caption_column, metadata=True)
+    return open_source(
+        data, image=image_column, caption=caption_column, metadata=True, image_root=image_root
+    )
 
 
 def _encoder_of(

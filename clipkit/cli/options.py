@@ -50,6 +50,15 @@ def _column(what: str, more: str = "") -> Any:
 ImageColumn = Annotated[str | None, _column("images")]
 CaptionColumn = Annotated[str | None, _column("captions", "; '' for none")]
 LabelColumn = Annotated[str | None, _column("labels", "; '' for none")]
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder that the image paths of a table start from; default: the table's own, or the "
+        "one below it that has the images.",
+        rich_help_panel=COLUMNS,
+    ),
+]
 
 Model = Annotated[str | None, typer.Option(help=MODEL_HELP, rich_help_panel=MACHINE)]
 RequiredModel = Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel=MACHINE)]

@@ -48,6 +48,7 @@ def open_source(
     label: str | None = None,
     streaming: bool | None = None,
     metadata: bool = False,
+    image_root: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Open images with their captions and labels.
 
@@ -65,6 +66,8 @@ def open_source(
         streaming: read rows in order instead of holding them in memory; None streams tars, and
             tables larger than 2 GiB.
         metadata: keep the other columns of a table that hold numbers, strings, booleans or dates.
+        image_root: folder that the image paths of a table start from, which is also the root of
+            keys; None is the folder of the table, or the one sub-folder that has the images.
 
     Raises:
         DataError: the data does not exist, has an unknown format, lacks a column, or holds no
@@ -76,7 +79,8 @@ def open_source(
             raise TypeError(f"{name} is a {type(column).__name__}, expected the name of one column")
     if isinstance(data, Source):
         return data
-    wanted = Wanted(image, caption, label, metadata)
+    root = None if image_root is None else os.fspath(image_root)
+    wanted = Wanted(image, caption, label, metadata, root)
     paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else []
     if not paths:
         first, items = _peek(data)
@@ -89,6 +93,8 @@ def open_source(
     else:
         source = _open_several(paths, wanted, streaming)
     spec = paths[0] if len(paths) == 1 else source.spec
+    if root is not None and source.kind in (*FOLDER_KINDS, "tars"):
+        source.notes.append(f"{source.spec} is not a table, so the image root is not used")
     if streaming and not source.streaming:
         source = replace(source, rows=table_stream(source.rows))
     if not source.streaming and not len(source.rows):

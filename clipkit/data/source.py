@@ -27,15 +27,19 @@ _LOST = "\ufffd"  # what stands where bytes were not UTF-8
 
 @dataclass(frozen=True)
 class Wanted:
-    """Column names given by a person; None is found by the usual names, an empty one is absent.
+    """How to read a table.
 
-    ``metadata`` asks for the other columns as well; it changes neither pairs nor fingerprints.
+    Attributes:
+        image, caption, label: column names; None finds the usual names, an empty one is absent.
+        metadata: read the other columns as well; it changes neither pairs nor fingerprints.
+        image_root: the folder that image paths start from; None finds it.
     """
 
     image: str | None = None
     caption: str | None = None
     label: str | None = None
     metadata: bool = field(default=False, repr=False)
+    image_root: str | Path | None = None
 
 
 class Skips(list[Skipped]):

@@ -29,6 +29,7 @@ class SuiteSet:
         image_column: the column of the images, if it has an unusual name.
         caption_column: likewise.
         label_column: likewise.
+        image_root: the folder that the image paths of a table start from, relative to the suite.
         equal_captions: ``merge`` or ``apart``, for a retrieval.
     """
 
@@ -41,6 +42,7 @@ class SuiteSet:
     image_column: str = ""
     caption_column: str = ""
     label_column: str = ""
+    image_root: str = ""
     equal_captions: EqualCaptions = "merge"
 
 

@@ -27,11 +27,14 @@ class Root:
         prefix: the prefix of its keys, without the slash; empty for the first root.
         where: the absolute path of a directory or file, or the name of a hub dataset.
         folder: whether it is a folder of images.
+        base: the folder that keys are relative to, if ``where`` is a table and its images are
+            elsewhere.
     """
 
     prefix: str
     where: str
     folder: bool
+    base: str = ""
 
     def key(self, key: str) -> str:
         """The index key of the item that has ``key`` in this root."""
@@ -67,10 +70,11 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
         _, colon, split = os.path.basename(spec).partition(":")
         return Root(prefix, f"{root}{colon}{split}", False)
     # A relative path is relative to the directory where embed ran; a table is its own root.
-    complete = os.path.isabs(spec) or not root
-    return Root(
-        prefix, spec if complete else os.path.join(str(root), os.path.basename(spec)), False
-    )
+    where = str(source.get("table", spec))
+    if root and not os.path.isabs(where):
+        where = os.path.join(str(root), os.path.basename(spec))
+    base = str(root) if root and kind != "tars" and str(root) != os.path.dirname(where) else ""
+    return Root(prefix, where, False, base)
 
 
 def roots_of(manifest: Manifest) -> list[Root]:
@@ -106,8 +110,9 @@ def file_of(roots: Sequence[Root], key: str) -> Path | None:
     if not os.path.isabs(root.where):  # a hub dataset
         return None
     try:
-        # Paths in a table are relative to its directory.
-        base = Path(root.where if root.folder else os.path.dirname(root.where)).resolve(strict=True)
+        # The image paths of a table are relative to its folder, or to another one.
+        folder = root.where if root.folder else root.base or os.path.dirname(root.where)
+        base = Path(folder).resolve(strict=True)
         file = (base / key[len(root.key("")) :]).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):  # RuntimeError: circular links
         return None

@@ -106,21 +106,25 @@ def check_data(
     image: str | None = None,
     caption: str | None = None,
     label: str | None = None,
+    image_root: str | Path | None = None,
 ) -> DataReport:
     """Read a data source once and report its content and its problems.
 
     Args:
         spec: any source that ``open_source`` opens.
-        against: a second source with the same column names; shared images and captions are
-            reported as leaks.
-        image, caption, label: column names, if they differ from the default ones.
+        against: a second source, read in the same way; shared images and captions are reported as
+            leaks.
+        image, caption, label, image_root: as for ``open_source``.
 
     Raises:
         DataError: a source cannot be opened.
     """
-    sources = [open_source(spec, image=image, caption=caption, label=label)]
-    if against is not None:  # before the first source is read, so that a misspelt name fails early
-        sources.append(open_source(against, image=image, caption=caption, label=label))
+    # Both are opened before the first is read, so that a misspelt name fails early.
+    sources = [
+        open_source(one, image=image, caption=caption, label=label, image_root=image_root)
+        for one in (spec, against)
+        if one is not None
+    ]
     captions = CaptionSurvey()
     found = survey(sources[0], captions.add)
     leaks = _find_leaks(found, captions, sources[1]) if against is not None else None

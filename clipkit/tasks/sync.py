@@ -275,8 +275,13 @@ def sync_index(
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         total = Changes()
-        for where in [root.where for root in roots] if data is None else [data]:
-            source = where if isinstance(where, Source) else open_source(where, metadata=True)
+        bases = {root.where: root.base or None for root in roots}
+        for where in bases if data is None else [data]:
+            if isinstance(where, Source):
+                source = where
+            else:
+                base = bases.get(str(where)) if isinstance(where, str | Path) else None
+                source = open_source(where, metadata=True, image_root=base)
             scope, roots = _scope_of(source, roots, writer.path)
             update = Update(writer, scope, roots)
             store, work = update.encode(source, encoder, batch_size, workers)

@@ -52,13 +52,18 @@ def open_training_data(
     """
     image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
-    label = config.label_column or None
+    label, root = config.label_column or None, config.image_root or None
     training = source or open_source(
-        config.train, image=image, caption=caption, label=label, streaming=streaming
+        config.train,
+        image=image,
+        caption=caption,
+        label=label,
+        streaming=streaming,
+        image_root=root,
     )
     validation: Source | None
     if config.val:
-        validation = open_source(config.val, image=image, caption=caption)
+        validation = open_source(config.val, image=image, caption=caption, image_root=root)
     else:
         training, validation = split_held_out(training, config.val_fraction, seed)
     if not training.streaming and len(training.rows) < 2:

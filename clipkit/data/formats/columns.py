@@ -1,12 +1,11 @@
 """Find the columns of a table, and bring its batches into the common form."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.captions import clean_captions
+from clipkit.data.formats.image_paths import ImagePaths
 from clipkit.data.images import Skipped
 from clipkit.data.source import Notes, Wanted, clean_text, features, is_damaged
 from clipkit.errors import DataError
@@ -123,6 +122,12 @@ def _usual_captions(types: Mapping[str, Any]) -> list[str]:
     )
 
 
+def path_sample(values: Iterable[str | None]) -> Iterator[str]:
+    """The values of an image column that are paths."""
+    texts = (clean_text(value) for value in values if value is not None)
+    return (text for text in texts if text and _path_refusal(text) is None)
+
+
 def _holds_bytes(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
@@ -136,14 +141,14 @@ class Common:
     """Brings record batches of one table into the common columns.
 
     Attributes:
-        root: directory that relative image paths start from.
+        paths: where the image files are.
         width: digits of a row number where that must serve as key; ``prefix`` goes before it.
         metadata: further columns that its rows keep.
         notes: takes sentences about how values were read.
     """
 
     columns: Columns
-    root: Path
+    paths: ImagePaths
     skipped: list[Skipped]
     width: int = 1
     prefix: str = ""
@@ -199,10 +204,7 @@ class Common:
         if reason:
             self.skipped.append(Skipped(text or f"row {number}", reason))
             return None
-        root, path = str(self.root), os.path.normpath(text)
-        if os.path.isabs(path):
-            return (path.removeprefix(root.rstrip("/") + "/"), path)
-        return (path, os.path.normpath(f"{root}/{path}"))
+        return self.paths.locate(text)
 
     def _label(self, value: Any) -> str | None:
         if value is None:
@@ -232,11 +234,15 @@ def _assemble(
 def _path_refusal(text: str) -> str | None:
     if not text:
         return "names no image"
-    if "://" in text:
+    if _is_url(text):
         return "is an address, not a file; download it first"
     if is_damaged(text):
         return "its path is not UTF-8"
     return None
+
+
+def _is_url(text: str) -> bool:
+    return "://" in text and text[:5].lower() != "file:"
 
 
 def _listed(value: Any) -> list[Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.formats.columns import Common
+from clipkit.data.formats.image_paths import find_image_paths
 from clipkit.data.formats.tables import columns_of
-from clipkit.data.source import Skips, Source, Wanted, fingerprint_of, in_memory
+from clipkit.data.source import Notes, Skips, Source, Wanted, fingerprint_of, in_memory
 from clipkit.data.streaming import Position, Stream, table_batches
 from clipkit.errors import DataError
 
@@ -106,7 +107,9 @@ def _common(
     types = {part.name: part.type for part in known.arrow_schema}
     more = columns.metadata([types], spec) if wanted.metadata else None
     width = len(str(max(len(rows) - 1, 0))) if held else 8
-    common = Common(columns, root or Path.cwd(), Skips(), width, metadata=more)
+    notes = Notes()
+    paths = find_image_paths((), root or Path.cwd(), wanted.image_root, notes)
+    common = Common(columns, paths, Skips(), width, metadata=more, notes=notes)
     rows = rows.select_columns(common.used).with_format("arrow")
 
     def read(shard: int, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:

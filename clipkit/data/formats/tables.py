@@ -2,13 +2,15 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-from clipkit.data.formats.columns import Columns, Common, find_columns
+from clipkit.data.formats.columns import Columns, Common, find_columns, path_sample
+from clipkit.data.formats.image_paths import SAMPLE, ImagePaths, find_image_paths
 from clipkit.data.formats.json_tables import json_records
 from clipkit.data.images import Skipped
 from clipkit.data.source import (
@@ -54,7 +56,7 @@ def open_table(
         DataError: a file is no such table, or the columns needed are not there.
     """
     form = TABLES[files[0].suffix.lower()]
-    spec, root, skipped, notes = str(files[0]), files[0].parent, Skips(), Notes()
+    spec, skipped, notes = str(files[0]), Skips(), Notes()
     if form != "parquet" and len(files) > 1:
         raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
     growth = 1 if form == "parquet" else _TEXT_GROWTH
@@ -75,7 +77,7 @@ def open_table(
     rows: Any = Stream(read, shards)
     if not streams:
         rows = in_memory(rows.batches(), prints, skipped, common.told)
-    return Source(spec, kind or form, rows, root, prints, skipped, notes)
+    return Source(spec, kind or form, rows, common.paths.root, prints, skipped, notes)
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ class ParquetRows:
                 columns = columns_of(schema, wanted, str(file))
         more = columns.metadata(types, str(files[0])) if wanted.metadata else None
         width = len(str(max(rows - 1, 0)))
-        common = Common(columns, files[0].parent, skipped, width, metadata=more, notes=notes)
-        return cls(groups, common)
+        paths = _parquet_paths(groups, files[0].parent, columns.image, wanted, notes)
+        return cls(groups, Common(columns, paths, skipped, width, metadata=more, notes=notes))
 
     def batches(
         self, group: Group, size: int, start: int = 0
@@ -160,6 +162,24 @@ class ParquetRows:
             self.common.skipped.append(Skipped(group.file.name, f"{reason}: {error}"))
 
 
+def _parquet_paths(
+    groups: list[Group], folder: Path, image: str, wanted: Wanted, notes: list[str]
+) -> ImagePaths:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values: list[str | None] = []
+    for group in groups[:1]:
+        with pq.ParquetFile(group.file) as table:
+            kind = table.schema_arrow.field(image).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                with suppress(pa.ArrowException):  # is reported when the rows are read
+                    batch = next(table.iter_batches(SAMPLE, row_groups=[0], columns=[image]))
+                    values = batch.column(0).to_pylist()
+    return find_image_paths(path_sample(values), folder, wanted.image_root, notes)
+
+
 def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
     """The columns of an Arrow schema, with the class names that ``datasets`` keeps in it."""
     from datasets import ClassLabel, Features
@@ -188,7 +208,9 @@ def _text(
 
         types = infer_types((record for record, _ in records(file, [])), typed=form == "jsonl")
         more = columns.metadata([types], str(file))
-    common = Common(columns, file.parent, skipped, metadata=more, notes=notes)
+    sample = path_sample(record.get(columns.image) for record in head)
+    paths = find_image_paths(sample, file.parent, wanted.image_root, notes)
+    common = Common(columns, paths, skipped, metadata=more, notes=notes)
 
     def read(file: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
         start, first = at or ((0, 0), 0)

@@ -31,6 +31,8 @@ Reduction = Callable[[int, int], int]
 _NAMES = ["jpg", "jpeg", "jfif", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "pgm"]
 _NAMES += ["avif", "jp2", "heic", "heif", "hif"]
 SUFFIXES = frozenset(f".{name}" for name in _NAMES)
+JUNK = frozenset({"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"})
+"""Files and folders of file managers, in lower case; like hidden files, they are ignored."""
 MAX_PIXELS = 178_956_970  # twice Pillow's warning level, where Pillow raises an error
 MAX_ASPECT = 100
 
@@ -66,8 +68,8 @@ class Skipped:
 def find_images(root: Path) -> tuple[list[str], list[Skipped]]:
     """List the images below ``root`` by their suffix, without opening them.
 
-    Symbolic links are followed, but each directory is listed only once. Names that start with a dot
-    are ignored.
+    Symbolic links are followed, but each directory is listed only once. Hidden
+    files and those of file managers (``__MACOSX``, ``@eaDir``, …) are ignored.
 
     Returns:
         The sorted keys (POSIX paths relative to ``root``), and the skipped items.
@@ -101,6 +103,14 @@ def find_images(root: Path) -> tuple[list[str], list[Skipped]]:
     return sorted(keys), sorted(skipped, key=lambda item: item.key)
 
 
+def is_junk(path: str) -> bool:
+    """Whether a POSIX path is hidden (``._a.jpg``) or that of a file manager's own file."""
+    return any(
+        (part[:1] == "." and part not in (".", "..")) or part.lower() in JUNK
+        for part in path.split("/")
+    )
+
+
 def _list_once(root: Path, folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
     path = root / folder
     status = path.stat()
@@ -108,7 +118,7 @@ def _list_once(root: Path, folder: str, seen: set[tuple[int, int]]) -> list[os.D
         raise OSError("a link to a directory that is already listed")
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(path) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        shown = [entry for entry in entries if not is_junk(entry.name)]
     return sorted(shown, key=lambda entry: entry.name)
 
 

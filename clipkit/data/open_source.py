@@ -13,7 +13,7 @@ from clipkit.data.formats.folders import FOLDER_KINDS, open_folder, open_image, 
 from clipkit.data.formats.huggingface import HUB, is_saved, open_hub, open_saved
 from clipkit.data.formats.pairs import open_pairs
 from clipkit.data.formats.tables import TABLES, open_table
-from clipkit.data.formats.webdataset import expand, open_tars
+from clipkit.data.formats.webdataset import TAR_SUFFIXES, expand, is_tar, open_tars
 from clipkit.data.images import SUFFIXES, is_utf8, printable
 from clipkit.data.source import (
     Data,
@@ -97,7 +97,8 @@ def open_source(
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
     if streaming and not source.streaming:
         source = replace(source, rows=table_stream(source.rows))
-    if not source.streaming and not len(source.rows):
+    rows = source.rows
+    if not len(rows) if not source.streaming else next(iter(rows), None) is None:
         skipped = source.skipped[0] if source.skipped else None
         why = f"{skipped.key} {skipped.reason}" if skipped else "it has no rows"
         raise DataError(f"{spec} holds no image that can be used: {why}")
@@ -188,11 +189,11 @@ def find_files(path: Path) -> list[Path]:
 
 
 def _open_files(files: list[Path], wanted: Wanted, streaming: bool | None) -> Source:
+    if all(map(is_tar, files)):
+        return open_tars(files, wanted, streaming)
     suffixes = sorted({file.suffix.lower() for file in files})
     suffix = suffixes[0]
     if len(suffixes) == 1:
-        if suffix == ".tar":
-            return open_tars(files, wanted, streaming)
         if suffix in TABLES:
             return open_table(files, wanted, streaming)
         if suffix in SUFFIXES and len(files) == 1:
@@ -201,7 +202,7 @@ def _open_files(files: list[Path], wanted: Wanted, streaming: bool | None) -> So
         return open_images(files)
     raise DataError(
         f"{files[0]} has the form {' and '.join(suffixes) or 'of no suffix'}, expected images, "
-        f"folders, .tar files, or a table ({', '.join(TABLES)})"
+        f"folders, tars ({', '.join(TAR_SUFFIXES)}), or a table ({', '.join(TABLES)})"
     )
 
 

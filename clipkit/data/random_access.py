@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clipkit.data.formats.huggingface import is_saved
 from clipkit.data.formats.tables import Group, ParquetRows
-from clipkit.data.formats.webdataset import find_members, root_of_tars
+from clipkit.data.formats.webdataset import find_members, is_tar, read_member, root_of_tars
 from clipkit.data.open_source import find_files, open_source
 from clipkit.data.source import Row, Wanted, clean_text
 from clipkit.errors import DataError
@@ -87,7 +87,7 @@ class Pictures(Protocol):
 
 def holds_pictures(where: str) -> bool:
     """Whether a source, by its absolute path, is of a kind that holds pictures inside."""
-    named = Path(where).suffix.lower() in (".parquet", ".tar")
+    named = is_tar(where) or Path(where).suffix.lower() == ".parquet"
     return os.path.isabs(where) and (named or _is_saved(where))  # else it is of the hub
 
 
@@ -102,7 +102,7 @@ def open_pictures(where: str) -> Pictures:
     files = find_files(Path(where))
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{where} is not there any more; put it back")
-    if files[0].suffix.lower() == ".tar":
+    if is_tar(files[0]):
         return _TarPictures(files)
     return _TablePictures(files)
 
@@ -196,14 +196,7 @@ class _TarPictures:
         place = self._members_of(shard).get(key[len(shard) + 1 :])
         if place is None:
             return None
-        offset, size = place
-        try:
-            with self._files[shard].open("rb") as stream:
-                stream.seek(offset)
-                return stream.read(size)
-        except OSError as error:
-            why = error.strerror or error
-            raise DataError(f"{shard} cannot be read: {why}; put it back as it was") from None
+        return read_member(self._files[shard], place)
 
     def _members_of(self, shard: str) -> dict[str, tuple[int, int]]:
         with self._lock:

@@ -503,8 +503,12 @@ def test_what_a_tar_may_hold(tmp_path):
     assert reasons == [
         ("t.tar/2.png", "the JSON beside it is damaged and left out"),
         ("t.tar/2.png", "a caption of it is not UTF-8 and is left out"),
-        ("t.tar/3", "has no image beside it"),
-        ("t.tar/2.png", "its key is taken by an earlier image"),
+        ("t.tar/3", "has no image right beside it in the tar"),
+        ("t.tar/2.png", "repeats the name of an earlier image in the tar (at byte 9216)"),
+        ("t.tar/2.png", "repeats the name of an earlier image in the tar (at byte 10752)"),
+    ]
+    assert source.notes == [
+        f"{tmp_path / 't.tar'}: members that were not used: 1 .mask.png, 1 .npy"
     ]
     known = list(source.skipped)
     assert len(told(source)) == 3

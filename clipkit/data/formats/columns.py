@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "path", "img")
-CAPTION = ("title", "caption", "captions", "text", "sentence", "description", "alt")
+CAPTION = ("title", "caption", "captions", "text", "sentence", "description", "alt", "prompt")
 LABEL = ("label", "class", "category")
 KEY = ("key", "id", "__key__")
 _URL = ("url", "image_url", "img_url", "uri")

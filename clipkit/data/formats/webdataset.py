@@ -1,29 +1,42 @@
-"""WebDataset tars: the files of one item share their name up to the first dot.
+"""WebDataset tars: one image and its captions per item, in members that follow each other.
 
-What lies where in a WebDataset shard, by its headers alone.
+Members belong to one item if their names agree up to the first dot of the file name:
+``0000.jpg`` and ``0000.txt``, or ``0000.image.jpg`` and ``0000.caption.txt``. If several images
+agree that far and none is named by it alone (``photo.0000.jpg``, ``photo.0001.jpg``), each is an
+item of its own.
 """
 
-import json
+import bz2
+import gzip
+import lzma
 import os
+import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
-from clipkit.data.captions import clean_captions
 from clipkit.data.formats.columns import CAPTION, LABEL
-from clipkit.data.images import SUFFIXES, Skipped, is_utf8, printable
+from clipkit.data.formats.sidecars import (
+    ENDINGS,
+    SIDECAR_LIMIT,
+    is_usual,
+    parse_json,
+    read_texts,
+)
+from clipkit.data.images import SUFFIXES, Skipped, is_junk, is_utf8, printable
 from clipkit.data.source import (
     Notes,
     Row,
     Skips,
     Source,
     Wanted,
-    chunks,
-    clean_text,
     features,
     fingerprint_of,
     in_memory,
@@ -37,30 +50,348 @@ if TYPE_CHECKING:
     from clipkit.data.formats.metadata import Metadata
 
 
-IMAGE_LIMIT = 256 << 20  # bytes of one member
-TEXT_LIMIT = 1 << 20
-TEXTS = ("txt", "json", "cls")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+IMAGE_LIMIT = 256 << 20
+"""Bytes of the largest image that is read."""
+MAX_SHARDS = 1_000_000
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+"""What reading a damaged, truncated or missing archive raises."""
+
+_CHUNK = 16  # rows, with their images, held at a time
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_IMAGES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
+_MAX_IMAGES, _MAX_MEMBERS = 16, 64  # held of names that agree up to the first dot
+_MAX_LINKS = 8  # followed one after another
+_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
+_WORD = re.compile(r"[A-Za-z_-]{1,20}")
+
+
+def is_tar(path: str | Path) -> bool:
+    """Whether a path is named like a tar, compressed or not."""
+    return os.fspath(path).lower().endswith(TAR_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image or sidecar in a tar.
+
+    Attributes:
+        base, stem, ending: its name up to the first and the last dot of the file name, and the
+            rest, in lower case.
+        offset: of its header, in bytes.
+        header: its own, or that of the member it is a link to.
+        data: its content; None if it was not asked for.
+    """
+
+    base: str
+    stem: str
+    ending: str
+    offset: int
+    header: tarfile.TarInfo
+    data: bytes | None
+
+    @property
+    def name(self) -> str:
+        """The name, with its ending in lower case."""
+        return f"{self.stem}.{self.ending}"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is an image, by its ending."""
+        return self.ending in _IMAGES
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image in a tar with its sidecars; its key within the tar is ``image.name``."""
+
+    image: Member
+    sidecars: list[Member]
+
+
+@dataclass
+class Seen:
+    """What a pass over one tar met.
+
+    Attributes:
+        images, captions: how many of each became rows.
+        unused: members that no row was made of, by their endings.
+        names: those of the first members.
+    """
+
+    images: int = 0
+    captions: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
+
+
+class Tar:
+    """A tar from a member on, read front to back; gzip, bzip2 and xz are recognised by content.
+
+    A compressed tar is decompressed from its start to reach an offset.
+
+    Args:
+        shard: the file.
+        offset: where the header of the first member is, in bytes (of the decompressed tar).
+        pax_headers: the global PAX headers that precede it.
+
+    Attributes:
+        seen: what was met so far.
+        skipped: names and reasons of members that cannot be used.
+    """
+
+    def __init__(
+        self, shard: Path, offset: int = 0, pax_headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._shard, self._offset = shard, offset
+        self._pax_headers = dict(pax_headers or {})
+        self._close = ExitStack()
+        self._links: tuple[dict[str, tarfile.TarInfo], BinaryIO] | None = None
+        self.seen = Seen()
+        self.skipped: list[tuple[str, str]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._stream = self._close.enter_context(_open_stream(self._shard))
+            self._stream.seek(self._offset)
+            self._tar = self._close.enter_context(
+                tarfile.open(fileobj=self._stream, mode="r:", pax_headers=self._pax_headers)
+            )
+        except BaseException:
+            self._close.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close.close()
+
+    @property
+    def pax_headers(self) -> dict[str, str]:
+        """The global PAX headers so far."""
+        return dict(self._tar.pax_headers)
+
+    def is_complete(self) -> bool:
+        """Whether the members read so far are followed by the end mark of a tar.
+
+        That is a block of zeros (POSIX ustar). Without one, what followed is lost or damaged.
+        """
+        self._stream.seek(self._tar.offset)
+        block = self._stream.read(tarfile.BLOCKSIZE)
+        return len(block) == tarfile.BLOCKSIZE and not any(block)
+
+    def items(self, endings: Collection[str] = ()) -> Iterator[tuple[list[Item], int]]:
+        """The items in order, some at a time, each time with the offset of what follows.
+
+        What comes after such an offset does not depend on what came before it.
+
+        Args:
+            endings: those of members whose content is read.
+        """
+        group: list[Member] = []
+        for header in _headers(self._tar):
+            member = self._member(header, group, endings)
+            if member is None:
+                continue
+            if group and (member.base != group[0].base or _has(group, member)):
+                yield self._items(group), member.offset
+                group = []
+            elif len(group) >= _MAX_MEMBERS or _is_dotted(group):
+                # Keep the members of the last name, which may have more to come.
+                last = group[-1].stem
+                cut = next(n for n, other in enumerate(group) if other.stem == last) or len(group)
+                rest = group[cut:]
+                yield self._items(group[:cut]), rest[0].offset if rest else member.offset
+                group = rest
+            group.append(member)
+        if group:
+            yield self._items(group), self._tar.offset
+
+    def _member(
+        self, header: tarfile.TarInfo, group: list[Member], endings: Collection[str]
+    ) -> Member | None:
+        """A member that may belong to an item; None for others, which are counted."""
+        name = header.name
+        if header.isdir() or is_junk(name):
+            return None
+        if len(self.seen.names) < 3:
+            self.seen.names.append(name)
+        base, stem, ending = _parted(name)
+        is_image = ending in _IMAGES
+        if not is_image and ending not in ENDINGS:
+            self.seen.unused[_shown(base, stem, ending)] += 1
+            return None
+        target = self._target(header)
+        if target is None:
+            what = f"is a link to {header.linkname}, which is not" if header.linkname else "is not"
+            self.skipped.append((name, f"{what} a file in the tar"))
+            return None
+        limit = IMAGE_LIMIT if is_image else SIDECAR_LIMIT
+        if target.size > limit:
+            self.skipped.append((name, f"has {target.size} bytes, over {limit}"))
+            return None
+        # A second image of an item whose image is known is not read.
+        extra = is_image and bool(group) and group[0].base == base and _plain(group) is not None
+        data = None if extra or ending not in endings else self._read(header, target)
+        return Member(base, stem, ending, header.offset, target, data)
+
+    def _read(self, header: tarfile.TarInfo, target: tarfile.TarInfo) -> bytes:
+        if target.issparse():
+            content = self._tar.extractfile(target)
+            return content.read() if content else b""
+        stream = self._stream if target is header else self._links_of()[1]
+        stream.seek(target.offset_data)
+        data = stream.read(target.size)
+        if len(data) < target.size:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
+
+    def _target(self, header: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        """The member that holds the content of a member; None for links that lead elsewhere."""
+        found: tarfile.TarInfo | None = header
+        for _ in range(_MAX_LINKS):
+            if found is None or found.isreg():
+                return found
+            if not found.linkname:
+                return None
+            folder = posixpath.dirname(found.name) if found.issym() else ""
+            path = posixpath.normpath(posixpath.join(folder, found.linkname))
+            found = self._links_of()[0].get(path)
+        return None
+
+    def _links_of(self) -> tuple[dict[str, tarfile.TarInfo], BinaryIO]:
+        """All members by name, and a second stream to read them from; only if there are links."""
+        if self._links is None:
+            stream = self._close.enter_context(_open_stream(self._shard))
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                members = {posixpath.normpath(header.name): header for header in _headers(tar)}
+            self._links = members, stream
+        return self._links
+
+    def _items(self, group: list[Member]) -> list[Item]:
+        """The items among members whose names agree up to the first dot."""
+        plain = _plain(group)
+        images = [plain] if plain else []
+        if not plain:
+            stems: dict[str, Member] = {}
+            for member in group:
+                if member.is_image:
+                    stems.setdefault(member.stem, member)
+            images = list(stems.values())
+        if not images:
+            self.skipped.append((group[0].base, "has no image right beside it in the tar"))
+            return []
+        used = {id(image) for image in images}
+        items = []
+        for image in images:
+            sidecars = [
+                member
+                for member in group
+                if not member.is_image and _belongs(member, image, alone=len(images) == 1)
+            ]
+            used |= {id(member) for member in sidecars}
+            items.append(Item(image, sidecars))
+        self.seen.unused.update(
+            _shown(member.base, member.stem, member.ending)
+            for member in group
+            if id(member) not in used
+        )
+        return items
+
+
+def _parted(name: str) -> tuple[str, str, str]:
+    """A name up to the first and the last dot of the file name, and the ending in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, ending = file.rpartition(".")
+    if not dot:
+        return name, name, ""
+    return folder + slash + file.partition(".")[0], folder + slash + stem, ending.lower()
+
+
+def _plain(group: list[Member]) -> Member | None:
+    """The first image with no dot in its name but that of the ending."""
+    return next(
+        (member for member in group if member.is_image and member.stem == member.base), None
+    )
+
+
+def _has(group: list[Member], member: Member) -> bool:
+    return any(other.stem == member.stem and other.ending == member.ending for other in group)
+
+
+def _is_dotted(group: list[Member]) -> bool:
+    """Whether so many images agree up to the first dot that it cannot be what parts the items."""
+    if len(group) < _MAX_IMAGES or _plain(group):
+        return False
+    return len({member.stem for member in group if member.is_image}) >= _MAX_IMAGES
+
+
+def _belongs(sidecar: Member, image: Member, *, alone: bool) -> bool:
+    """Whether a sidecar is that of an image; ``alone``: the only one of their common base."""
+    if sidecar.stem.startswith(image.stem):
+        rest = sidecar.stem[len(image.stem) :]
+        if not rest or (rest[0] == "." and (is_usual(rest[1:]) or _is_ending(rest[1:], image))):
+            return True
+    if not alone:
+        return sidecar.stem == sidecar.base
+    return is_usual(sidecar.stem[len(sidecar.base) + 1 :])
+
+
+def _is_ending(text: str, image: Member) -> bool:
+    return text.lower() == image.ending
+
+
+def _shown(base: str, stem: str, ending: str) -> str:
+    """The ending of a member as notes name it."""
+    between = stem[len(base) + 1 :]
+    if _WORD.fullmatch(between):
+        return f".{between}.{ending}"
+    return f".{ending}" if ending else "no ending"
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar, which would keep every one; a shard may have a million."""
+    while (header := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]
+        yield header
+
+
+@contextmanager
+def _open_stream(shard: Path) -> Iterator[BinaryIO]:
+    """The bytes of a tar, decompressed if it is compressed."""
+    with shard.open("rb") as file:
+        head = file.peek(8)
+        opener = next(
+            (opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None
+        )
+        if opener is None:
+            yield file
+            return
+        with opener(file) as stream:
+            yield cast(BinaryIO, stream)
 
 
 class Keys:
-    """The keys of a shard's images so far, of which none is taken twice.
+    """The keys of a shard's images so far, each of which is used once.
 
-    Where reading begins in the middle of a shard, those before are looked up among its headers,
-    and only if a key is not the largest yet: mostly they ascend.
+    If reading begins in the middle of a shard, the earlier keys are read from its headers, and
+    only when a key is not larger than all before: mostly they ascend.
     """
 
-    def __init__(self, shard: Path, name: str, offset: int, largest: str, count: int) -> None:
-        self._shard, self._name, self._offset = shard, name, offset
+    def __init__(self, shard: Path, offset: int, largest: str, count: int) -> None:
+        self._shard, self._offset = shard, offset
         self.largest, self.count = largest, count
         self._known = set[str]()
-        self._before = bool(count)  # whether there are such that are not known
+        self._before = bool(count)  # whether there are earlier keys that are not known
 
     def add(self, key: str) -> bool:
-        """Take a key; False where it is taken already."""
+        """Take the key of an image in its shard; False if an earlier image has it."""
         if self._before and key <= self.largest:
-            with tarfile.open(self._shard, "r:") as tar:
-                found = takewhile(lambda item: item[1].offset < self._offset, images(tar))
-                self._known.update(f"{self._name}/{before}" for before, _ in found)
+            earlier = takewhile(lambda image: image.offset < self._offset, images(self._shard))
+            self._known.update(image.name for image in earlier)
             self._before = False
         if key in self._known:
             return False
@@ -70,72 +401,44 @@ class Keys:
         return True
 
 
-def find_members(shard: Path) -> dict[str, tuple[int, int]]:
-    """Where the image of each item of a shard lies, by ``BASE.SUFFIX``: its offset and bytes.
+def images(shard: Path) -> Iterator[Member]:
+    """The image of each item, in order, by the headers alone."""
+    with Tar(shard) as tar:
+        for items, _ in tar.items():
+            yield from (item.image for item in items)
 
-    The items are those of ``open_tars``; nothing but the headers is read.
+
+def find_members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Find where the image of each item of a shard is: offset and size in bytes, by key.
+
+    Only headers are read. The offsets of a compressed shard are those of the tar within it.
 
     Raises:
-        DataError: it is damaged, or not there.
+        DataError: the shard is damaged or missing.
     """
     found: dict[str, tuple[int, int]] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for key, member in images(tar):
-                if not member.issparse():
-                    found.setdefault(key, (member.offset_data, member.size))
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{shard} cannot be read: {error}; put it back as it was") from None
+        for image in images(shard):
+            if not image.header.issparse():
+                found.setdefault(image.name, (image.header.offset_data, image.header.size))
+    except DAMAGE as error:
+        raise DataError(f"cannot read {shard}: {error}; restore the file") from None
     return found
 
 
-def images(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The image of each item, by ``BASE.SUFFIX``."""
-    current, suffix_of_it = "", ""
-    image: tarfile.TarInfo | None = None
-    for member in headers(tar):
-        base, suffix = parted(member.name)
-        if base != current:
-            if image:
-                yield f"{current}.{suffix_of_it}", image
-            current, image = base, None
-        fits = counts(member) and member.size <= IMAGE_LIMIT and suffix not in TEXTS
-        if fits and (image is None or suffix == suffix_of_it):
-            suffix_of_it, image = suffix, member
-    if image:
-        yield f"{current}.{suffix_of_it}", image
+def read_member(shard: Path, place: tuple[int, int]) -> bytes:
+    """The content of a member that ``find_members`` found.
 
-
-def open_at(stream: BinaryIO, offset: int, pax_headers: dict[str, str]) -> tarfile.TarFile:
-    """Open a tar at the header at ``offset``, given the global PAX headers that precede it."""
-    stream.seek(offset)
-    return tarfile.open(fileobj=stream, mode="r:", pax_headers=pax_headers)
-
-
-def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar, of which it would keep every one; a shard may have a million."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]
-        yield member
-
-
-def parted(name: str) -> tuple[str, str]:
-    """The base name of a member, up to the first dot of its file's name, and its suffix."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def counts(member: tarfile.TarInfo) -> bool:
-    """Whether a member belongs to an item at all."""
-    base, suffix = parted(member.name)
-    known = suffix in TEXTS or f".{suffix}" in SUFFIXES
-    return known and member.isreg() and bool(base) and not base.endswith("/")
-
-
-MAX_SHARDS = 1_000_000
-_CHUNK = 16  # rows, images and all, held at a time
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+    Raises:
+        DataError: the shard is damaged or missing.
+    """
+    offset, size = place
+    try:
+        with _open_stream(shard) as stream:
+            stream.seek(offset)
+            return stream.read(size)
+    except DAMAGE as error:
+        raise DataError(f"cannot read {shard}: {error}; restore the file") from None
 
 
 def expand(pattern: str) -> list[str]:
@@ -162,20 +465,32 @@ def expand(pattern: str) -> list[str]:
 
 
 def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Source:
-    """Open WebDataset shards, as a stream unless told otherwise.
+    """Open WebDataset shards, as a stream unless ``streaming`` is False.
 
-    An item is an image member with a caption in ``.txt`` (one a line) or in a field of ``.json``,
-    and a label in ``.cls`` or in ``.json``; a caption or label name given means such a field. Other
-    fields are metadata, whose types are found in all shards before anything else is read.
+    An item is an image with its sidecars: captions, a label, and JSON whose other fields are
+    metadata; their types are inferred from all shards before anything else is read. Members that
+    belong to no item are counted in a note at the end of the first full pass.
+
+    A pass over a plain tar resumes anywhere at once; a compressed one is decompressed up to there.
+
+    Raises:
+        DataError: no shard holds an image; when the first pass ends, if they are streamed.
     """
     root, skipped, notes = root_of_tars(files), Skips(), Notes()
-    reader = _Reader(root, wanted, skipped, notes)
+    reader = _Reader(root, files, wanted, skipped, notes)
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
     more = _find_metadata(files, wanted) if wanted.metadata else None
 
     def read(shard: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
-        for chunk in chunks(reader.rows(shard, at), _CHUNK):
-            yield _to_batch([row for row, _ in chunk], more), chunk[-1][1]
+        rows: list[Row] = []
+        for some, after in reader.rows(shard, at):
+            rows += some
+            if len(rows) >= _CHUNK:
+                yield _to_batch(rows, more), after
+                rows = []
+        if rows:
+            yield _to_batch(rows, more), after
+        reader.finish()
 
     rows: Any = Stream(read, files)
     if streaming is False:
@@ -191,96 +506,101 @@ def root_of_tars(files: list[Path]) -> Path:
 @dataclass(frozen=True)
 class _Reader:
     root: Path
+    files: list[Path]
     wanted: Wanted
     skipped: list[Skipped]
     notes: list[str]
+    seen: dict[Path, Seen] = field(default_factory=dict)
 
-    def rows(self, shard: Path, at: Position) -> Iterator[tuple[Row, Position]]:
+    def rows(self, shard: Path, at: Position) -> Iterator[tuple[list[Row], Position]]:
         """The rows of one shard from a position on, as far as it can be read.
 
-        Each comes with the position after it: the offset of the next item's header, the largest of
-        the keys so far and how many they are, and what global headers say (POSIX pax).
+        They come some at a time, with the position after them: the offset of the next item's
+        header, the largest of the keys so far and how many they are, and the global PAX headers.
         """
         name = shard.relative_to(self.root).as_posix()
-        offset, largest, count, told = at or (0, "", 0, {})
-        keys = Keys(shard, name, offset, largest, count)
+        offset, largest, count, pax_headers = at or (0, "", 0, {})
+        keys = Keys(shard, offset, largest, count)
+        tar = Tar(shard, offset, pax_headers)
         try:
-            with shard.open("rb") as stream, open_at(stream, offset, told) as tar:
-                for base, parts, end in self._items(tar, name):
-                    row = self._row(f"{name}/{base}", parts)
-                    if row is None:
-                        continue
-                    if not keys.add(row["key"]):
-                        self._skip(row["key"], "its key is taken by an earlier image")
-                        continue
-                    yield row, [end, keys.largest, keys.count, dict(tar.pax_headers)]
-            if not _has_end_mark(shard):
-                self._skip(name, "has no end mark and may be truncated; all in it was read")
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            with tar:
+                for items, end in tar.items(_IMAGES.union(ENDINGS)):
+                    rows = [row for item in items if (row := self._row(name, item, keys))]
+                    self._report(name, tar)
+                    tar.seen.images += len(rows)
+                    tar.seen.captions += sum(len(row["captions"]) for row in rows)
+                    if rows:
+                        yield rows, [end, keys.largest, keys.count, tar.pax_headers]
+                if not tar.is_complete():
+                    reason = "has no end mark and may be truncated or damaged"
+                    self._skip(name, f"{reason}; {keys.count} images of it were read")
+        except DAMAGE as error:
             state = "is damaged or truncated" if shard.is_file() else "does not exist"
             self._skip(name, f"{state}, {keys.count} images of it were read: {error}")
+        self._report(name, tar)
+        if at is None:
+            self.seen[shard] = tar.seen
+
+    def finish(self) -> None:
+        """After the last shard of a full pass, report what was not used.
+
+        Raises:
+            DataError: nothing was.
+        """
+        if len(self.seen) < len(set(self.files)):
+            return
+        unused = sum((seen.unused for seen in self.seen.values()), Counter[str]())
+        names = [name for seen in self.seen.values() for name in seen.names]
+        shards = f"{len(self.seen)} tars" if len(self.seen) > 1 else str(self.files[0])
+        if not any(seen.images for seen in self.seen.values()):
+            skipped = self.skipped[0] if self.skipped else None
+            what = f"{skipped.key} {skipped.reason}" if skipped else "there are no members"
+            if names:
+                what = f"members are named like {', '.join(map(printable, names[:3]))} ({what})"
+            raise DataError(
+                f"{shards}: no image that can be used was found; {what}, expected an image such as "
+                "0000.jpg with its captions in 0000.txt right beside it"
+            )
+        if unused:
+            self.notes.append(f"{shards}: members that were not used: {_counted(unused)}")
+        if not any(seen.captions for seen in self.seen.values()) and self.wanted.caption != "":
+            self.notes.append(
+                f"{shards}: no captions were found; they are read from members such as 0000.txt, "
+                f"0000.caption and 0000.json beside 0000.jpg; members are named like "
+                f"{', '.join(map(printable, names[:3]))}"
+            )
+
+    def _report(self, name: str, tar: Tar) -> None:
+        for member, reason in tar.skipped:
+            self._skip(f"{name}/{member}", reason)
+        tar.skipped.clear()
 
     def _skip(self, key: str, reason: str) -> None:
         self.skipped.append(Skipped(printable(key), reason))
 
-    def _items(
-        self, tar: tarfile.TarFile, name: str
-    ) -> Iterator[tuple[str, dict[str, bytes], int]]:
-        """Base name, members by suffix, and end; members of one item follow each other."""
-        current, parts = "", dict[str, bytes]()
-        for member in headers(tar):
-            base, suffix = parted(member.name)
-            if base != current and parts:
-                yield current, parts, member.offset
-            if base != current:
-                current, parts = base, {}
-            if not counts(member):
-                continue
-            limit = TEXT_LIMIT if suffix in TEXTS else IMAGE_LIMIT
-            if member.size > limit:
-                self._skip(f"{name}/{member.name}", f"has {member.size} bytes, over {limit}")
-                continue
-            content = tar.extractfile(member)
-            parts[suffix] = content.read() if content else b""
-        if parts:
-            yield current, parts, tar.offset
-
-    def _row(self, base: str, parts: dict[str, bytes]) -> Row | None:
-        suffix = next((suffix for suffix in parts if suffix not in TEXTS), None)
-        if suffix is None:
-            self._skip(base, "has no image beside it")
-            return None
-        key = f"{base}.{suffix}"
+    def _row(self, shard: str, item: Item, keys: Keys) -> Row | None:
+        key = f"{shard}/{item.image.name}"
         if not is_utf8(key):
             self._skip(key, "its name is not UTF-8; rename it")
             return None
-        fields = self._fields(key, parts.get("json"))
-        captions: Any = _field(fields, self.wanted.caption, CAPTION)
-        if "txt" in parts and self.wanted.caption is None:
-            lines = parts["txt"].decode("utf-8", "replace").splitlines()
-            captions = [line for line in lines if line.strip()]
-        label = _field(fields, self.wanted.label, LABEL)
-        if "cls" in parts and self.wanted.label is None:
-            label = parts["cls"].decode("utf-8", "replace")
+        if not keys.add(item.image.name):
+            place = f"at byte {item.image.offset}"
+            self._skip(key, f"repeats the name of an earlier image in the tar ({place})")
+            return None
+        sidecars = [(member.ending, member.data or b"") for member in item.sidecars]
+        texts = read_texts(sidecars, key, self.wanted, self.skipped, self.notes)
         return {
             "key": key,
-            "image": {"bytes": parts[suffix], "path": None},
-            "captions": clean_captions(captions, key, self.skipped, self.notes),
-            "label": None if label is None else clean_text(label) or None,
-            "fields": fields,
+            "image": {"bytes": item.image.data, "path": None},
+            "captions": texts.captions,
+            "label": texts.label,
+            "fields": texts.fields,
         }
 
-    def _fields(self, key: str, text: bytes | None) -> dict[str, Any]:
-        try:
-            return _parsed(text or b"{}")
-        except (ValueError, RecursionError) as error:
-            self._skip(key, f"the JSON beside it is damaged and left out: {error}")
-            return {}
 
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    fields = json.loads(text.decode("utf-8", "replace"))
-    return fields if isinstance(fields, dict) else {}
+def _counted(endings: Counter[str]) -> str:
+    shown = [f"{count} {ending}" for ending, count in endings.most_common(8)]
+    return ", ".join(shown) + (", …" if len(endings) > 8 else "")
 
 
 def _find_metadata(files: list[Path], wanted: Wanted) -> "Metadata | None":
@@ -295,40 +615,28 @@ def _find_metadata(files: list[Path], wanted: Wanted) -> "Metadata | None":
 
 
 def _json_of(shard: Path) -> Iterator[dict[str, Any]]:
-    """The fields beside the images of a shard, past whose images is only stepped."""
+    """The fields beside the images of a shard; the images are not read."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in headers(tar):
-                fits = parted(member.name)[1] == "json" and member.size <= TEXT_LIMIT
-                if fits and counts(member) and (content := tar.extractfile(member)):
+        with Tar(shard) as tar:
+            for items, _ in tar.items(("json",)):
+                for member in (member for item in items for member in item.sidecars):
                     try:
-                        yield _parsed(content.read())
+                        value = parse_json(member.data or b"{}")
                     except (ValueError, RecursionError):
-                        continue  # told when the shard is read
-    except (tarfile.TarError, OSError, EOFError, ValueError):
-        return  # the same
+                        continue  # reported when the shard is read
+                    if isinstance(value, dict):
+                        yield value
+    except DAMAGE:
+        return  # reported when the shard is read
 
 
 def _to_batch(rows: list[Row], metadata: "Metadata | None") -> "pa.RecordBatch":
-    """Rows in the common columns, with their metadata if any is wanted."""
+    """Rows in the common columns, with their metadata if there is any."""
     import pyarrow as pa
 
     if metadata is None:
         return pa.RecordBatch.from_pylist(rows, features().arrow_schema)
     texts = metadata.texts([row["fields"] for row in rows])
-    told = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
-    whole = [{**row, "metadata": one} for row, one in zip(rows, told, strict=True)]
+    read = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
+    whole = [{**row, "metadata": one} for row, one in zip(rows, read, strict=True)]
     return pa.RecordBatch.from_pylist(whole, features(metadata.schema).arrow_schema)
-
-
-def _field(fields: dict[str, Any], given: str | None, usual: tuple[str, ...]) -> Any:
-    if given is not None:
-        return fields.get(given)
-    return next((fields[name] for name in usual if name in fields), None)
-
-
-def _has_end_mark(shard: Path) -> bool:
-    # A tar ends in blocks of zeros (POSIX ustar); without one, what follows was cut away.
-    with shard.open("rb") as stream:
-        stream.seek(-512, os.SEEK_END)
-        return not any(stream.read())

@@ -274,7 +274,7 @@ def load_classifier(
         ArtifactError: the saved classifier cannot be read.
         ModelMismatchError: the classifier was built for another model.
     """
-    found = read_labels_or_classifier(labels, templates)
+    found = read_labels_or_classifier(labels, templates, single=background)
     if isinstance(found, Classifier):
         encoder = encoder or load_model_ref(found.model, "the classifier")
         found.require(encoder.model)
@@ -285,9 +285,9 @@ def load_classifier(
 
 
 def read_labels_or_classifier(
-    labels: Labels, templates: Templates = None
+    labels: Labels, templates: Templates = None, *, single: bool = False
 ) -> list[Label] | Classifier:
-    """Labels as a list, or the classifier; see ``load_classifier``."""
+    """Labels as a list, or the classifier; see ``load_classifier`` and ``check_labels``."""
     if not isinstance(labels, (str, Path, Classifier)):
         return to_labels(labels)
     if isinstance(labels, Classifier) or is_classifier(labels):
@@ -298,7 +298,7 @@ def read_labels_or_classifier(
             )
         return labels if isinstance(labels, Classifier) else open_classifier(Path(labels))
     if isinstance(labels, Path) or os.path.isfile(labels) or labels == IMAGENET:
-        return read_labels(labels)
+        return read_labels(labels, single=single)
     raise TypeError(
         f"labels is one string, {labels[:80]!r}, expected a list such as ['dog', 'cat'], a file "
         "with one label per line, or a saved classifier"

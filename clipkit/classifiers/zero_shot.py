@@ -159,7 +159,8 @@ class ZeroShotClassifier(Classifier):
 
         Args:
             encoder: the model.
-            labels: the classes; a ``Label`` with synonyms has captions for each of them.
+            labels: the classes; a ``Label`` with synonyms has captions for each of them. With
+                ``background``, a single one suffices.
             templates: captions with a ``{}`` in place of the label.
             background: encode background captions too, for ``any_of`` and ``each_alone``.
 
@@ -168,7 +169,7 @@ class ZeroShotClassifier(Classifier):
             CaptionError: labels or templates are empty or repeated, lack the ``{}``, or do not fit
                 in 77 tokens.
         """
-        check_labels(labels)
+        check_labels(labels, single=background)
         weights = class_weights(encoder, labels, templates)
         generic = background_weights(encoder, labels) if background else None
         return cls(labels, weights, encoder.logit_scale, encoder.model, generic)

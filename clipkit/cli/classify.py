@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from clipkit.classifiers.predictions import Prediction
+    from clipkit.data.source import Source
     from clipkit.reports.classification import PredictionFiles
 
 
@@ -84,7 +85,7 @@ def classify(
     ] = None,
 ) -> None:
     """Classify images zero-shot or with a saved classifier."""
-    found = read_labels_option(labels, templates)
+    found = read_labels_option(labels, templates, single=each)
 
     from clipkit.classifiers.heads import save_classifier
     from clipkit.data.open_source import open_source
@@ -92,11 +93,11 @@ def classify(
     from clipkit.tasks.classify import calibrate_rejection, no_image, predict_images
 
     # The images alone are wanted: neither captions nor labels need columns.
-    sources = [
-        open_source(spec, image=image_column, caption="", label="", image_root=image_root)
-        for spec in images
-    ]
-    examples = open_source(calibrate, caption="", label="") if calibrate else None
+    def open_images(spec: str) -> "Source":
+        return open_source(spec, image=image_column, caption="", label="", image_root=image_root)
+
+    sources = [open_images(spec) for spec in images]
+    examples = open_images(calibrate) if calibrate else None
     reject = reject or examples is not None
     encoder, classifier = load_classifier_option(
         found, templates, model, precision, device, background=each or reject

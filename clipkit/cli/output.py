@@ -156,7 +156,9 @@ def load_maker(
     return load_model_ref(model, what, precision=precision or DEFAULT_PRECISION, device=device)
 
 
-def read_labels_option(labels: str, templates: str | None) -> "list[Label] | Classifier":
+def read_labels_option(
+    labels: str, templates: str | None, *, single: bool = False
+) -> "list[Label] | Classifier":
     """The labels or the saved classifier that ``--labels`` names.
 
     Nothing slow is done, so that mistakes show before the data are opened or a model is loaded.
@@ -170,7 +172,7 @@ def read_labels_option(labels: str, templates: str | None) -> "list[Label] | Cla
 
     list_templates(templates)
     # Unlike Python, the command line takes labels as one string: "cat,dog".
-    given = Path(labels) if is_classifier(labels) else read_labels(labels)
+    given = Path(labels) if is_classifier(labels) else read_labels(labels, single=single)
     return read_labels_or_classifier(given, templates)
 
 

@@ -44,14 +44,18 @@ BACKGROUND = (
 )
 
 
-def read_labels(labels: str | Path) -> list[Label]:
+def read_labels(labels: str | Path, *, single: bool = False) -> list[Label]:
     """Read labels from text like ``cat,dog,red fox``, a file with one per line, or ``imagenet``.
 
     A label may have phrases and groups, see ``parse_label``. Blank lines and surrounding spaces
     are ignored.
 
+    Args:
+        labels: the text, file or name.
+        single: whether one label suffices, as of ``check_labels``.
+
     Raises:
-        CaptionError: the file is missing or not UTF-8; there are fewer than two labels; a label is
+        CaptionError: the file is missing or not UTF-8; there are too few labels; a label is
             empty or repeated (the tokenizer ignores case); or two labels have the same phrases.
     """
     text = str(labels)
@@ -67,7 +71,7 @@ def read_labels(labels: str | Path) -> list[Label]:
     else:
         lines, where = text.split(","), "the list of labels"
     found = [parse_label(line) for line in lines]
-    check_labels(found, where)
+    check_labels(found, where, single=single)
     check_paths(found, where)
     return found
 
@@ -76,12 +80,19 @@ def _looks_like_path(text: str) -> bool:
     return "," not in text and ("/" in text or os.sep in text or bool(re.search(r"\.\w+$", text)))
 
 
-def check_labels(labels: Sequence[str | Label], where: str = "the list of labels") -> None:
-    """Check that there are two labels or more, none empty and none twice.
+def check_labels(
+    labels: Sequence[str | Label], where: str = "the list of labels", *, single: bool = False
+) -> None:
+    """Check that there are two labels or more, none empty and none repeated.
+
+    Args:
+        labels: the labels.
+        where: names the list in errors.
+        single: whether one label suffices, because it is compared with background captions.
 
     Raises:
         TypeError: ``labels`` is a single string instead of a list.
-        CaptionError: there are fewer than two labels, or one is empty or repeated.
+        CaptionError: there are too few labels, or one is empty or repeated.
     """
     names = [str(label) for label in to_labels(labels)]
     if not any(names):
@@ -91,10 +102,11 @@ def check_labels(labels: Sequence[str | Label], where: str = "the list of labels
             f"{where} contains an empty label at position {names.index('') + 1}, "
             "expected text between the commas; remove the extra comma"
         )
-    if len(names) == 1:
+    if len(names) == 1 and not single:
         raise CaptionError(
             f"{where} contains only {names[0]!r}, expected two or more labels, since the "
-            "probability of a single label is always 1; add what else an image may show"
+            "probability of a single label is always 1; add what else an image may show, or judge "
+            "it by itself (clipkit classify --each)"
         )
     seen: dict[str, str] = {}
     for name in names:

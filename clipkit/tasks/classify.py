@@ -9,6 +9,7 @@ from clipkit.classifiers.predictions import Prediction, Predictions
 from clipkit.classifiers.zero_shot import ACCEPTED, Classifier, ZeroShotClassifier
 from clipkit.data.images import Skipped
 from clipkit.data.open_source import Row, Source, open_source
+from clipkit.data.prompts import check_labels
 from clipkit.data.workers import worker_count
 from clipkit.errors import CaptionError, DataError
 from clipkit.models.embed_source import cached_pairs, encoded_batches
@@ -52,9 +53,10 @@ def classify(
         A prediction for each image; images that cannot be read are in ``skipped``.
 
     Raises:
-        TypeError: ``labels`` is a single label instead of a list.
-        CaptionError: labels or templates that cannot be used; ``each`` or ``reject`` with a
-            classifier without background captions; too few images to calibrate.
+        TypeError: ``labels`` is a string instead of a list.
+        CaptionError: labels or templates that cannot be used; a single label without ``each``;
+            ``each`` or ``reject`` with a classifier without background captions; too few images to
+            calibrate.
         DataError: the data cannot be opened, or none of the images can be read.
         ModelMismatchError: the classifier was built for another model.
     """
@@ -121,9 +123,12 @@ def predict_images(
 
     Raises:
         ModelMismatchError: the classifier was built for another model.
-        CaptionError: ``each`` or ``reject`` with a classifier without background captions.
+        CaptionError: ``each`` or ``reject`` with a classifier without background captions, or a
+            single label without ``each``.
     """
     classifier.require(encoder.model)
+    if len(classifier.labels) == 1:
+        check_labels(classifier.labels, single=each)
     zero_shot = _with_background(classifier) if each or reject else None
     total = None if any(s.streaming for s in sources) else sum(len(s.rows) for s in sources)
     with progress_bar(total=total, unit="img", desc="classifying", shown=progress) as bar:

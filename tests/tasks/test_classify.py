@@ -107,6 +107,38 @@ def test_reject_and_each_on_the_command_line(run, colour_folder, tiny_checkpoint
     assert sum(accepted) >= 0.95 * len(accepted)
 
 
+def test_a_single_label_is_judged_by_itself(run, colour_folder, tiny_checkpoint, encoder, tmp_path):
+    words = [colour_folder, "--labels", "red", "--model", tiny_checkpoint]
+    made = ZeroShotClassifier.from_labels(encoder, ["red"], background=True)
+    keys = sorted(path.name for path in colour_folder.glob("*.png"))
+    vectors = encoder.encode_images([Image.open(colour_folder / key) for key in keys])
+    expected = made.each_alone(vectors)[:, 0]
+    out, _ = run("classify", *words, "--each", "--save", tmp_path / "saved", "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [one["predictions"][0]["score"] for one in found] == pytest.approx(
+        expected.tolist(), abs=1e-5
+    )
+    found = clipkit.classify(colour_folder, ["red"], encoder, each=True, progress=False)
+    assert [one.top[0].score for one in found] == pytest.approx(expected.tolist(), abs=1e-5)
+    for more in ([], ["--reject"]):
+        _, err = run("classify", *words, *more, code=1)
+        assert "only 'red', expected two or more labels" in err
+        assert "--each" in err
+    with pytest.raises(CaptionError, match="only 'red'"):
+        clipkit.classify(colour_folder, tmp_path / "saved", reject=True, progress=False)
+
+
+def test_example_images_have_the_same_image_column(run, colour_folder, tiny_checkpoint):
+    table = colour_folder / "examples.csv"
+    for number in range(20):
+        shutil.copy(colour_folder / "red-1.png", colour_folder / f"more-{number}.png")
+    rows = [f"extra,more-{number}.png" for number in range(20)]
+    table.write_text("\n".join(["note,which", *rows]))
+    words = ["classify", table, "--labels", "red,green", "--model", tiny_checkpoint, "--json"]
+    out, _ = run(*words, "--image-column", "which", "--calibrate", table)
+    assert sum(not json.loads(line)["rejected"] for line in out.splitlines()) >= 19
+
+
 def test_a_list_of_labels_may_be_longer_than_a_file_name(run, colour_folder, tiny_checkpoint):
     labels = ",".join(f"label number {number}" for number in range(400))
     words = [colour_folder, "--labels", labels, "--model", tiny_checkpoint]

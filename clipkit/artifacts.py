@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import sys
 from contextlib import suppress
@@ -120,8 +121,8 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     file = path / MANIFEST
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(_what_is_there(path, expected)) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(_what_is_there(path, expected, kind)) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{file} cannot be read ({error}), expected {expected}; rebuild it"
@@ -143,7 +144,7 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def _what_is_there(path: Path, expected: str) -> str:
+def _what_is_there(path: Path, expected: str, kind: str | None) -> str:
     if not path.exists():
         half = partial_path(path)
         if half.is_dir():
@@ -152,6 +153,9 @@ def _what_is_there(path: Path, expected: str) -> str:
                 "run the same command again to continue"
             )
         return f"{path} does not exist, expected {expected}"
+    if kind == "index":
+        build = f"clipkit index build {shlex.quote(str(path))} --out INDEX"
+        return f"{path} has no {MANIFEST}, expected {expected}; to index its images, run `{build}`"
     return f"{path} has no {MANIFEST}, expected {expected}; choose another directory or rebuild it"
 
 

@@ -358,7 +358,7 @@ _EXPECTED = {
 """TOML wording for pydantic's error types whose own message speaks of Python types."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file and apply ``section.key=value`` overrides.
 
     Relative paths in ``[data]`` are relative to the working directory, as on the command line.
@@ -367,6 +367,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file is missing or not TOML, a key is unknown (the message names the
             nearest known key), or a type or value is wrong.
     """
+    path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a BOM
     except OSError as error:
@@ -376,7 +377,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         hint = "; write a path with backslashes in 'single quotes'" if "'\\'" in str(error) else ""
         raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply_override(content, override)
     return parse_config(content, origin=str(path))
 

@@ -19,6 +19,8 @@ def test_resolved_toml_reads_back_equal(tmp_path):
     config = load_config(file, ["optim.lr=0.002", "data.train=some/folder", "train.seed=7"])
     assert (config.train.epochs, config.optim.lr, config.train.seed) == (3, 0.002, 7)
     assert config.data.train == "some/folder"
+    one = load_config(str(file), "train.seed=7")
+    assert one == load_config(file, ["train.seed=7"])
     again = load_config(write(tmp_path, dump_config(config)))
     assert again == config
 

@@ -192,7 +192,7 @@ _KINDS = {
 
 
 def save_classifier(
-    classifier: Classifier, path: Path, source: Mapping[str, Any] | None = None
+    classifier: Classifier, path: str | Path, source: Mapping[str, Any] | None = None
 ) -> None:
     """Write a classifier as a directory; an existing classifier is replaced.
 
@@ -218,14 +218,14 @@ def save_classifier(
         source=dict(source or {}),
         detail=detail,
     )
-    with ArtifactWriter(path, "classifier", replace=True) as writer:
+    with ArtifactWriter(Path(path), "classifier", replace=True) as writer:
         # safetensors writes the memory as it is, whatever its order.
         arrays = {name: np.ascontiguousarray(one) for name, one in classifier.arrays().items()}
         save_file(arrays, writer.temp / ARRAYS)
         writer.finish(manifest)
 
 
-def open_classifier(path: Path) -> Classifier:
+def open_classifier(path: str | Path) -> Classifier:
     """Read a saved classifier.
 
     Raises:
@@ -234,6 +234,7 @@ def open_classifier(path: Path) -> Classifier:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    path = Path(path)
     manifest = read_manifest(path, "classifier")
     model, detail = manifest.require_model(), manifest.detail
     if detail.get("type") not in _KINDS:

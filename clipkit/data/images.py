@@ -65,7 +65,7 @@ class Skipped:
     reason: str
 
 
-def find_images(root: Path) -> tuple[list[str], list[Skipped]]:
+def find_images(root: str | Path) -> tuple[list[str], list[Skipped]]:
     """List the images below ``root`` by their suffix, without opening them.
 
     Symbolic links are followed, but each directory is listed only once. Hidden
@@ -77,6 +77,7 @@ def find_images(root: Path) -> tuple[list[str], list[Skipped]]:
     Raises:
         DataError: ``root`` is not a directory.
     """
+    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{printable(root)} is not a directory, expected a folder of images")
     keys: list[str] = []
@@ -153,14 +154,14 @@ def largest_reduction(spare: float) -> int:
     return next((number for number in (8, 4, 2) if number <= spare), 1)
 
 
-def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Image.Image:
+def read_image(source: str | Path | bytes, reduction: Reduction | None = None) -> Image.Image:
     """Read one image as 8-bit RGB, upright and fully loaded.
 
     Applies the EXIF orientation, composites transparency over white, scales 16 bits to 8, and takes
     the first frame of an animation. Thread-safe.
 
     Args:
-        source: a file or its content.
+        source: the path of a file, or its content.
         reduction: gives the factor by which the image may be reduced; None reads it in full. A JPEG
             is decoded at the reduced size, by the scaled inverse transform of its 8 x 8 blocks, in
             a fraction of the time. For other formats, blocks of pixels are averaged.
@@ -169,7 +170,10 @@ def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Imag
         ImageError: the image is empty, truncated, damaged, unreadable or of an unknown format, has
             more than 178 million pixels, or one side over 100 times the other. The message is only
             the reason, without the file name.
+        TypeError: ``source`` is neither a path nor bytes.
     """
+    if not isinstance(source, str | Path | bytes):
+        raise TypeError(f"source is a {type(source).__name__}, expected a path or bytes")
     # The filter stays: removing it would race with other threads.
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
@@ -190,7 +194,7 @@ def read_image(source: Path | bytes, reduction: Reduction | None = None) -> Imag
         raise ImageError(f"is damaged or truncated: {_why(error)}") from None
 
 
-def open_regular(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
+def open_regular(source: str | Path | bytes) -> AbstractContextManager[BinaryIO]:
     """Open a regular, non-empty file, or its content, as a stream.
 
     Raises:
@@ -202,12 +206,13 @@ def open_regular(source: Path | bytes) -> AbstractContextManager[BinaryIO]:
         size = len(source)
     else:
         try:
-            status = source.stat()
+            path = Path(source)
+            status = path.stat()
             if stat.S_ISDIR(status.st_mode):
                 raise ImageError("is a directory, not an image")
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("is not a regular file")
-            stream = source.open("rb")
+            stream = path.open("rb")
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot be opened: {_why(error)}") from None
         size = status.st_size
@@ -299,7 +304,7 @@ def _why(error: Exception) -> str:
     return text[:1].lower() + text[1:]
 
 
-def content_hash(source: Path | bytes) -> str:
+def content_hash(source: str | Path | bytes) -> str:
     """The 128-bit XXH3 hash of a file or its content, as 32 hexadecimal digits.
 
     It takes 0.2 ms for the JPEG of a 12-megapixel photo; SHA-256 takes 2 ms. The hash is not

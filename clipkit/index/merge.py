@@ -120,7 +120,7 @@ class _Merged:
         return scope
 
     def _rekeyed(self, key: str, root: Root, scopes: dict[str, Scope]) -> str:
-        return scopes[root.prefix].key(key[len(root.prefix) + 1 :] if root.prefix else key)
+        return scopes[root.prefix].key(root.relative(key))
 
     def __len__(self) -> int:
         return sum(int(part.taken.sum()) for part in self._parts)

@@ -40,6 +40,10 @@ class Root:
         """The index key of the item that has ``key`` in this root."""
         return f"{self.prefix}/{key}" if self.prefix else key
 
+    def relative(self, key: str) -> str:
+        """The key within this root of the item that has ``key`` in the index."""
+        return key[len(self.prefix) + 1 :] if self.prefix else key
+
     def __str__(self) -> str:
         return f"{self.where} (as {self.prefix}/)" if self.prefix else self.where
 
@@ -113,7 +117,7 @@ def file_of(roots: Sequence[Root], key: str) -> Path | None:
         # The image paths of a table are relative to its folder, or to another one.
         folder = root.where if root.folder else root.base or os.path.dirname(root.where)
         base = Path(folder).resolve(strict=True)
-        file = (base / key[len(root.key("")) :]).resolve(strict=True)
+        file = (base / root.relative(key)).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):  # RuntimeError: circular links
         return None
     return file if file.is_relative_to(base) and file.is_file() else None

@@ -97,13 +97,13 @@ class IndexWriter:
             start += segment.rows
         return found
 
-    def remove(self, keys: Iterable[str]) -> None:
-        """Remove items by key.
+    def remove(self, keys: str | Iterable[str]) -> None:
+        """Remove one item or several by key.
 
         Raises:
             ArtifactError: a key is unknown.
         """
-        keys = list(keys)
+        keys = [keys] if isinstance(keys, str) else list(keys)
         rows = self.find(keys)
         if (rows < 0).any():
             raise self._unknown(keys[int(np.argmin(rows))])

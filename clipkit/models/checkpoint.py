@@ -28,7 +28,7 @@ from clipkit.artifacts import (
 )
 from clipkit.data.transforms import Preprocess
 from clipkit.errors import ArtifactError, ModelError
-from clipkit.models.dual_encoder import DualEncoder, LockedTower, activations, heads
+from clipkit.models.dual_encoder import DualEncoder, LockedTower, activations, heads, vector_dim
 from clipkit.models.encoder import Encoder
 from clipkit.models.tokenizer import CONTEXT, VOCAB
 
@@ -158,17 +158,6 @@ def is_step(path: Path) -> bool:
 def checkpoint_step(path: Path) -> int:
     """The step in the name of a checkpoint."""
     return int(path.name.removeprefix("step-"))
-
-
-def vector_dim(clip: Any) -> int:
-    """Width of the vectors of an open_clip model."""
-    text = getattr(clip, "text", clip)
-    projection = text.text_projection
-    if projection is None:
-        return int(text.ln_final.weight.shape[0])
-    if isinstance(projection, nn.Linear):
-        return projection.out_features
-    return int(projection.shape[1])
 
 
 def run_checkpoints(run: Path) -> list[Path]:

@@ -8,7 +8,10 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from clipkit.models import transformer
 from clipkit.models.tokenizer import CONTEXT, VOCAB
@@ -207,6 +210,58 @@ def why_unsuitable(text_config: dict[str, Any]) -> str | None:
     if text_config.get("tokenizer_kwargs", {}).get("clean", "lower") != "lower":
         return f"it cleans text by {text_config['tokenizer_kwargs']['clean']!r}, CLIP by 'lower'"
     return None
+
+
+def vector_dim(clip: Any) -> int:
+    """Width of the vectors of an open_clip model."""
+    text = getattr(clip, "text", clip)
+    projection = text.text_projection
+    if projection is None:
+        return int(text.ln_final.weight.shape[0])
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
+    return int(projection.shape[1])
+
+
+def why_no_vectors(clip: Any) -> str | None:
+    """Why the towers do not give one vector of the same width each; None if they do.
+
+    Unusual towers run on the meta device, which computes shapes alone, in about a second.
+    """
+    if _surely_gives_vectors(clip):
+        return None
+    height, width = to_2tuple(clip.visual.image_size)
+    state = {name: value.to("meta") for name, value in clip.state_dict(keep_vars=True).items()}
+    state |= {name: value.to("meta") for name, value in clip.named_buffers()}
+    images = torch.empty(1, 3, height, width, device="meta")
+    tokens = torch.empty(1, CONTEXT, dtype=torch.long, device="meta")
+    try:
+        found = functional_call(clip, state, (images, tokens))
+    except (NotImplementedError, RuntimeError):  # an operation without a meta kernel
+        return None
+    if isinstance(found, dict):
+        found = (found["image_features"], found["text_features"])
+    image, text = (list(features.shape) for features in found[:2])
+    if len(image) == len(text) == 2 and image == text:
+        return None
+    return (
+        f"its towers give arrays of shape {image} for an image and {text} for a caption, expected "
+        "one vector of the same width each; see pool_type and the projections in its configuration"
+    )
+
+
+def _surely_gives_vectors(clip: Any) -> bool:
+    """Whether attributes suffice to tell that both towers give vectors of the same width."""
+    text, visual = getattr(clip, "text", clip), clip.visual
+    pooled = getattr(text, "pool_type", getattr(text, "text_pool_type", None)) != "none"
+    if isinstance(visual, TimmModel):
+        # Without a head, the trunk alone decides.
+        width = getattr(getattr(visual.head, "proj", None), "out_features", None)
+    else:
+        width = visual.output_dim
+        no_pool = getattr(visual, "pool_type", None) == "none"
+        pooled = pooled and (not no_pool or visual.attn_pool is not None)
+    return pooled and width == vector_dim(clip)
 
 
 def activations(clip: nn.Module) -> list[str]:

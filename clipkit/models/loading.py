@@ -38,9 +38,8 @@ from clipkit.models.checkpoint import (
     checkpoint_directory,
     fingerprint,
     run_checkpoints,
-    vector_dim,
 )
-from clipkit.models.dual_encoder import why_unsuitable
+from clipkit.models.dual_encoder import vector_dim, why_no_vectors, why_unsuitable
 from clipkit.models.encoder import Encoder
 from clipkit.models.inference_precision import DEFAULT_PRECISION, Precision, prepare
 from clipkit.models.text_encoder_numpy import (
@@ -86,8 +85,9 @@ def load_model(
 
     Raises:
         TypeError: ``model`` is neither a name, a path nor a torch module.
-        ModelError: unknown name or tag, weights that cannot be reached or do not fit, or a text
-            tower or tokenizer other than CLIP's with its 77 tokens.
+        ModelError: unknown name or tag, weights that cannot be reached or do not fit, a text tower
+            or tokenizer other than CLIP's with its 77 tokens, or towers that do not give one vector
+            of the same width each.
     """
     if isinstance(model, nn.Module):
         clip, reference, transform = _load_object(model, preprocess, tokenizer)
@@ -116,6 +116,7 @@ def load_clip(model: str) -> tuple[Any, ModelRef]:
     name, weights = resolve(model)
     clip, file = _create(name, weights)
     label = name.removeprefix("local-dir:")
+    _require_vectors(label, clip)
     digest = fingerprint(clip, dict(clip.visual.preprocess_cfg))
     reference = ModelRef(label, weights, digest, vector_dim(clip))
     _record(reference, clip, file)
@@ -234,6 +235,11 @@ def model_config(name: str) -> dict[str, Any]:
     return config
 
 
+def _require_vectors(name: str, clip: Any) -> None:
+    if reason := why_no_vectors(clip):
+        raise ModelError(f"{name} cannot be used: {reason}")
+
+
 def _unsuitable(name: str, reason: str) -> ModelError:
     return ModelError(
         f"{name} cannot be used: {reason}; clipkit takes models with CLIP's byte-level BPE of "
@@ -293,9 +299,9 @@ def _unreachable(what: str, error: Exception) -> str:
     if what.startswith("local-dir:"):
         return f"{what.removeprefix('local-dir:')}/{CONFIG} cannot be read ({_short(error)})"
     return (
-        f"{what} could not be loaded ({_short(error)}): its files are not in the local cache and "
-        "the hub was not reached; connect to the network once, or use weights on disk with "
-        "NAME/path/to/weights.safetensors"
+        f"the model {what} is not in the local cache and the hub was not reached; name a run or "
+        "checkpoint, or weights on disk (NAME/path/to/weights.safetensors), or connect to the "
+        f"network once (the hub: {_short(error)})"
     )
 
 
@@ -331,6 +337,7 @@ def _load_object(
     shapes = {"vocab_size": words.num_embeddings, "context_length": positions.shape[0]}
     if reason := why_unsuitable(shapes):
         raise _unsuitable(f"the {name}", reason)
+    _require_vectors(f"the {name}", model)
     if tokenizer is not None:
         _check_tokenizer(tokenizer)
     preprocess, facts = _as_preprocess(transform, getattr(model.visual, "preprocess_cfg", None))

@@ -4,10 +4,11 @@ Only new content is encoded; known content reuses its stored vector.
 """
 
 import os
+import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -261,19 +262,22 @@ def sync_index(
 
     Args:
         index: the index.
-        data: one of its folders or tables, a folder within one, or its only folder at a new
-            place; None: all that it was built from.
+        data: one of its folders or tables, a folder within one, or a folder that was moved, at its
+            new place; None: all that it was built from.
         encoder: the model of the index; None loads it if there is something to encode.
         batch_size: images encoded at once; ``"auto"`` fits the device.
         workers: decoding threads; ``"auto"`` is one per core.
 
     Raises:
-        DataError: the images cannot be opened, or there are none; then nothing is removed.
+        DataError: the images cannot be opened, or there are none, or a folder no longer exists;
+            then nothing is removed.
         ModelMismatchError: ``encoder`` is another model.
         ArtifactError: ``data`` is not part of the index, or another process is writing it.
     """
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
+        if data is None:
+            _require_folders(roots, writer.path)
         total = Changes()
         bases = {root.where: root.base or None for root in roots}
         for where in bases if data is None else [data]:
@@ -282,7 +286,7 @@ def sync_index(
             else:
                 base = bases.get(str(where)) if isinstance(where, str | Path) else None
                 source = open_source(where, metadata=True, image_root=base)
-            scope, roots = _scope_of(source, roots, writer.path)
+            scope, roots = _scope_of(source, roots, writer.index)
             update = Update(writer, scope, roots)
             store, work = update.encode(source, encoder, batch_size, workers)
             update.apply(store.shards(), update.gone(work))
@@ -364,19 +368,40 @@ def _root(source: Source) -> Root:
     return root_of({"spec": spec, "kind": source.kind, "root": source.root and str(source.root)})
 
 
-def _scope_of(source: Source, roots: list[Root], path: Path) -> tuple[Scope, list[Root]]:
-    """The scope of a source in an index, and the index's roots, one of which may have moved."""
+def _require_folders(roots: Sequence[Root], index: Path) -> None:
+    """Raise DataError if a folder of the index no longer exists."""
+    for root in roots:
+        if root.folder and not os.path.isdir(root.where):
+            command = f"clipkit index sync {shlex.quote(str(index))} NEWFOLDER"
+            raise DataError(
+                f"the folder {root.where} no longer exists, nothing was changed; if it was moved, "
+                f"run `{command}`, which keeps the vectors of its images"
+            )
+
+
+def _scope_of(source: Source, roots: list[Root], index: VectorIndex) -> tuple[Scope, list[Root]]:
+    """The scope of a source in an index, and the index's roots, one of which may have moved.
+
+    Raises:
+        ArtifactError: the source is not part of the index.
+    """
     wanted = _root(source)
     scope = find_scope(roots, wanted) if source.kind != "image" else None
     if scope is not None:
         return scope, roots
-    if len(roots) == 1 and wanted.folder and roots[0].folder and not os.path.exists(roots[0].where):
-        print_status(
-            f"{roots[0].where} no longer exists, assuming its images moved to {wanted.where}"
-        )
-        moved = Root("", wanted.where, True)
-        return Scope(moved), [moved]
+    lost = [root for root in roots if root.folder and not os.path.isdir(root.where)]
+    if wanted.folder and lost:
+        found = dict.fromkeys(lost, 0)
+        for key in index.keys:
+            root = owner(roots, key)
+            if root in found and os.path.exists(os.path.join(wanted.where, root.relative(key))):
+                found[root] += 1
+        old = max(lost, key=lambda root: found[root])
+        if found[old]:
+            print_status(f"{old.where} no longer exists, its images moved to {wanted.where}")
+            moved = replace(old, where=wanted.where)
+            return Scope(moved), [moved if root == old else root for root in roots]
     raise ArtifactError(
-        f"{source.spec} is not part of {path}, expected one of {', '.join(map(str, roots))}; "
-        "use `clipkit index add` to add other images"
+        f"{source.spec} is not part of {index.path}, expected one of "
+        f"{', '.join(map(str, roots))}; use `clipkit index add` to add other images"
     )

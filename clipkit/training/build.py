@@ -27,7 +27,7 @@ from torch import nn
 from clipkit.config import ModelConfig, OptimConfig
 from clipkit.errors import ConfigError, ModelError
 from clipkit.models.checkpoint import Towers
-from clipkit.models.dual_encoder import why_unsuitable
+from clipkit.models.dual_encoder import why_no_vectors, why_unsuitable
 from clipkit.models.loading import load_clip, model_config, resolve
 from clipkit.models.tokenizer import CONTEXT, VOCAB
 from clipkit.training.frozen_towers import lock_towers
@@ -143,6 +143,8 @@ def _new_towers(config: ModelConfig, custom: bool, temperature: float, seed: int
         )
     torch.manual_seed(seed)
     clip = _construct(settings, pretrained=config.image_weights == PRETRAINED)
+    if reason := why_no_vectors(clip):
+        raise ConfigError(f"[model] cannot be used: {reason}")
     clip.logit_scale.data.fill_(math.log(1 / temperature))
     preprocess = _preprocessing(config, clip)
     if config.image_weights not in ("", PRETRAINED):

@@ -23,8 +23,8 @@ from clipkit.data.sampler import stable_hash
 from clipkit.data.transforms import Preprocess, augmentation
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import ConfigError, ImageError
-from clipkit.models.checkpoint import Towers, fingerprint, vector_dim
-from clipkit.models.dual_encoder import DualEncoder, LockedTower
+from clipkit.models.checkpoint import Towers, fingerprint
+from clipkit.models.dual_encoder import DualEncoder, LockedTower, vector_dim
 from clipkit.models.tokenizer import TruncationReport, split_caption, tokenize
 from clipkit.progress import progress_bar
 

@@ -157,7 +157,7 @@ def test_fine_tuning_lowers_the_cross_entropy(text):
 def test_a_saved_head_gives_the_same_logits(text, method, tmp_path):
     head = METHODS[method](sample(30, 0), sample(20, 4), text)
     save_classifier(head, tmp_path / "head")
-    again = open_classifier(tmp_path / "head")
+    again = open_classifier(str(tmp_path / "head"))
     others = sample(10, 2).vectors
     np.testing.assert_array_equal(head.logits(others), again.logits(others))
     assert (again.labels, again.fingerprint) == (head.labels, head.fingerprint)

@@ -596,6 +596,15 @@ def test_train_then_info(run, colour_folder, tmp_path, monkeypatch):
     assert "is finished" in run("train", "t.toml", "--out", "run", *epochs, "--resume", code=1)[1]
 
 
+def test_a_folder_of_images_in_place_of_an_index_says_how_to_build_one(run, colour_folder):
+    advice = f"to index its images, run `clipkit index build {colour_folder} --out INDEX`"
+    assert advice in run("search", colour_folder, "red", code=1)[1]
+    assert advice in run("serve", colour_folder, code=1)[1]
+    table = colour_folder / "my table.csv"
+    table.write_text("image,caption\nred-0.png,red\n")
+    assert f"clipkit index build '{table}' --out" in run("search", table, "red", code=1)[1]
+
+
 def test_info_of_what_is_not_clipkits(run, tmp_path):
     (tmp_path / "file").touch()
     assert "is a file, expected the directory" in run("info", tmp_path / "file", code=1)[1]

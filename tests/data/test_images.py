@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from clipkit.data.images import MAX_PIXELS, Skipped, find_images, read_image
+from clipkit.data.images import MAX_PIXELS, Skipped, content_hash, find_images, read_image
 from clipkit.errors import DataError, ImageError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -55,6 +55,19 @@ def test_a_plain_file_and_its_bytes_read_alike(tmp_path):
         image = read_image(source)
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_a_path_may_be_a_str(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2), (200, 10, 30)).save(path)
+    assert read_image(str(path)).getpixel((0, 0)) == (200, 10, 30)
+    assert content_hash(str(path)) == content_hash(path.read_bytes())
+    assert find_images(str(tmp_path)) == (["a.png"], [])
+    with pytest.raises(ImageError, match="cannot be opened: no such file"):
+        read_image(str(tmp_path / "no.png"))
+    for wrong in (None, 3, [str(path)]):
+        with pytest.raises(TypeError, match="expected a path or bytes"):
+            read_image(wrong)
 
 
 def test_the_suffix_does_not_matter(tmp_path):

@@ -230,7 +230,7 @@ def test_an_index_of_format_1_opens_and_lives_on(tmp_path, spec):
     if spec != "SQ8":
         assert [[hit.key for hit in hits] for hits in before.search(QUERIES, 3)] == wanted
     with IndexWriter(path) as writer:
-        writer.remove(["item-00007.png"])
+        writer.remove("item-00007.png")
         writer.append(vectors[7:8], table(["seven"], id=[7]))
         writer.commit()
     index = VectorIndex.open(path)

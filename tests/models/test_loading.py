@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import clipkit
 from clipkit.config import parse_config
 from clipkit.data.transforms import Preprocess
-from clipkit.errors import ModelError, ModelMismatchError
+from clipkit.errors import ConfigError, ModelError, ModelMismatchError
 from clipkit.index.vector_index import VectorIndex
 from clipkit.models.dual_encoder import why_unsuitable
 from clipkit.models.loading import load_model, load_model_ref, resolve
@@ -233,6 +233,37 @@ def test_unsuitable_objects_are_refused(named):
         load_model(short)
 
 
+@pytest.mark.parametrize(
+    ("vision", "text", "shapes"),
+    [
+        ({"pool_type": "none"}, {}, r"\[1, 5, 32\] for an image and \[1, 32\]"),
+        ({}, {"pool_type": "none"}, r"\[1, 32\] for an image and \[1, 77, 32\]"),
+        ({}, {"proj_type": "none"}, r"\[1, 32\] for an image and \[1, 64\]"),
+    ],
+)
+def test_towers_that_do_not_give_vectors_are_refused(tmp_path, vision, text, shapes):
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            **{"width": 64, "layers": 1, "head_width": 32, "patch_size": 16, "image_size": 32},
+            **vision,
+        },
+        "text_cfg": {"width": 64, "layers": 1, "heads": 2, **text},
+    }
+    clip = open_clip.CLIP(**config)
+    file = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(file))
+    save_file(clip.state_dict(), tmp_path / "open_clip_model.safetensors")
+    message = f"cannot be used: its towers give arrays of shape {shapes} for a caption.*pool_type"
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        load_model(clip, preprocess=lambda image: torch.zeros(3, 32, 32))
+    settings = {"embed_dim": 32, "vision": config["vision_cfg"], "text": config["text_cfg"]}
+    with pytest.raises(ConfigError, match=message):
+        build_towers(parse_config({"model": settings}).model, 0.07, seed=0)
+
+
 def test_openais_spelling_of_names():
     assert resolve("ViT-B/32/openai") == ("ViT-B-32", "openai")
 
@@ -275,7 +306,8 @@ def test_offline_is_one_sentence(model, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
-    with pytest.raises(ModelError, match="not in the local cache and the hub was not reached"):
+    said = r"the hub was not reached; name a run .*weights on disk.*\(the hub: .*no route to host\)$"
+    with pytest.raises(ModelError, match=said):
         load_model(model)
 
 

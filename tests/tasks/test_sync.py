@@ -286,8 +286,29 @@ def test_a_folder_that_moved_is_found_by_its_content(index, photos, tmp_path, en
     paint(tmp_path / "pictures" / "red" / "new.png", "red", 40)
     changes = sync_index(index, tmp_path / "pictures", encoder=encoder)
     assert counts(changes) == {"added": 1, "unchanged": 16, "encoded": 1}
-    assert "no longer exists, assuming its images moved to" in capsys.readouterr().err
+    assert "photos no longer exists, its images moved to" in capsys.readouterr().err
     assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 17}
+
+
+def test_a_folder_that_is_gone_is_not_taken_for_deleted(index, photos, tmp_path, encoder):
+    other = tmp_path / "other"
+    write_squares(other, per_colour=3)
+    add_images(index, other, encoder)
+    other.rename(tmp_path / "moved")
+    advice = rf"other no longer exists.*clipkit index sync {index} NEWFOLDER"
+    with pytest.raises(DataError, match=advice):
+        sync_index(index, encoder=encoder)
+    write_squares(tmp_path / "else" / "deeper", per_colour=1)
+    with pytest.raises(ArtifactError, match="else is not part of"):
+        sync_index(index, tmp_path / "else", encoder)
+    encoder.encoded = 0
+    assert counts(sync_index(index, tmp_path / "moved", encoder)) == {"unchanged": 24}
+    assert [(root.prefix, root.where) for root in roots_of(VectorIndex.open(index).manifest)] == [
+        ("", str(photos)),
+        ("other", str(tmp_path / "moved")),
+    ]
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 40}
+    assert encoder.encoded == 0
 
 
 def test_what_was_encoded_before_an_interruption_is_not_encoded_again(

@@ -54,7 +54,8 @@ def open_source(
 
     Args:
         data: an image; a folder (with sidecar captions, with metadata.csv or metadata.jsonl, with
-            one sub-folder per class, or plain); a CSV, TSV, JSON lines or Parquet table; WebDataset
+            one sub-folder per class, or plain); a CSV, TSV, JSON lines, JSON (a list of objects,
+            COCO captions, or Karpathy's splits as ``file.json:train``) or Parquet table; WebDataset
             tars (``shards-{000..012}.tar`` or ``shards-*.tar``); ``hf:org/name:split``; a dataset
             saved to disk (``path`` or ``path:split``). A pattern (``photos/*.jpg``) or a list of
             paths and patterns opens several images and folders, tables, or tars as one source.
@@ -167,6 +168,8 @@ def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
     stem, _, split = str(path).rpartition(":")
     if stem and is_saved(Path(stem)):
         return open_saved(Path(stem), split, wanted, streaming)
+    if Path(stem).suffix.lower() in (".json", ".jsonl") and os.path.isfile(stem):
+        return open_table([Path(stem)], wanted, streaming, split=split)
     raise DataError(_nothing_there(text, path))
 
 

@@ -76,7 +76,8 @@ class Source:
 
     Attributes:
         spec: what was asked for.
-        kind: image, folder, sidecars, classes, metadata, csv, jsonl, parquet, tars, saved or hub.
+        kind: image, folder, sidecars, classes, metadata, csv, json, jsonl, parquet, tars, saved
+            or hub.
         rows: a ``Dataset``, or a ``Stream`` where they can only be read in order; with the columns
             ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
             (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``, and

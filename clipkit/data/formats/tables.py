@@ -1,7 +1,7 @@
-"""Tables of images and captions: CSV and TSV, JSON lines, Parquet."""
+"""Tables of images and captions: CSV and TSV, JSON, Parquet."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from clipkit.data.formats.columns import Columns, Common, find_columns, path_sample
 from clipkit.data.formats.image_paths import SAMPLE, ImagePaths, find_image_paths
-from clipkit.data.formats.json_tables import json_records
+from clipkit.data.formats.json_tables import JsonTable
 from clipkit.data.images import Skipped
 from clipkit.data.source import (
     MEMORY_LIMIT,
@@ -38,6 +38,7 @@ TABLES = {
     ".txt": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".parquet": "parquet",
 }
 _SEPARATORS = ",;\t|"
@@ -48,17 +49,28 @@ _STREAMED_ROWS = 64  # likewise, of which a shuffled stream holds some for each 
 
 
 def open_table(
-    files: list[Path], wanted: Wanted, streaming: bool | None, *, kind: str | None = None
+    files: list[Path],
+    wanted: Wanted,
+    streaming: bool | None,
+    *,
+    kind: str | None = None,
+    split: str | None = None,
 ) -> Source:
-    """Open one CSV or JSON lines file, or Parquet files of the same columns.
+    """Open tables of one format and with the same columns as one source.
+
+    Args:
+        files: in order; rows of the same image file in several of them are merged.
+        wanted: the columns.
+        streaming: read rows in order; None if they take more than 2 GiB.
+        kind: of the source, if that is not the format.
+        split: of a JSON table; see ``JsonTable.open``.
 
     Raises:
-        DataError: a file is no such table, or the columns needed are not there.
+        DataError: a file is not such a table, a column needed is not in all of them, or they lie in
+            different folders and hold paths.
     """
     form = TABLES[files[0].suffix.lower()]
     spec, skipped, notes = str(files[0]), Skips(), Notes()
-    if form != "parquet" and len(files) > 1:
-        raise DataError(f"{len(files)} {form} tables found, expected one; join them into one file")
     growth = 1 if form == "parquet" else _TEXT_GROWTH
     read: Read
     shards: list[Any]
@@ -70,10 +82,12 @@ def open_table(
             common, shards = held.common, held.groups
             read = partial(held.read, size=_STREAMED_ROWS if streams else _ROWS)
         else:
-            (common, read), shards = _text(form, files[0], wanted, skipped, notes), files
+            (common, read), shards = _text(form, files, wanted, skipped, notes, split), files
     except OSError as error:
         raise DataError(f"{spec} cannot be read: {error}") from None
-    prints = fingerprint_of([(file.name, file) for file in files], wanted)
+    prints = fingerprint_of(
+        [(file.name, file) for file in files], wanted, *([split] if split else [])
+    )
     rows: Any = Stream(read, shards)
     if not streams:
         rows = in_memory(rows.batches(), prints, skipped, common.told)
@@ -193,32 +207,74 @@ def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
 
 
 def _text(
-    form: str, file: Path, wanted: Wanted, skipped: list[Skipped], notes: list[str]
+    form: str,
+    files: list[Path],
+    wanted: Wanted,
+    skipped: list[Skipped],
+    notes: list[str],
+    split: str | None,
 ) -> tuple[Common, Read]:
-    records = _csv_records if form == "csv" else json_records
-    # Told at the second, full reading; the names alone are wanted here.
-    head = [record for record, _ in islice(records(file, []), 1000)]
-    names = dict.fromkeys(name for record in head for name in record)
-    if not names:
-        raise DataError(f"{file} holds no rows, expected a {form} table of images")
-    columns = find_columns(names, wanted, str(file))
+    tables = {file: _open_text(form, file, notes, split) for file in files}
+    columns: Columns | None = None
+    sample: list[Row] = []
+    for file, table in tables.items():
+        # The rest of the file is read later, which is when bad lines are reported.
+        head = [record for record, _ in islice(table.records([]), 1000)]
+        names = dict.fromkeys(name for record in head for name in record)
+        if not names:
+            raise DataError(f"{file} holds no rows, expected a {form} table of images")
+        columns = columns or find_columns(names, wanted, str(file))
+        _check_same(columns, names, file, files[0])
+        sample = sample or head
+    assert columns is not None
+    if len({file.parent for file in files}) > 1 and wanted.image_root is None:
+        raise DataError(_different_folders(files))
+    tables = {file: table.using(columns.used) for file, table in tables.items()}
     more = None
     if wanted.metadata:  # types are those of all rows: a pass of its own
         from clipkit.data.formats.metadata import infer_types
 
-        types = infer_types((record for record, _ in records(file, [])), typed=form == "jsonl")
-        more = columns.metadata([types], str(file))
-    sample = path_sample(record.get(columns.image) for record in head)
-    paths = find_image_paths(sample, file.parent, wanted.image_root, notes)
+        typed = form != "csv"
+        types = [
+            infer_types((record for record, _ in table.records([])), typed=typed)
+            for table in tables.values()
+        ]
+        more = columns.metadata(types, str(files[0]))
+    values = (text for record in sample for text in _texts(record.get(columns.image))[:1])
+    paths = find_image_paths(path_sample(values), files[0].parent, wanted.image_root, notes)
     common = Common(columns, paths, skipped, metadata=more, notes=notes)
 
     def read(file: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
         start, first = at or ((0, 0), 0)
-        for chunk in chunks(records(file, skipped, start), _CHUNK):
-            batch = _arrow([record for record, _ in chunk], common)
-            yield common.batch(batch, first), [chunk[-1][1], first := first + len(chunk)]
+        own = replace(common, prefix=f"{file.name}:") if len(files) > 1 else common
+        for chunk in chunks(tables[file].records(skipped, start), _CHUNK):
+            batch = _arrow([record for record, _ in chunk], own)
+            yield own.batch(batch, first), [chunk[-1][1], first := first + len(chunk)]
 
     return common, read
+
+
+def _open_text(
+    form: str, file: Path, notes: list[str], split: str | None
+) -> "CsvTable | JsonTable":
+    return CsvTable(file) if form == "csv" else JsonTable.open(file, split, notes)
+
+
+def _check_same(columns: Columns, names: Collection[str], file: Path, first: Path) -> None:
+    if missing := [name for name in columns.used if name not in names]:
+        raise DataError(
+            f"{file} has no column {missing[0]!r}, which {first} has; open tables with different "
+            "columns one by one"
+        )
+
+
+def _different_folders(files: list[Path]) -> str:
+    other = next(file for file in files if file.parent != files[0].parent)
+    return (
+        f"{files[0]} and {other} lie in different folders, and image paths are relative to the "
+        "folder of their table; put the tables into one folder, or name that of the images with "
+        "--image-root (image_root=)"
+    )
 
 
 def _arrow(records: list[Row], common: Common) -> "pa.RecordBatch":
@@ -275,27 +331,37 @@ class _Lines:
         return text if offset else text.removeprefix("\ufeff")
 
 
-def _csv_records(
-    file: Path, skipped: list[Skipped], start: Sequence[int] = (0, 0)
-) -> Iterator[tuple[Row, list[int]]]:
-    """The records of a file from a place on, each with the place after it."""
-    with file.open("rb") as stream:
-        lines = _Lines(stream)
-        first = next(lines, "")
-        separator = max(
-            _SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), []))
-        )
-        lines.seek((0, 0))
-        reader = csv.reader(lines, delimiter=separator)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            if start[0]:
-                lines.seek(start)
-            for record in reader:
-                if len(record) == len(header):
-                    yield dict(zip(header, record, strict=True)), lines.place
-                elif record:
-                    found = f"has {len(record)} fields, its header has {len(header)}"
-                    skipped.append(Skipped(f"{file.name}:{lines.place[1]}", found))
-        except csv.Error as error:
-            raise DataError(f"{file}:{lines.place[1]} is not CSV: {error}") from None
+@dataclass(frozen=True)
+class CsvTable:
+    """The records of a CSV file."""
+
+    file: Path
+
+    def using(self, _: Sequence[str]) -> Self:
+        """The same: all columns are read."""
+        return self
+
+    def records(
+        self, skipped: list[Skipped], start: Sequence[int] = (0, 0)
+    ) -> Iterator[tuple[Row, list[int]]]:
+        """The records from a position on, each with the position after it."""
+        with self.file.open("rb") as stream:
+            lines = _Lines(stream)
+            first = next(lines, "")
+            separator = max(
+                _SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), []))
+            )
+            lines.seek((0, 0))
+            reader = csv.reader(lines, delimiter=separator)
+            try:
+                header = [name.strip() for name in next(reader, [])]
+                if start[0]:
+                    lines.seek(start)
+                for record in reader:
+                    if len(record) == len(header):
+                        yield dict(zip(header, record, strict=True)), lines.place
+                    elif record:
+                        found = f"has {len(record)} fields, its header has {len(header)}"
+                        skipped.append(Skipped(f"{self.file.name}:{lines.place[1]}", found))
+            except csv.Error as error:
+                raise DataError(f"{self.file}:{lines.place[1]} is not CSV: {error}") from None

@@ -21,6 +21,7 @@ _NAMES = {
     "clipkit.data.open_source": ("Source", "open_source"),
     "clipkit.reports.plots": ("Drawing",),
     "clipkit.errors": (
+        "ArgumentError",
         "ArtifactError",
         "CaptionError",
         "ClipkitError",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two l
     from clipkit.data.labels import Label as Label
     from clipkit.data.open_source import Source as Source
     from clipkit.data.open_source import open_source as open_source
+    from clipkit.errors import ArgumentError as ArgumentError
     from clipkit.errors import ArtifactError as ArtifactError
     from clipkit.errors import CaptionError as CaptionError
     from clipkit.errors import ClipkitError as ClipkitError

@@ -14,6 +14,7 @@
     │   ├── ModelMismatchError an artifact was built with a different model
     │   └── SpecError          a FAISS factory string is invalid for these vectors
     ├── ServeError             a server cannot start, or refuses a request
+    ├── ArgumentError          an argument of a function is out of range (also a ValueError)
     └── MissingExtraError      an optional dependency is not installed
 
 Each message is one sentence: what was found, what was expected, how to fix it. The command line
@@ -28,6 +29,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 class ClipkitError(Exception):
     """Base class of every error that clipkit raises deliberately."""
+
+
+class ArgumentError(ClipkitError, ValueError):
+    """An argument of a function is out of range, or not one of the known choices."""
 
 
 class ConfigError(ClipkitError):

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.arguments import require_encoder, require_items
 from clipkit.artifacts import (
     MANIFEST,
     ArtifactWriter,
@@ -275,6 +276,7 @@ def load_classifier(
         ArtifactError: the saved classifier cannot be read.
         ModelMismatchError: the classifier was built for another model.
     """
+    require_encoder(encoder)
     found = read_labels_or_classifier(labels, templates, single=background)
     if isinstance(found, Classifier):
         encoder = encoder or load_model_ref(found.model, "the classifier")
@@ -327,4 +329,7 @@ def list_templates(templates: Templates) -> list[str]:
         )
     if templates is None or isinstance(templates, (str, Path)):
         return read_templates(templates)
-    return list(templates)
+    found = require_items("templates", templates, "['a photo of a {}.']")
+    if not found:
+        raise CaptionError("templates is empty, expected at least one; None is the default")
+    return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.arguments import require_items
 from clipkit.errors import CaptionError, DataError
 
 _COLON = re.compile(r"(?<!\\):\s")
@@ -60,11 +61,7 @@ def to_labels(labels: Sequence[str | Label]) -> list[Label]:
         TypeError: ``labels`` is a single string, or has an item that is neither a string nor a
             ``Label``.
     """
-    if isinstance(labels, str):
-        raise TypeError(
-            f"labels is one string, {labels[:80]!r}, expected a list such as ['dog', 'cat']"
-        )
-    found = list(labels)
+    found = require_items("labels", labels, "['dog', 'cat']")
     for label in found:
         if not isinstance(label, (str, Label)):
             raise TypeError(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from clipkit.arguments import require_size
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -54,8 +56,9 @@ def map_ordered(
 
 def worker_count(setting: int | str) -> int:
     """Number of decoding threads: ``setting``, or for ``"auto"`` one per core, at most 16."""
-    if isinstance(setting, int):
-        return setting
+    chosen = require_size("workers", setting, least=0)
+    if isinstance(chosen, int):
+        return chosen
     return min(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         16,

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.arguments import require_integer
 from clipkit.errors import ArtifactError
 
 Floats = NDArray[np.float32]
@@ -58,10 +59,10 @@ def search_exact(
         Scores float32 [m, min(k, n)] and row numbers int64 [m, min(k, n)], n being all rows.
 
     Raises:
-        ArtifactError: the rows have another width than the queries, or ``k`` is below 1.
+        ArtifactError: the rows have another width than the queries.
+        ArgumentError: ``k`` is below 1.
     """
-    if k < 1:
-        raise ArtifactError(f"k is {k}, expected at least 1; ask for one hit or more")
+    k = require_integer("k", k)
     queries = np.ascontiguousarray(queries, np.float32)
     best = _TopK(len(queries), k)
     # Reused: allocating memory for each product costs a tenth of its time.

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from clipkit.arguments import require_items
 from clipkit.errors import ArtifactError
 from clipkit.index.roots import Root, Scope, find_scope, new_root, owner, roots_of, with_roots
 from clipkit.index.segments import ID
@@ -37,6 +38,7 @@ def merge_indexes(
         ArtifactError: there are fewer than two indexes, one is damaged, or ``out`` is taken.
         SpecError: the spec is invalid for these vectors.
     """
+    paths = require_items("paths", paths, "['index-1', 'index-2']")
     indexes = [VectorIndex.open(path) for path in paths]
     if len(indexes) < 2:
         raise ArtifactError(f"got {len(indexes)} indexes, expected at least two; name another")

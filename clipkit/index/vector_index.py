@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipkit.arguments import require_encoder, require_integer, require_number, require_text
 from clipkit.artifacts import MANIFEST, ArtifactWriter, Manifest, ModelRef, read_manifest
-from clipkit.data.images import Decode, read_image
+from clipkit.data.images import SUFFIXES, Decode, read_image
 from clipkit.errors import ArtifactError, CaptionError, DataError, ImageError, ModelError
 from clipkit.index.build import Built, Rows, cannot_write, write_segment
 from clipkit.index.calibration import Calibration
@@ -33,6 +34,7 @@ from clipkit.index.hits import Hit, Hits, Record
 from clipkit.index.roots import roots_of
 from clipkit.index.search import split_search_parameters
 from clipkit.index.segments import ID, Mask, Segment, mismatch, parts_of, search_segments
+from clipkit.progress import print_status
 from clipkit.shapes import Float32, Int64, Shaped
 from clipkit.store.embedding_store import EXACT, EmbeddingStore, ExternalVectors
 from clipkit.store.shards import SCHEMA, Vectors, json_value, together
@@ -103,6 +105,7 @@ class VectorIndex:
         self._starts = np.cumsum([0, *(segment.rows for segment in segments)])
         self._encoder = encoder
         self._folder: _TemporaryFolder | None = None
+        require_encoder(encoder)
         if encoder is not None:
             self._require(encoder)
 
@@ -383,15 +386,19 @@ class VectorIndex:
         Raises:
             CaptionError: a blank text.
             ImageError: an image cannot be read.
-            DataError: no query, an unknown key, a malformed condition, a weight that is not a
-                finite positive number, or terms that cancel each other out.
+            DataError: no query, an unknown key, a malformed condition, or terms that cancel each
+                other out.
+            ArgumentError: ``k`` is below 1, or a weight is not a finite positive number.
             ModelError: the index's model cannot be loaded, or is not known.
             TypeError: a query of another type.
         """
+        k = require_integer("k", k)
+        if where is not None:
+            require_text("where", where, "year >= 2023")
         queries, several = _as_queries(query)
         like, minus = _as_list(like, "like"), _as_list(minus, "minus")
-        _require_weight("minus_weight", minus_weight)
-        _require_weight("image_weight", image_weight)
+        require_number("minus_weight", minus_weight)
+        require_number("image_weight", image_weight)
         mask = None if where is None else self.mask(where)
         terms = self._terms(image, like, minus, minus_weight, image_weight)
         if not terms and any(one is None for one in queries):
@@ -453,6 +460,11 @@ class VectorIndex:
                 raise TypeError(f"a text to search for is a {type(text).__name__}, expected a str")
             if not text.strip():
                 raise CaptionError("the text to search for is empty, expected words")
+            if os.path.splitext(text)[1].lower() in SUFFIXES and os.path.isfile(text):
+                print_status(
+                    f"note: {text} is searched for as text; an image is given as "
+                    "--image, image=, or a Path"
+                )
         return list(self.text_encoder.encode_text(list(texts)))
 
     def _encode_image(self, image: "Path | Image.Image | NDArray[np.uint8]") -> Vectors:
@@ -474,6 +486,11 @@ class VectorIndex:
                     f"vector, float32 [{self.dim}]"
                 )
             image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            raise TypeError(
+                f"an image to search for is a {type(image).__name__}, expected a path, a PIL image "
+                "or a uint8 array [height, width, 3]"
+            )
         pixels = preprocess.pixels(image, decode)
         vector: Vectors = encoder.encode_images(as_batch([pixels]))[0]
         return vector
@@ -559,12 +576,11 @@ class VectorIndex:
             mask: the rows to search, bool [len(self)] in the order of the records; None: all.
 
         Raises:
-            ArtifactError: ``queries`` or ``mask`` have another shape, or are not finite, or ``k``
-                is below 1.
+            ArtifactError: ``queries`` or ``mask`` have another shape, or are not finite.
+            ArgumentError: ``k`` is below 1.
         """
         queries = self._checked(queries)
-        if k < 1:
-            raise ArtifactError(f"k is {k}, expected at least 1; ask for one hit or more")
+        k = require_integer("k", k)
         if not len(self) or not len(queries):
             return [[] for _ in queries]
         k = min(k, len(self))
@@ -661,8 +677,12 @@ def _as_queries(query: Any) -> tuple[list[Query | None], bool]:
         return [query], False
     if isinstance(query, list | tuple):
         return [one for item in query for one in _as_queries(item)[0]], True
-    if isinstance(query, np.ndarray):
+    if hasattr(query, "detach"):  # a torch tensor
+        query = query.detach().cpu().numpy()
+    if isinstance(query, np.ndarray) and query.dtype.kind not in "OU":
         return (list(query), True) if query.ndim == 2 else ([query], False)
+    if isinstance(query, Iterable) and not isinstance(query, bytes | Mapping | Set):
+        return _as_queries(list(query))  # a series, an array of texts, a generator
     raise TypeError(
         f"a query is a {type(query).__name__}, expected text (str), an image (Path, PIL image, or "
         "uint8 array [height, width, 3]), a vector (array [dim]), or a list of these"
@@ -675,11 +695,6 @@ def _as_list(values: str | Sequence[str], name: str) -> list[str]:
         if not isinstance(value, str):
             raise TypeError(f"{name} holds a {type(value).__name__}, expected str or list of str")
     return values
-
-
-def _require_weight(name: str, value: float) -> None:
-    if not 0 < value < np.inf:
-        raise DataError(f"{name} is {value}, expected a number above 0")
 
 
 def _describe(query: Query) -> str:

@@ -1,7 +1,8 @@
 """Encode images and captions to unit vectors."""
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from clipkit.arguments import require_integer, require_size
 from clipkit.artifacts import ModelRef
 from clipkit.data.images import read_image
 from clipkit.data.transforms import Pixels, Preprocess, as_batch
@@ -43,6 +45,8 @@ CONVOLUTION_PIXELS = 2**18
 Activations of so few pixels stay in the cache: open_clip encodes images of 260 pixels 2.5 times as
 fast in batches of 4 as in batches of 64."""
 
+_MOST_NORMALISED = 10.0
+"""Normalised images are within ±3; pixels from 0 to 255 are not."""
 _EXPECTED = (
     "expected a path, a PIL image, a uint8 array [height, width, 3], a tensor [3, height, width], "
     "or a sequence of them"
@@ -108,12 +112,17 @@ class Encoder:
 
         Raises:
             TypeError: an item of another type or dtype.
-            ImageError: a file that cannot be read, or an array of another shape.
+            ImageError: a file that cannot be read, an array of another shape, or a float tensor
+                that is not normalised.
+            ArgumentError: ``batch_size`` is below 1.
         """
+        batch_size = require_integer("batch_size", batch_size)
         single = _is_single(images)
         if single:
             batch: Sequence[ImageLike] | Tensor = [images]  # type: ignore[list-item]
         elif isinstance(images, Tensor) and self._is_ready(images):
+            if images.is_floating_point():
+                _check_normalised(images)
             batch = images
         else:
             batch = list(images)  # type: ignore[arg-type]
@@ -176,6 +185,7 @@ class Encoder:
                         f"found a float tensor {list(image.shape)}, expected {list(wanted)} as "
                         "encoder.preprocess(image) returns it"
                     )
+                _check_normalised(image[None])
                 return image
             if image.ndim != 3 or image.shape[0] != 3:
                 raise ImageError(
@@ -257,9 +267,30 @@ def _is_single(images: object) -> bool:
                 "(a batch)"
             )
         return images.ndim == 3
-    if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
+    if not isinstance(images, Iterable) or isinstance(images, bytes | Mapping | Set):
         raise TypeError(f"found {_kind(images)} as images, {_EXPECTED}")
     return False
+
+
+def _check_normalised(images: Tensor) -> None:
+    """Refuse float images [n, 3, height, width] that ``preprocess`` cannot have returned."""
+    if not len(images):
+        return
+    flat = images.detach().flatten(1)
+    low, high = (side.float().cpu().numpy() for side in (flat.amin(1), flat.amax(1)))
+    if not np.isfinite([low, high]).all():
+        raise ImageError("found a float tensor with NaN or infinite values, expected an image")
+    if max(-low.min(), high.max()) > _MOST_NORMALISED:
+        raise ImageError(
+            f"found a float tensor with values from {low.min():.4g} to {high.max():.4g}, expected "
+            "the normalised values that encoder.preprocess(image) returns; pass pixels as uint8"
+        )
+    if ((low >= 0) & (high <= 1) & (low < high)).any():
+        warnings.warn(
+            "a float tensor has values from 0 to 1 only, as before normalisation; expected what "
+            "encoder.preprocess(image) returns",
+            stacklevel=4,
+        )
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -308,7 +339,8 @@ class AdaptiveBatcher:
     def __init__(self, encoder: Encoder, size: BatchSize) -> None:
         self.encoder = encoder
         self._cuda = encoder.device.type == "cuda"
-        self.size = self._fitting() if size == "auto" else size
+        chosen = require_size("batch_size", size)
+        self.size = self._fitting() if isinstance(chosen, str) else chosen
 
     def encode(self, images: Sequence[Pixels]) -> Vectors:
         """Encode images.

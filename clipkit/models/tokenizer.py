@@ -8,7 +8,7 @@ import html
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
+from clipkit.arguments import require_choice
 from clipkit.errors import CaptionError
 from clipkit.models.bpe import END, SPECIAL, START, VOCAB, vocabulary
 from clipkit.shapes import Int64
@@ -177,7 +178,7 @@ def caption_list(captions: str | Iterable[str]) -> list[str]:
     """
     if isinstance(captions, str):
         return [captions]
-    if not isinstance(captions, Iterable) or isinstance(captions, bytes):
+    if not isinstance(captions, Iterable) or isinstance(captions, bytes | Mapping | Set):
         found = type(captions).__name__
         raise TypeError(f"found {found} as captions, expected a string or a sequence of strings")
     texts = list(captions)
@@ -194,7 +195,7 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def tokenize(
-    texts: str | Sequence[str],
+    texts: str | Iterable[str],
     *,
     policy: Literal["cut", "error"] = "cut",
     report: TruncationReport | None = None,
@@ -211,9 +212,12 @@ def tokenize(
         int64 [n, 77]; each row is the start token, at most 75 ids, the end token, then zeros.
 
     Raises:
-        CaptionError: a caption does not fit and ``policy`` is ``"error"``, or is not a string.
+        TypeError: ``texts`` is neither a string nor an iterable of strings.
+        ArgumentError: ``policy`` is something else.
+        CaptionError: a caption does not fit and ``policy`` is ``"error"``.
     """
-    texts = [texts] if isinstance(texts, str) else texts
+    require_choice("policy", policy, ("cut", "error"))
+    texts = caption_list(texts)
     rows = [encode(text) for text in texts]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     cut = np.flatnonzero(lengths > ROOM).tolist()

@@ -417,7 +417,10 @@ class ExternalVectors:
         model: ModelRef | None,
     ) -> Self:
         """Check and scale vectors; arguments and errors as of ``EmbeddingStore.from_vectors``."""
-        rows = np.array(vectors, np.float32)
+        given = np.asarray(vectors)
+        if given.dtype.kind not in "fiu":
+            raise TypeError(f"the vectors are of {given.dtype}, expected real numbers [n, dim]")
+        rows = np.array(given, np.float32)
         if rows.ndim != 2 or not rows.shape[1]:
             raise DataError(f"the vectors have shape {list(rows.shape)}, expected [n, dim]")
         if isinstance(keys, str):
@@ -429,7 +432,7 @@ class ExternalVectors:
             )
         for name in names:
             if not isinstance(name, str):
-                raise TypeError(f"the key {name!r} is a {type(name).__name__}, expected a str")
+                raise TypeError(f"the key {name!r} has type {type(name).__name__}, expected str")
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise DataError(
@@ -441,6 +444,10 @@ class ExternalVectors:
             raise DataError(
                 f"the vector of {names[bad[0]]!r} has length {lengths[bad[0], 0]:.4g}, expected a "
                 "finite length above 0; remove it"
+            )
+        if model is not None and not isinstance(model, ModelRef):
+            raise TypeError(
+                f"model is a {type(model).__name__}, expected a ModelRef, as encoder.model is"
             )
         if model is not None and model.dim != rows.shape[1]:
             raise DataError(
@@ -490,6 +497,8 @@ def _metadata_columns(
     else:  # a mapping, or a pandas data frame, which iterates over its columns as well
         columns = {str(name): list(metadata[name]) for name in metadata}
     for name, values in columns.items():
+        if isinstance(metadata, Mapping) and isinstance(metadata[name], str | bytes):
+            raise TypeError(f"the metadata column {name!r} is one string, expected a list")
         if len(values) != count:
             raise DataError(
                 f"the metadata column {name!r} has {len(values)} values, expected {count}, one for "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from clipkit.arguments import require_integer
 from clipkit.classifiers.heads import Labels, Templates, load_classifier
 from clipkit.classifiers.predictions import Prediction, Predictions
 from clipkit.classifiers.zero_shot import ACCEPTED, Classifier, ZeroShotClassifier
@@ -60,6 +61,7 @@ def classify(
         DataError: the data cannot be opened, or none of the images can be read.
         ModelMismatchError: the classifier was built for another model.
     """
+    k = require_integer("k", k)
     several = [data] if isinstance(data, (str, Path, Source)) else data
     sources = [_images(one) for one in several]
     examples = None if calibrate is None else _images(calibrate)

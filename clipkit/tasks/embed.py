@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from clipkit.arguments import require_choice, require_encoder
 from clipkit.artifacts import ModelRef, is_complete, partial_path
 from clipkit.data.images import Decode
 from clipkit.data.open_source import Data, Source, open_source
@@ -66,6 +67,9 @@ def embed(
         ArtifactError: ``out`` exists and is not a store, the store uses another decoder, or the
             disk is full.
     """
+    require_encoder(encoder)
+    if decode is not None:
+        require_choice("decode", decode, Decode)
     source = images if isinstance(images, Source) else open_source(images, metadata=True)
     encoder = encoder or default_encoder(Path(out))
     decode = decode or cast(Decode | None, decode_of(Path(out))) or DEFAULT_DECODE

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clipkit.arguments import require_choice, require_encoder
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.heads import Labels, Templates, list_templates, load_classifier
 from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
@@ -53,6 +54,9 @@ def evaluate_retrieval(
     Raises:
         DataError: the data cannot be opened, or has no image or no caption.
     """
+    require_encoder(encoder)
+    require_choice("equal_captions", equal_captions, EqualCaptions)
+    require_choice("ties", ties, Ties)
     source = open_source(data)
     encoder = encoder or load_model()
     pairs = cached_pairs(encoder, source, batch_size=batch_size, workers=workers, progress=progress)
@@ -132,6 +136,7 @@ def evaluate_zero_shot(
         CaptionError: labels or templates that cannot be used.
         ModelMismatchError: the classifier was built for another model.
     """
+    require_encoder(encoder)
     source = open_source(data, caption="")
     encode = partial(
         cached_pairs,

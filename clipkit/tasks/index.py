@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipkit.arguments import require_items
 from clipkit.artifacts import (
     MANIFEST,
     ArtifactWriter,
@@ -48,7 +49,7 @@ def remove_items(index: str | Path | VectorIndex, names: str | Sequence[str]) ->
     Raises:
         ArtifactError: a key is unknown, a pattern has no match, or another process is writing.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else require_items("names", names, "['a.jpg']")
     with IndexWriter(index) as writer:
         keys = writer.index.keys
         indexed, chosen = set(keys), set()

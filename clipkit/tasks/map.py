@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from clipkit.arguments import require_encoder
 from clipkit.artifacts import Manifest, read_manifest, write_text
 from clipkit.data.labels import EVERYDAY, Label
 from clipkit.data.open_source import open_source, row_image
@@ -158,6 +159,7 @@ def _sample(opened: VectorIndex | EmbeddingStore, max_items: int) -> tuple[Vecto
 
 def _encoder(opened: VectorIndex | EmbeddingStore, encoder: "Encoder | None") -> "Encoder | None":
     """The encoder that names the clusters; None for external vectors if none is given."""
+    require_encoder(encoder)
     if encoder is None:
         if opened.model.external:
             return None

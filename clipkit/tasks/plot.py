@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
+from clipkit.arguments import require_choice
 from clipkit.data.images import read_image
 from clipkit.errors import ArtifactError, DataError
 from clipkit.reports import plots
@@ -36,6 +37,7 @@ def plot_runs(
     Raises:
         ArtifactError: a directory is not a run or has no step yet; ``out`` is not a PNG file name.
     """
+    require_choice("by", by, ("step", "time"))
     if out is not None and (Path(out).suffix.lower() != ".png" or Path(out).is_dir()):
         raise ArtifactError(f"{out} is not a PNG file name, expected FILE.png")
     folders = [runs] if isinstance(runs, str | Path) else list(runs)

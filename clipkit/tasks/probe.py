@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.arguments import require_encoder
 from clipkit.artifacts import ModelRef
 from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread, require_methods
 from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
@@ -158,6 +159,7 @@ def probe(
             with too few images even for the fewest shots.
         CaptionError: labels or templates that cannot be used.
     """
+    require_encoder(encoder)
     methods, captions = require_methods(methods), list_templates(templates)
     given = None if labels is None else read_labels_or_classifier(labels)
     if isinstance(given, Classifier):

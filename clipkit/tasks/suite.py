@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, overload
 
 from clipkit import __version__
+from clipkit.arguments import require_encoder
 from clipkit.artifacts import write_text
 from clipkit.classifiers.heads import list_templates
 from clipkit.data.formats.huggingface import HUB
@@ -186,6 +187,7 @@ def evaluate_suite(
         DataError: some data sets could not be evaluated; all others are.
         ArtifactError: the results cannot be written.
     """
+    require_encoder(encoder)
     if isinstance(suite, (str, Path)):
         sets = read_suite(Path(suite))
         root = Path(suite).parent if root is None else root

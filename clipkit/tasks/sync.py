@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
+from clipkit.arguments import require_encoder
 from clipkit.artifacts import is_complete
 from clipkit.data.images import Decode, Skipped
 from clipkit.data.open_source import Row, Source, open_source
@@ -111,6 +112,7 @@ class Update:
         """
         index = self.writer.index
         what = f"the index {index.path}"
+        require_encoder(encoder)
         if encoder is not None:
             index.model.require(encoder.model, what=what, repair="encode with its own model")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.artifacts import ModelRef
-from clipkit.errors import ArtifactError
+from clipkit.errors import ArgumentError, ArtifactError
 from clipkit.index import exact
 from clipkit.index import search as flat
 from clipkit.index.exact import search_exact, search_float16, take_rows
@@ -190,7 +190,7 @@ def test_other_indexes_answer_themselves(spec):
 def test_rows_of_another_width_and_no_hits_are_refused():
     with pytest.raises(ArtifactError, match=r"shape \[5, 8\], expected \[n, 16\]"):
         search_exact(unit_rows(2, DIM), [unit_rows(5, DIM), unit_rows(5, 8)], 3)
-    with pytest.raises(ArtifactError, match="k is 0"):
+    with pytest.raises(ArgumentError, match="k is 0"):
         search_exact(unit_rows(2, DIM), [unit_rows(5, DIM)], 0)
 
 

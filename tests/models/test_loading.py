@@ -306,7 +306,9 @@ def test_offline_is_one_sentence(model, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
-    said = r"the hub was not reached; name a run .*weights on disk.*\(the hub: .*no route to host\)$"
+    said = (
+        r"the hub was not reached; name a run .*weights on disk.*\(the hub: .*no route to host\)$"
+    )
     with pytest.raises(ModelError, match=said):
         load_model(model)
 

@@ -11,7 +11,7 @@ from tests.helpers.paths import PACKAGE
 # Imports point down only.
 LAYERS = [
     {"errors", "shapes"},
-    {"artifacts", "config", "display", "progress", "user_cache"},
+    {"arguments", "artifacts", "config", "display", "progress", "user_cache"},
     {"data"},
     {"evaluation"},
     {"models", "store"},

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from clipkit.errors import CaptionError, DataError
+from clipkit.errors import ArgumentError, CaptionError, DataError
 from clipkit.index.vector_index import MINUS_WEIGHT, NEAR_DUPLICATE, VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.tasks.index import build_index
@@ -89,7 +89,9 @@ def test_bad_terms_are_refused(index):
         index.search("red", minus=[" "])
     for weight in (0, -1, np.inf, np.nan):
         for name in ("minus_weight", "image_weight"):
-            with pytest.raises(DataError, match=f"{name} is .*expected a number above 0"):
+            with pytest.raises(
+                ArgumentError, match=f"{name} is .*expected a finite number above 0"
+            ):
                 index.search("red", **{name: weight})
     assert index.search("red", minus="white at 10:30").query == "red, without white at 10:30"
     with pytest.raises(TypeError, match="minus holds a int, expected str"):

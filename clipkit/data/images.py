@@ -4,10 +4,14 @@ Every problem with a file is an ``ImageError`` with a short reason, so that call
 image and report why.
 """
 
+import ctypes
 import io
+import logging
 import os
 import re
 import stat
+import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +23,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import xxhash
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 
 from clipkit.errors import DataError, ImageError
 
@@ -177,6 +181,7 @@ def read_image(source: str | Path | bytes, reduction: Reduction | None = None) -
     # The filter stays: removing it would race with other threads.
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
+    said = _libtiff.said = []
     try:
         with open_regular(source) as stream, _identified(stream) as image:
             _check_size(*image.size)
@@ -191,7 +196,10 @@ def read_image(source: str | Path | bytes, reduction: Reduction | None = None) -
         raise ImageError(_too_large("it")) from None
     # On damaged data decoders raise almost anything: OSError, SyntaxError, struct.error, …
     except Exception as error:
-        raise ImageError(f"is damaged or truncated: {_why(error)}") from None
+        more = f" (libtiff: {said[0]})" if said else ""
+        raise ImageError(f"is damaged or truncated: {_why(error)}{more}") from None
+    finally:
+        _libtiff.said = None
 
 
 def open_regular(source: str | Path | bytes) -> AbstractContextManager[BinaryIO]:
@@ -242,9 +250,49 @@ def _unknown(head: bytes) -> str:
     return "is not an image of a known format"
 
 
+class _LibtiffErrors(threading.local):
+    """What libtiff has said in this thread; None outside ``read_image``."""
+
+    said: list[str] | None = None
+
+
+_libtiff = _LibtiffErrors()
+
+
+def _take_libtiff_error(module: bytes | None, template: bytes, arguments: int) -> None:
+    """Keep an error of libtiff for ``read_image``; other callers get it on stderr, as before."""
+    buffer = ctypes.create_string_buffer(200)
+    form = (ctypes.c_size_t(len(buffer)), ctypes.c_char_p(template), ctypes.c_void_p(arguments))
+    ctypes.CDLL(None).vsnprintf(buffer, *form)
+    text = buffer.value.decode(errors="replace").rstrip(".")
+    if _libtiff.said is not None:
+        _libtiff.said.append(text)
+    else:
+        print(f"{(module or b'libtiff').decode(errors='replace')}: {text}.", file=sys.stderr)
+
+
+# The last argument is a va_list, which these platforms pass as one pointer.
+_LIBTIFF_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(
+    _take_libtiff_error
+)
+
+
+def _catch_messages() -> None:
+    """Keep messages of decoders off stderr, where they would tear a progress bar apart.
+
+    Of the libraries that Pillow decodes with, only libtiff prints errors. Its functions are found
+    through Pillow's extension module, which is linked to it. Pillow itself logs a few errors, which
+    Python prints if logging is not set up.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with suppress(OSError, AttributeError):  # a Pillow without libtiff
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(_LIBTIFF_HANDLER)
+
+
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    _catch_messages()
     with suppress(ImportError):
         import pillow_heif
 

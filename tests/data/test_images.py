@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -108,6 +109,52 @@ def test_damaged_bytes_raise_image_errors_only(capfd, reduction):
             except ImageError:
                 continue
     assert capfd.readouterr() == ("", "")
+
+
+def damaged_tiff(compression, mode="RGB"):
+    """A TIFF whose pixels are overwritten in the middle."""
+    stream = io.BytesIO()
+    Image.linear_gradient("L").convert(mode).save(stream, "TIFF", compression=compression)
+    data = bytearray(stream.getvalue())
+    data[len(data) // 2 : len(data) // 2 + 64] = b"\xff\x00" * 32
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("compression", "said"),
+    [
+        ("tiff_deflate", "decoding error at scanline"),
+        ("tiff_lzw", "(corrupted LZW table|using code not yet in table|not enough data)"),
+        ("zstd", "data corruption|unknown frame descriptor|checksum"),
+    ],
+)
+def test_what_libtiff_says_is_the_reason_and_not_printed(compression, said, capfd):
+    found = reason(damaged_tiff(compression))
+    assert re.match(rf"is damaged or truncated: .*\(libtiff: .*({said})", found, re.IGNORECASE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_pillow_logs_is_not_printed(capfd):
+    data = bytearray(saved(Image.new("RGB", (8, 8)), "TIFF"))
+    entry = data.index(struct.pack("<HHI", 277, 3, 1))  # the number of samples per pixel
+    data[entry + 8] = 200
+    assert reason(bytes(data))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_threads_keep_what_libtiff_says_apart():
+    bad, good = damaged_tiff("tiff_deflate"), b"no image at all"
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(reason, [bad, good] * 100))
+    assert {("libtiff" in one) for one in found[::2]} == {True}
+    assert set(found[1::2]) == {"is not an image of a known format"}
+
+
+def test_others_hear_libtiff_as_before(capfd):
+    read_image(saved(Image.new("RGB", (8, 8)), "TIFF"))
+    with pytest.raises(OSError, match="decoder error"):
+        Image.open(io.BytesIO(damaged_tiff("tiff_deflate"))).load()
+    assert "Decoding error at scanline" in capfd.readouterr().err
 
 
 def test_empty(tmp_path):

@@ -378,9 +378,9 @@ def test_numbered_caption_columns(tmp_path):
 
 def test_parquet_damage(tmp_path):
     put(tmp_path / "t.parquet", b"PAR1 not really")
-    assert "is no intact Parquet file" in refusal(tmp_path / "t.parquet")
+    assert "is not an intact Parquet file" in refusal(tmp_path / "t.parquet")
     parquet(tmp_path / "t.parquet", {"image": [1, 2], "text": ["a", "b"]})
-    assert "holds int64, expected paths or images" in refusal(tmp_path / "t.parquet")
+    assert "holds int64, expected paths, or images" in refusal(tmp_path / "t.parquet")
     columns = {"image": [os.urandom(5000)] * 6, "text": ["a"] * 6}
     parquet(tmp_path / "t.parquet", columns, row_group_size=2, use_dictionary=False)
     whole = bytearray((tmp_path / "t.parquet").read_bytes())

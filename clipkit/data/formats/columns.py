@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from clipkit.data.formats.metadata import Metadata
+    from clipkit.data.formats.nested import Nested
 
 
-IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "path", "img")
+IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "path", "img", "images")
 CAPTION = ("title", "caption", "captions", "text", "sentence", "description", "alt", "prompt")
 LABEL = ("label", "class", "category")
 KEY = ("key", "id", "__key__")
@@ -25,13 +26,20 @@ _URL = ("url", "image_url", "img_url", "uri")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what; ``classes`` names the numbers of a label column."""
+    """Which columns of a table hold what.
+
+    Attributes:
+        image, captions, label, key: names of columns.
+        classes: names for the numbers of the label column.
+        nested: fields of structs and lists that serve as columns of an Arrow table.
+    """
 
     image: str
     captions: list[str] = field(default_factory=list)
     label: str | None = None
     key: str | None = None
     classes: list[str] | None = None
+    nested: "Nested | None" = None
 
     @property
     def used(self) -> list[str]:
@@ -39,13 +47,31 @@ class Columns:
         names = [self.image, *self.captions, self.label, self.key]
         return list(dict.fromkeys(name for name in names if name is not None))
 
+    @property
+    def stored(self) -> list[str]:
+        """The columns of the file that ``used`` are read from."""
+        return list(dict.fromkeys(self.path(name)[0] for name in self.used))
+
+    def path(self, name: str) -> tuple[str, ...]:
+        """The column of the file, and the fields within it, that a column is read from."""
+        return self.nested.paths.get(name, (name,)) if self.nested else (name,)
+
+    def plain(self, batch: "pa.RecordBatch", notes: list[str]) -> "pa.RecordBatch":
+        """An Arrow batch with each of the columns used, and one image a row.
+
+        Args:
+            batch: of the columns stored.
+            notes: takes a sentence if rows have further images, which are not used.
+        """
+        return self.nested.plain(batch, self, notes) if self.nested else batch
+
     def metadata(
         self, tables: Sequence[Mapping[str, "pa.DataType"]], spec: str
     ) -> "Metadata | None":
         """The columns of files, their Arrow types by name, that have no other use."""
         from clipkit.data.formats.metadata import find_metadata
 
-        used = set(self.used)
+        used = {*self.used, *self.stored}
         kind = tables[0].get(self.image)
         if kind is None or not _holds_bytes(kind):
             used.discard(self.key or "")  # images that are files have their paths as keys
@@ -159,7 +185,7 @@ class Common:
     def used(self) -> list[str]:
         """Every column that needs reading, each once."""
         more = self.metadata.types if self.metadata else ()
-        return list(dict.fromkeys([*self.columns.used, *more]))
+        return list(dict.fromkeys([*self.columns.stored, *more]))
 
     @property
     def told(self) -> "pa.Schema | None":
@@ -170,6 +196,7 @@ class Common:
         """The rows of ``batch``, whose first is row ``first``, without those that hold no image."""
         import pyarrow as pa
 
+        batch = self.columns.plain(batch, self.notes)
         data, paths = _image_parts(batch.column(self.columns.image), self.columns.image)
         has_bytes = data.is_valid().to_pylist()
         texts = [batch.column(name).to_pylist() for name in self.columns.captions]
@@ -270,5 +297,6 @@ def _image_parts(
     if _holds_bytes(kind):
         return column.cast(pa.binary()), [None] * len(column)
     raise DataError(
-        f"the column {name!r} holds {kind}, expected paths or images; name another image column"
+        f"the column {name!r} holds {kind}, expected paths, or images as the bytes of JPEG or PNG "
+        "files; store such bytes, or choose another column with --image-column (image=)"
     )

@@ -103,11 +103,11 @@ def _common(
         for name, feature in known.items():
             if isinstance(feature, Image):
                 rows = rows.cast_column(name, Image(decode=False))
-    columns = columns_of(known.arrow_schema, wanted, spec)
+    notes = Notes()
+    columns = columns_of(known.arrow_schema, wanted, spec, notes)
     types = {part.name: part.type for part in known.arrow_schema}
     more = columns.metadata([types], spec) if wanted.metadata else None
     width = len(str(max(len(rows) - 1, 0))) if held else 8
-    notes = Notes()
     paths = find_image_paths((), root or Path.cwd(), wanted.image_root, notes)
     common = Common(columns, paths, Skips(), width, metadata=more, notes=notes)
     rows = rows.select_columns(common.used).with_format("arrow")

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clipkit.data.formats.nested import Nested, leaves
+from clipkit.data.formats.nested import Nested, json_leaves
 from clipkit.data.images import SUFFIXES, Skipped
 from clipkit.data.source import Row
 from clipkit.errors import DataError
@@ -71,7 +71,7 @@ class JsonTable:
         karpathy = table.offset is not None and "sentences" in head[0][0] and "split" in head[0][0]
         if split is not None or karpathy:
             table = replace(table, splits=table._choose(split))
-        nested = Nested.find((name for record, _ in head for name in leaves(record)), notes)
+        nested = Nested.find((path for record, _ in head for path in json_leaves(record)), notes)
         return replace(table, nested=nested)
 
     def using(self, names: Sequence[str]) -> "JsonTable":

@@ -2,16 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipkit.data.formats.columns import CAPTION
-from clipkit.data.source import Row
+from clipkit.data.source import Row, clean_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from clipkit.data.formats.columns import Columns
 
 _PLAIN = ("path", "file_name", "filename", "raw", "text", "caption", "value", "sentence")
 """Fields that stand for the object they are in, the first of them that it has."""
 _TURNS = (("from", "value"), ("role", "content"))
 """Speaker and text of a conversation's turns: LLaVA's and ShareGPT's names, and OpenAI's."""
 _ASSISTANT = ("gpt", "assistant", "model")
+FIRST_IMAGE = "rows have several images in the column {column}; only the first of each is read"
 _CAPTIONS = ("sentences", "conversations", "messages")
 """Lists of objects that hold captions where no field has a usual name for them."""
 
@@ -33,19 +39,19 @@ class Nested:
     objects: frozenset[str]
 
     @classmethod
-    def find(cls, names: Iterable[str], notes: list[str]) -> "Nested":
+    def find(cls, leaves: Iterable[tuple[str, ...]], notes: list[str]) -> "Nested":
         """Name the fields of records.
 
         A field that holds objects has the names of the fields within. Its own name stands for the
         one of them that is plainly meant, such as ``caption`` for ``caption.text``.
 
         Args:
-            names: of the fields without any within, those in objects with dots.
+            leaves: paths to the fields without any within.
             notes: takes the field that is read as captions though its name does not say so.
         """
-        names = list(dict.fromkeys(names))
-        paths, turns = {name: tuple(name.split(".")) for name in names if "." in name}, {}
-        within: dict[str, list[str]] = {}
+        names = {".".join(path): path for path in leaves}
+        paths = {name: path for name, path in names.items() if len(path) > 1}
+        turns, within = dict[str, tuple[str, str]](), dict[str, list[str]]()
         for name, path in paths.items():
             within.setdefault(path[0], []).append(name)
         for name, inner in within.items():
@@ -89,16 +95,102 @@ class Nested:
         value = _follow(record, self.paths[name])
         return _answer(value, *self.turns[name]) if name in self.turns else value
 
+    def plain(
+        self, batch: "pa.RecordBatch", columns: "Columns", notes: list[str]
+    ) -> "pa.RecordBatch":
+        """An Arrow batch with a column for each of the names, and one image a row.
 
-def leaves(record: Mapping[str, Any]) -> Iterator[str]:
-    """The names of the fields of a record, those within objects with dots."""
+        Args:
+            batch: of the columns stored.
+            columns: what they are used for.
+            notes: takes a sentence if rows have further images, which are not used.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
+        for name, path in self.paths.items():
+            if name == columns.image and pa.types.is_struct(batch.column(path[0]).type):
+                arrays[name] = pc.struct_field(batch.column(path[0]), list(path[1:]))
+                continue
+            column = batch.column(path[0]).to_pylist()
+            texts = [_strings(self.value({path[0]: one}, name)) for one in column]
+            if name in columns.captions:
+                arrays[name] = pa.array(texts, pa.list_(pa.string()))
+            else:
+                arrays[name] = pa.array([one[0] if one else None for one in texts], pa.string())
+        kind = arrays[columns.image].type
+        if _is_list(kind) and (is_image(kind.value_type) or kind.value_type == pa.string()):
+            arrays[columns.image], longest = _first_of_each(arrays[columns.image])
+            if longest > 1:
+                notes.append(FIRST_IMAGE.format(column=columns.image))
+        return pa.RecordBatch.from_pydict(arrays)
+
+
+def json_leaves(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The paths to the fields of a record that do not hold objects."""
     for name, value in record.items():
         parts = value if isinstance(value, list) else [value]
         objects = [part for part in parts if isinstance(part, dict)]
         if not objects:
-            yield name
+            yield (name,)
         for part in objects:
-            yield from (f"{name}.{inner}" for inner in leaves(part))
+            yield from ((name, *inner) for inner in json_leaves(part))
+
+
+def arrow_leaves(
+    fields: "Iterable[pa.Field]", path: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], "pa.DataType"]:
+    """The paths to the fields of an Arrow schema that do not hold structs, with their types.
+
+    A struct of an image's bytes or path is a field, and so is a list of images, as if of one.
+    """
+    import pyarrow as pa
+
+    found: dict[tuple[str, ...], pa.DataType] = {}
+    for field in fields:
+        kind, own = field.type, (*path, field.name)
+        one = kind.value_type if _is_list(kind) else kind
+        if pa.types.is_struct(one) and not is_image(one):
+            found |= arrow_leaves(one, own)
+        else:
+            found[own] = one if is_image(one) else kind
+    return found
+
+
+def is_image(kind: "pa.DataType") -> bool:
+    """Whether an Arrow type holds encoded images, or the struct of an image's path."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return bool({part.name for part in kind} & {"bytes", "path"})
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_list(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _first_of_each(lists: "pa.Array") -> tuple["pa.Array", int]:
+    """The first value of each list, null for an empty one, and the length of the longest."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    values = lists.flatten()  # without those of null lists
+    starts = np.cumsum(lengths) - lengths
+    places = pa.array(starts, pa.int64(), mask=lengths == 0)
+    return values.take(places), int(lengths.max(initial=0))
+
+
+def _strings(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    # NaN differs from itself.
+    return [clean_text(one) for one in values if one is not None and one == one]
 
 
 def _follow(value: Any, path: tuple[str, ...]) -> Any:

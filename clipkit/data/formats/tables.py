@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from clipkit.data.formats.columns import Columns, Common, find_columns, path_sample
 from clipkit.data.formats.image_paths import SAMPLE, ImagePaths, find_image_paths
 from clipkit.data.formats.json_tables import JsonTable
+from clipkit.data.formats.nested import FIRST_IMAGE, Nested, arrow_leaves, is_image
 from clipkit.data.images import Skipped
 from clipkit.data.source import (
     MEMORY_LIMIT,
@@ -133,13 +134,14 @@ class ParquetRows:
                         groups.append(Group(file, number, rows))
                         rows += table.metadata.row_group(number).num_rows
             except pa.ArrowException as error:
-                raise DataError(f"{file} is no intact Parquet file: {error}") from None
+                raise DataError(f"{file} is not an intact Parquet file: {error}") from None
             types.append({part.name: part.type for part in schema})
             if file is files[0]:
-                columns = columns_of(schema, wanted, str(file))
+                columns = columns_of(schema, wanted, str(file), notes)
+            _check_same(columns, schema.names, file, files[0])
         more = columns.metadata(types, str(files[0])) if wanted.metadata else None
         width = len(str(max(rows - 1, 0)))
-        paths = _parquet_paths(groups, files[0].parent, columns.image, wanted, notes)
+        paths = _parquet_paths(groups, files[0].parent, columns, wanted, notes)
         return cls(groups, Common(columns, paths, skipped, width, metadata=more, notes=notes))
 
     def batches(
@@ -177,7 +179,7 @@ class ParquetRows:
 
 
 def _parquet_paths(
-    groups: list[Group], folder: Path, image: str, wanted: Wanted, notes: list[str]
+    groups: list[Group], folder: Path, columns: Columns, wanted: Wanted, notes: list[str]
 ) -> ImagePaths:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -185,22 +187,28 @@ def _parquet_paths(
     values: list[str | None] = []
     for group in groups[:1]:
         with pq.ParquetFile(group.file) as table:
-            kind = table.schema_arrow.field(image).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                with suppress(pa.ArrowException):  # is reported when the rows are read
-                    batch = next(table.iter_batches(SAMPLE, row_groups=[0], columns=[image]))
-                    values = batch.column(0).to_pylist()
+            leaves = arrow_leaves(table.schema_arrow)
+            if is_image(leaves.get(columns.path(columns.image), pa.string())):
+                break
+            with suppress(pa.ArrowException):  # is reported when the rows are read
+                batch = next(table.iter_batches(SAMPLE, row_groups=[0], columns=columns.stored))
+                found = columns.plain(batch, []).column(columns.image).to_pylist()
+                values = [value for value in found if isinstance(value, str)]
     return find_image_paths(path_sample(values), folder, wanted.image_root, notes)
 
 
-def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str) -> Columns:
+def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str, notes: list[str]) -> Columns:
     """The columns of an Arrow schema, with the class names that ``datasets`` keeps in it."""
     from datasets import ClassLabel, Features
 
-    columns = find_columns({part.name: part.type for part in schema}, wanted, spec)
+    leaves = arrow_leaves(schema)
+    nested = Nested.find(leaves, notes)
+    types: dict[str, pa.DataType | None] = {".".join(path): leaves[path] for path in leaves}
+    types |= {name: leaves.get(path) for name, path in nested.paths.items()}
+    columns = find_columns(types, wanted, spec)
+    columns = replace(columns, nested=nested.only(columns.used))
     if columns.label and b"huggingface" in (schema.metadata or {}):
-        kind = Features.from_arrow_schema(schema)[columns.label]
+        kind = Features.from_arrow_schema(schema).get(columns.label)
         if isinstance(kind, ClassLabel):
             return replace(columns, classes=kind.names)
     return columns
@@ -261,7 +269,7 @@ def _open_text(
 
 
 def _check_same(columns: Columns, names: Collection[str], file: Path, first: Path) -> None:
-    if missing := [name for name in columns.used if name not in names]:
+    if missing := [name for name in columns.stored if name not in names]:
         raise DataError(
             f"{file} has no column {missing[0]!r}, which {first} has; open tables with different "
             "columns one by one"
@@ -288,6 +296,8 @@ def _arrow(records: list[Row], common: Common) -> "pa.RecordBatch":
             arrays[name] = pa.array(values, pa.list_(pa.string()))
         else:
             first = [value[0] if value else None for value in values]
+            if name == columns.image and any(len(value) > 1 for value in values):
+                common.notes.append(FIRST_IMAGE.format(column=name))
             arrays[name] = pa.array(first, pa.string())
     if common.metadata:
         arrays |= common.metadata.texts(records)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from clipkit.artifacts import ModelRef
 from clipkit.data.images import Skipped
 from clipkit.data.labels import Label, to_labels
-from clipkit.data.open_source import row_image
+from clipkit.data.rows import StoredImage
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import gallery
 from clipkit.display.thumbnails import thumbnail
@@ -43,7 +43,7 @@ class Prediction:
         key: the key of the image.
         top: the most probable labels, best first.
         groups: the groups above the labels, most probable first.
-        image: where the image is: ``{"bytes": …, "path": …}``; None if only its vector is known.
+        image: the image, not decoded; None if only its vector is known.
         shows_any: the probability that the image shows any of the labels; None if not computed.
         rejected: whether the image counts as showing none of the labels.
     """
@@ -51,7 +51,7 @@ class Prediction:
     key: str
     top: tuple[LabelScore, ...]
     groups: tuple[LabelScore, ...] = ()
-    image: dict[str, Any] | None = field(default=None, repr=False)
+    image: StoredImage | None = field(default=None, repr=False)
     shows_any: float | None = None
     rejected: bool = False
 
@@ -158,7 +158,7 @@ def _thumbnail(prediction: Prediction) -> bytes | None:
     if prediction.image is None:
         return None
     try:
-        return thumbnail(row_image({"image": prediction.image}))
+        return thumbnail(prediction.image.read())
     except ImageError:
         return None
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipkit.data.open_source import Source
+from clipkit.data.rows import StoredImage, Table
+from clipkit.data.source import Source
+from clipkit.errors import ImageError
 
 MOST = 200_000
 """Maximum number of training images to compare; larger sets are sampled at random."""
@@ -79,56 +80,45 @@ def shared_images(
     """
     if training.streaming or held_out.streaming:
         return None
+    others, rows = held_out.table, training.table
     wanted: dict[int, dict[bytes, list[str]]] = {}
-    for size, number in _sizes(held_out, range(len(held_out.rows))):
-        row = held_out.rows[number]
-        content = _content(row["image"])
+    for size, number in _sizes(others, range(len(others))):
+        content = _content(others.image(number))
         if content is not None:
-            wanted.setdefault(size, {}).setdefault(content, []).append(row["key"])
-    count = len(training.rows)
+            wanted.setdefault(size, {}).setdefault(content, []).append(others.text(number).key)
+    count = len(rows)
     looked_at: Iterable[int] = range(count)
     if count > most:
         looked_at = np.sort(np.random.default_rng(seed).permutation(count)[:most]).tolist()
     found: dict[str, str] = {}
-    for size, number in _sizes(training, looked_at):
+    for size, number in _sizes(rows, looked_at):
         if size in wanted:
-            row = training.rows[number]
-            content = _content(row["image"])
+            content = _content(rows.image(number))
             for key in wanted[size].get(content, ()) if content is not None else ():
-                found.setdefault(key, row["key"])
-    return Shared(list(found.items()), len(held_out.rows), min(count, most), count)
+                found.setdefault(key, rows.text(number).key)
+    return Shared(list(found.items()), len(others), min(count, most), count)
 
 
-def _sizes(source: Source, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+def _sizes(rows: Table, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Stored size in bytes and row number of each image; skips missing and empty images."""
-    import pyarrow.compute as pc
-
-    stored, paths = source.rows.data.column("image").flatten()
-    lengths = pc.fill_null(pc.binary_length(stored), -1).to_numpy()
-    # After a selection, datasets keeps the whole table and the numbers of the selected rows.
-    chosen = source.rows._indices
-    places = None if chosen is None else chosen.column(0).to_numpy()
+    lengths = rows.image_sizes()
     for number in numbers:
-        place = number if places is None else int(places[number])
-        size = int(lengths[place])
+        size = int(lengths[number])
         if size < 0:
             try:
-                size = os.stat(paths[place].as_py()).st_size
-            except (
-                OSError,
-                TypeError,
-            ):  # the file is missing, or the row has neither bytes nor a path
+                size = os.stat(rows.image(number).file).st_size
+            except (OSError, ImageError):
                 continue
         if size:
             yield size, number
 
 
-def _content(image: dict[str, Any]) -> bytes | None:
+def _content(image: StoredImage) -> bytes | None:
     """A hash of an image's stored bytes; None if they cannot be read."""
-    data = image["bytes"]
     try:
-        data = Path(image["path"]).read_bytes() if data is None else data
-    except (OSError, TypeError):
+        file = image.file
+        data = file.read_bytes() if isinstance(file, Path) else file
+    except (OSError, ImageError):
         return None
     return blake2b(data, digest_size=16).digest()
 

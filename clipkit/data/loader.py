@@ -18,10 +18,9 @@ from torch import Tensor
 from clipkit.data.feature_cache import Features
 from clipkit.data.image_cache import ImageCache
 from clipkit.data.images import Reduction, Skipped
-from clipkit.data.open_source import Source, row_image
-from clipkit.data.random_access import Lookup
+from clipkit.data.rows import Row, Table
 from clipkit.data.sampler import CaptionLengths, Sampler, first_turn, stable_hash
-from clipkit.data.source import usable
+from clipkit.data.source import Source, usable
 from clipkit.data.streaming import stream_batches
 from clipkit.data.transforms import Pixels, as_batch
 from clipkit.data.workers import map_ordered
@@ -127,8 +126,6 @@ class Gathered:
         return PairBatch(self.images, tokens, self.keys, weights)
 
 
-Row = dict[str, Any]
-
 # Rows a thread reads at a time: one look-up in the table for all of them, yet enough parts in a
 # batch to keep every thread busy.
 _CHUNK = 16
@@ -200,15 +197,14 @@ class PairLoader:
     bad: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._lookup: Lookup | None = None
+        self._table: Table | None = None
         self._sampler: Sampler | None = None
         self._place: dict[str, Any] | None = None
         if self.source.streaming:
             return
-        rows = len(self.source.rows)
+        self._table, rows = self.source.table, self.source.count or 0
         if not rows:
             raise DataError(f"{self.source.spec} has no images, expected at least one; add some")
-        self._lookup = Lookup(self.source.rows)
         self._sampler = Sampler(rows, self.batch_size, self.seed, self.classes, self.lengths)
 
     @property
@@ -280,13 +276,12 @@ class PairLoader:
             yield [(row, before) for row, before in draws.tolist()], None
 
     def _read(self, chunk: _Chunk, epoch: int) -> list[Pair | Skipped]:
-        if self._lookup is None:
+        if self._table is None:
             return [self._pair(row, None, epoch) for row in chunk.rows]
-        return [self._pair(self._lookup.texts(n), n, before) for n, before in chunk.rows]
+        return [self._pair(self._table.text(n), n, before) for n, before in chunk.rows]
 
     def _pair(self, row: Row, number: int | None, before: int) -> Pair | Skipped:
-        key = row["key"]
-        captions = usable(row["captions"])
+        key, captions = row.key, usable(row.captions)
         if not captions:
             return Skipped(key, "has no caption")
         generator = random.Random(stable_hash(self.seed, before, key))
@@ -297,17 +292,16 @@ class PairLoader:
                 image = self.features.draw(key, generator)
         except ImageError as error:
             return Skipped(key, str(error))
-        weight = self.weights.get(row["label"] or "", 1.0)
+        weight = self.weights.get(row.label or "", 1.0)
         return Pair(key, image, self._caption(key, captions, before), weight)
 
     def _picture(self, row: Row, number: int | None) -> Pixels:
-        if number is None or self._lookup is None:
-            return np.asarray(row_image(row, self.reduction))
+        if number is None or self._table is None:
+            return np.asarray(row.read_image(self.reduction))
         kept = self.cache.get(number) if self.cache else None
         if kept is not None:
             return kept
-        row = {"image": self._lookup.image(number)}
-        picture = np.asarray(row_image(row, self.reduction))
+        picture = np.asarray(self._table.image(number).read(self.reduction))
         if self.cache:
             self.cache.put(number, picture)
         return picture
@@ -339,7 +333,7 @@ class PairLoader:
         self._check_limit(sum(count for count, _ in told))
 
     def _check_limit(self, good_in_batch: int) -> None:
-        few = _FEW if self.source.streaming else min(_FEW, len(self.source.rows))
+        few = _FEW if self.source.count is None else min(_FEW, self.source.count)
         if good_in_batch and self.bad <= self.skip_limit * max(self.seen, few):
             return
         key, reason = next(reversed(self.skipped.items()))

@@ -15,29 +15,11 @@ from clipkit.data.formats.pairs import open_pairs
 from clipkit.data.formats.tables import TABLES, open_table
 from clipkit.data.formats.webdataset import TAR_SUFFIXES, expand, is_tar, open_tars
 from clipkit.data.images import SUFFIXES, is_utf8, printable
-from clipkit.data.source import (
-    Data,
-    Row,
-    Source,
-    Wanted,
-    no_captions,
-    row_image,
-    row_record,
-    row_source,
-)
-from clipkit.data.streaming import table_stream
+from clipkit.data.rows import Row
+from clipkit.data.source import Data, Source, Wanted, no_captions
 from clipkit.errors import DataError
 
-__all__ = [
-    "Data",
-    "Row",
-    "Source",
-    "no_captions",
-    "open_source",
-    "row_image",
-    "row_record",
-    "row_source",
-]
+__all__ = ["Data", "Row", "Source", "no_captions", "open_source"]
 
 
 def open_source(
@@ -97,9 +79,8 @@ def open_source(
     if root is not None and source.kind in (*FOLDER_KINDS, "tars"):
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
     if streaming and not source.streaming:
-        source = replace(source, rows=table_stream(source.rows))
-    rows = source.rows
-    if not len(rows) if not source.streaming else next(iter(rows), None) is None:
+        source = replace(source, rows=source.table.stream())
+    if next(iter(source.rows), None) is None:
         skipped = source.skipped[0] if source.skipped else None
         why = f"{skipped.key} {skipped.reason}" if skipped else "it has no rows"
         raise DataError(f"{spec} holds no image that can be used: {why}")

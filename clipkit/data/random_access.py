@@ -1,7 +1,4 @@
-"""Rows of a table by their numbers, read straight from its Arrow columns.
-
-Pictures inside tables and tars: one at a time by its key, without holding the others.
-"""
+"""Images inside tables and tars: read one by its key, without holding the others in memory."""
 
 import os
 from bisect import bisect_right
@@ -10,63 +7,16 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clipkit.data.formats.huggingface import is_saved
 from clipkit.data.formats.tables import Group, ParquetRows
 from clipkit.data.formats.webdataset import find_members, is_tar, read_member, root_of_tars
 from clipkit.data.open_source import find_files, open_source
-from clipkit.data.source import Row, Wanted, clean_text
+from clipkit.data.source import Wanted, clean_text
 from clipkit.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-class Lookup:
-    """A table's rows by number.
-
-    The look-up of ``datasets`` takes 9 to 15 µs a row in batches of 16, this one 4 to 5, and 2
-    where the picture is not wanted.
-
-    Args:
-        rows: of a Source that does not stream.
-    """
-
-    def __init__(self, rows: "Dataset") -> None:
-        table = rows.data
-        self._keys, self._labels = table.column("key"), table.column("label")
-        self._captions = table.column("captions")
-        self._bytes, self._paths = table.column("image").flatten()
-        # A selection of rows keeps the whole table and the numbers of those selected.
-        chosen = rows._indices
-        self._places: NDArray[np.int64] | None = (
-            None if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
-        )
-
-    def __len__(self) -> int:
-        return len(self._keys if self._places is None else self._places)
-
-    def texts(self, number: int) -> Row:
-        """Key, captions and label of a row."""
-        at = self._place(number)
-        return {
-            "key": self._keys[at].as_py(),
-            "captions": self._captions[at].as_py(),
-            "label": self._labels[at].as_py(),
-        }
-
-    def image(self, number: int) -> dict[str, Any]:
-        """The picture of a row as it is stored: its bytes, or a path."""
-        at = self._place(number)
-        return {"bytes": self._bytes[at].as_py(), "path": self._paths[at].as_py()}
-
-    def _place(self, number: int) -> int:
-        return number if self._places is None else int(self._places[number])
-
 
 ROWS = 16
 """Rows of a Parquet file read at a time, pictures and all, on the way to the one that is wanted."""
@@ -212,14 +162,11 @@ class _SavedPictures:
     """Of a saved ``datasets`` directory, whose rows stay on disk, mapped into memory."""
 
     def __init__(self, where: str) -> None:
-        rows = open_source(os.fspath(where), caption="", label="", streaming=False).rows
-        self._lookup = Lookup(rows)
-        keys = (self._lookup.texts(n)["key"] for n in range(len(rows)))
-        self._places = _Places((key, n) for n, key in enumerate(keys))
+        self._rows = open_source(os.fspath(where), caption="", label="", streaming=False).table
+        self._places = _Places((row.key, n) for n, row in enumerate(self._rows.texts()))
 
     def read(self, key: str) -> bytes | None:
         for number in self._places.find(key):
-            if self._lookup.texts(number)["key"] == key:
-                data: bytes | None = self._lookup.image(number)["bytes"]
-                return data
+            if self._rows.text(number).key == key:
+                return self._rows.image(number).data
         return None

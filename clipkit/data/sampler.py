@@ -149,16 +149,18 @@ def class_numbers(source: Source) -> NDArray[np.int64]:
             f"data.balance draws rows at random, but {source.spec} streams; set "
             'data.streaming = "no", or leave data.balance empty'
         )
-    labels = list(source.rows["label"])
+    labels = source.table.labels
     bare = [number for number, label in enumerate(labels) if not label]
     if bare:
-        key = source.rows[bare[0]]["key"]
+        key = source.table.text(bare[0]).key
         raise DataError(
             f"{len(bare)} of {len(labels)} rows of {source.spec} have no label (for example "
             f'{key}), expected one in each for data.balance = "label"; name data.label_column, '
             "or leave data.balance empty"
         )
-    numbers: NDArray[np.int64] = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    numbers: NDArray[np.int64] = np.unique(np.array(labels, str), return_inverse=True)[1].astype(
+        np.int64
+    )
     return numbers
 
 
@@ -170,7 +172,7 @@ def require_labels(source: Source, weights: Mapping[str, float]) -> None:
     """
     if source.streaming or not weights:
         return
-    known = sorted(set(source.rows["label"]) - {None})
+    known = sorted({label for label in source.table.labels if label is not None})
     for label in weights:
         if label in known:
             continue
@@ -201,13 +203,14 @@ def split_held_out(source: Source, share: float, seed: int) -> tuple[Source, Sou
     """
     if not share:
         return source, None
-    rows = source.rows
     if source.streaming:
-        kept = rows.filter(lambda row: not _is_held(row["key"], share, seed))
-        held = rows.filter(lambda row: _is_held(row["key"], share, seed)).take(HELD_OUT_MOST)
-        if next(iter(held), None) is None:  # a short stream, of which chance held out nothing
+        stream = source.stream
+        rest = stream.filter(lambda row: not _is_held(row.key, share, seed))
+        some = stream.filter(lambda row: _is_held(row.key, share, seed)).take(HELD_OUT_MOST)
+        if next(iter(some), None) is None:  # a short stream, of which chance held out nothing
             return source, None
-        return replace(source, rows=kept), replace(source, rows=held)
+        return replace(source, rows=rest), replace(source, rows=some)
+    rows = source.table
     count = min(HELD_OUT_MOST, round(share * len(rows)))
     if not count:
         return source, None

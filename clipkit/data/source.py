@@ -1,4 +1,4 @@
-"""The rows that every source boils down to, held in memory or streamed."""
+"""What every source of images and captions boils down to, and how its readers build it."""
 
 import hashlib
 import os
@@ -8,18 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from PIL import Image
-
-from clipkit.data.images import Reduction, Skipped, read_image
-from clipkit.errors import DataError, ImageError
+from clipkit.data.images import Skipped
+from clipkit.data.rows import Rows, Stream, Table, schema
+from clipkit.errors import DataError
 from clipkit.progress import is_main_process, print_status
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features
 
 
-Row = dict[str, Any]
+RowDict = dict[str, Any]
+"""A row as readers of files build it: the values of the columns of ``schema`` by name."""
 Item = TypeVar("Item")
 MEMORY_LIMIT = 2 << 30  # bytes; what is larger streams unless told otherwise
 _LOST = "\ufffd"  # what stands where bytes were not UTF-8
@@ -78,10 +77,7 @@ class Source:
         spec: what was asked for.
         kind: image, folder, sidecars, classes, metadata, csv, json, jsonl, parquet, tars, saved
             or hub.
-        rows: a ``Dataset``, or a ``Stream`` where they can only be read in order; with the columns
-            ``key: str``, ``image: {"bytes": bytes | None, "path": str | None}``
-            (never decoded by ``datasets``), ``captions: list[str]``, ``label: str | None``, and
-            ``metadata: dict`` where a table has any and it was asked for.
+        rows: a ``Table``, in memory, or a ``Stream``, which can only be read front to back.
         root: the directory that paths and keys are relative to; None for the hub.
         fingerprint: changes when the content does; made from names, sizes and times alone.
         skipped: items that were left out; of a stream, so far.
@@ -91,7 +87,7 @@ class Source:
 
     spec: str
     kind: str
-    rows: Any
+    rows: Rows
     root: Path | None
     fingerprint: str
     skipped: list[Skipped]
@@ -99,8 +95,27 @@ class Source:
 
     @property
     def streaming(self) -> bool:
-        """Whether ``rows`` can only be read in order and has no length."""
-        return not hasattr(self.rows, "__len__")
+        """Whether ``rows`` can only be read in order and have no length."""
+        return not isinstance(self.rows, Table)
+
+    @property
+    def count(self) -> int | None:
+        """The number of rows; None for a stream, where it is not known."""
+        return len(self.rows) if isinstance(self.rows, Table) else None
+
+    @property
+    def table(self) -> Table:
+        """The rows, by number; raises TypeError for a stream."""
+        if not isinstance(self.rows, Table):
+            raise TypeError(f"{self.spec} is a stream, expected a table")
+        return self.rows
+
+    @property
+    def stream(self) -> Stream:
+        """The rows, front to back; raises TypeError for a table."""
+        if not isinstance(self.rows, Stream):
+            raise TypeError(f"{self.spec} is a table, expected a stream")
+        return self.rows
 
 
 Data = str | Path | Source | Iterable[Any]
@@ -114,53 +129,12 @@ def no_captions(source: Source) -> DataError:
     )
 
 
-def row_source(row: Row) -> Path | bytes:
-    """The file of a row's image, or its content; raises ImageError where it has neither."""
-    data, path = row["image"]["bytes"], row["image"]["path"]
-    if data is None and path is None:
-        raise ImageError("has neither bytes nor a path")
-    return Path(path) if data is None else data
-
-
-def row_record(row: Row) -> dict[str, Any]:
-    """What a store keeps of a row beside its vector; its content is not hashed yet."""
-    data, path = row["image"]["bytes"], row["image"]["path"]
-    size, mtime_ns = len(data or b""), 0
-    if data is None and path is not None:
-        try:
-            status = os.stat(path)
-        except OSError:
-            pass  # reading it will fail as well, and say why
-        else:
-            size, mtime_ns = status.st_size, status.st_mtime_ns
-    kept = {name: row[name] for name in ("key", "captions", "label")}
-    more = row.get("metadata") or {}
-    return {**kept, "size": size, "mtime_ns": mtime_ns, "content_hash": None, **more}
-
-
-def row_image(row: Row, reduction: Reduction | None = None) -> Image.Image:
-    """The picture of a row, RGB, as ``read_image`` reads it; raises ImageError where it cannot."""
-    return read_image(row_source(row), reduction)
-
-
-def features(metadata: "pa.Schema | None" = None) -> "Features":
-    """The columns of every source, and its metadata's, as ``datasets`` names them."""
-    from datasets import Features, Value
-
-    # A plain struct, for an Image feature would take a path it finds on disk over the bytes.
-    image = {"bytes": Value("binary"), "path": Value("string")}
-    text = Value("string")
-    more = {} if metadata is None else {"metadata": {**Features.from_arrow_schema(metadata)}}
-    return Features({"key": text, "image": image, "captions": [text], "label": text, **more})
-
-
-def to_batches(rows: Iterable[Row], size: int) -> Iterator["pa.RecordBatch"]:
+def to_batches(rows: Iterable[RowDict], size: int) -> Iterator["pa.RecordBatch"]:
     """Rows as Arrow record batches of the common columns, ``size`` rows each."""
     import pyarrow as pa
 
-    schema = features().arrow_schema
     for chunk in chunks(rows, size):
-        yield pa.RecordBatch.from_pylist(chunk, schema)
+        yield pa.RecordBatch.from_pylist(chunk, schema())
 
 
 def chunks(rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -172,19 +146,17 @@ def chunks(rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def in_memory(
     batches: Iterable["pa.RecordBatch"],
-    fingerprint: str,
     skipped: list[Skipped],
     metadata: "pa.Schema | None" = None,
-) -> "Dataset":
-    """One dataset of all batches, with every key once.
+) -> Table:
+    """One table of all batches, with every key once.
 
-    The same image file again adds its captions to the first row of it, whose metadata stay;
-    another image under a key that is taken is skipped.
+    Further rows of an image file add their captions to its first row, whose metadata stay. Another
+    image under a key that is taken is skipped.
     """
     import pyarrow as pa
-    from datasets import Dataset
 
-    schema = features(metadata).arrow_schema
+    columns = schema(metadata)
     place: dict[str, int] = {}
     captions: list[list[str]] = []
     labels: list[str | None] = []
@@ -211,14 +183,15 @@ def in_memory(
         kept.append(images if all(fresh) else images.filter(pa.array(fresh)))
         if metadata is not None:
             told.append(batch.column("metadata").filter(pa.array(fresh, pa.bool_())))
-    columns = [
+    arrays = [
         pa.array(list(place), pa.string()),
-        pa.chunked_array(kept, schema.field("image").type),
+        pa.chunked_array(kept, columns.field("image").type),
+        pa.array(captions, columns.field("captions").type),
+        pa.array(labels, pa.string()),
     ]
-    columns += [pa.array(captions, schema.field("captions").type), pa.array(labels, pa.string())]
     if metadata is not None:
-        columns.append(pa.chunked_array(told, schema.field("metadata").type))
-    return Dataset(pa.table(columns, schema=schema), fingerprint=fingerprint)
+        arrays.append(pa.chunked_array(told, columns.field("metadata").type))
+    return Table(pa.table(arrays, schema=columns))
 
 
 def usable(captions: Iterable[str | None]) -> list[str]:

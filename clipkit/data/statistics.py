@@ -1,12 +1,11 @@
 """Collect the statistics and problems of a source in one pass, without storing images."""
 
 import io
-import os
 import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ from PIL import Image
 from clipkit.data.captions import caption_warning
 from clipkit.data.duplicates import LOOK, content_hash, look
 from clipkit.data.images import Skipped
-from clipkit.data.open_source import Row, Source, row_image
+from clipkit.data.rows import Row, StoredImage
+from clipkit.data.source import Source
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import ImageError
 from clipkit.progress import progress_bar
@@ -136,9 +136,8 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
     missing: dict[str, Problem] = {"has no caption": Problem(""), "has no label": Problem("")}
     workers = worker_count("auto")
     results = map_ordered(_examine, source.rows, workers=workers, ahead=4 * workers)
-    total = None if source.streaming else len(source.rows)
-    for row, seen in progress_bar(results, desc="checking", total=total, unit=" images"):
-        key = row["key"]
+    for row, seen in progress_bar(results, desc="checking", total=source.count, unit=" images"):
+        key = row.key
         found.rows += 1
         if key in keys:
             found.tell(key, "has the same key as an earlier item")
@@ -147,17 +146,17 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
             found.add_image(key, seen)
         else:
             found.tell(key, seen)
-        found.per_image[len(row["captions"])] += 1
-        for caption in row["captions"]:
+        found.per_image[len(row.captions)] += 1
+        for caption in row.captions:
             on_caption(caption)
             if warning := caption_warning(caption, key):
                 found.tell(key, warning, repr(caption[:100]))
-        if not row["captions"]:
+        if not row.captions:
             missing["has no caption"].add(Skipped(key, "has no caption"))
-        if row["label"] is None:
+        if row.label is None:
             missing["has no label"].add(Skipped(key, "has no label"))
         else:
-            found.labels[row["label"]] += 1
+            found.labels[row.label] += 1
     for item in source.skipped:
         found.tell(item.key, item.reason)
     # If no image at all has a caption (or label), this source has none, and none is missing.
@@ -169,16 +168,15 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
 
 def _examine(row: Row) -> tuple[Row, _Seen | str]:
     """The row without its image, and the image's properties or the reason it cannot be read."""
-    stored = row["image"]
-    row = {name: value for name, value in row.items() if name != "image"}
+    stored, row = row.image, replace(row, image=StoredImage())
     try:
-        image = row_image({"image": stored})
+        image = stored.read()
     except ImageError as error:
         return row, str(error)
-    data, path = stored["bytes"], stored["path"]
-    with Image.open(Path(path) if data is None else io.BytesIO(data)) as header:
+    file = stored.file
+    with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as header:
         form = f"{header.format} {header.mode}"
         # On white, all white drawings would be the same image.
         whole = header.convert("RGBA") if header.has_transparency_data else image
-    size = os.stat(path).st_size if data is None else len(data)
+    size = file.stat().st_size if isinstance(file, Path) else len(file)
     return row, _Seen(*image.size, form, size, content_hash(whole), look(image).tobytes())

@@ -1,30 +1,15 @@
-"""The batches of an epoch of a stream, from its start or from where a run stood.
-
-Rows that can only be read in order: shard by shard, shuffled, and gone on with anywhere.
-"""
+"""The batches of an epoch of a stream, shuffled, from its start or from where a run stood."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from clipkit.data.source import Row, Source
+from clipkit.data.rows import Place, Row, Stream
+from clipkit.data.source import Source
 from clipkit.progress import is_main_process, print_status
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset
-
-
-Position = Any
-"""Where a shard's reader goes on, in values that JSON could hold; None is the shard's start."""
-Read = Callable[[Any, Position], Iterator[tuple["pa.RecordBatch", Position]]]
-"""Gives the rows of a shard from a position on, in batches, each with the position after it."""
-Place = list[Any]
-"""The position of a batch, and how many of its rows come before."""
 
 LANES = 16
 """Shards of a shuffled stream that are read at once."""
@@ -33,101 +18,6 @@ PART = 128
 WAITS = 16
 """A row of a shuffled stream leaves with its own part or with one of the 15 after it. On average
 half as many parts wait: about 1,100 rows, still encoded, or 110 MB of photos."""
-_HELD = 16  # rows of a batch that are made Python's at a time
-_TABLE_ROWS = 1000  # rows of a table in a batch, as many as `datasets` writes in one piece
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Rows in the order of their shards, which are read from the start or from anywhere.
-
-    Rows of the same image file are merged where they follow each other in a shard; beyond that,
-    keys are not checked, which would take memory without bound.
-
-    Attributes:
-        read: reads a shard.
-        shards: what ``read`` is given, one by one.
-        steps: what each row goes through; each gives the row, changed or not, or None to leave it
-            out.
-        most: rows in all; None: as many as there are.
-    """
-
-    read: Read
-    shards: list[Any]
-    steps: tuple[Callable[[Row], Row | None], ...] = ()
-    most: int | None = None
-
-    def __iter__(self) -> Iterator[Row]:
-        rows = (row for shard in self.shards for row, _ in self.rows(shard))
-        return islice(rows, self.most)
-
-    def filter(self, keep: Callable[[Row], bool]) -> "Stream":
-        """The rows that ``keep`` says yes to."""
-        return replace(self, steps=(*self.steps, lambda row: row if keep(row) else None))
-
-    def map(self, change: Callable[[Row], Row]) -> "Stream":
-        """All rows, with the values that ``change`` gives for each."""
-        return replace(self, steps=(*self.steps, lambda row: row | change(row)))
-
-    def take(self, most: int) -> "Stream":
-        """The first rows, when they are read in order."""
-        return replace(self, most=most)
-
-    def batches(self) -> Iterator["pa.RecordBatch"]:
-        """What the shards hold, in order, before anything is done to it."""
-        return (batch for shard in self.shards for batch, _ in self.read(shard, None))
-
-    def rows(self, shard: Any, place: Place | None = None) -> Iterator[tuple[Row, Place]]:
-        """The rows of a shard from a place on, each with the place after it."""
-        for row, after in merge_neighbours(self._single_rows(shard, *(place or (None, 0)))):
-            kept: Row | None = row
-            for step in self.steps:
-                kept = kept if kept is None else step(kept)
-            if kept is not None:
-                yield kept, after
-
-    def _single_rows(self, shard: Any, start: Position, before: int) -> Iterator[tuple[Row, Place]]:
-        for batch, after in self.read(shard, start):
-            for first in range(before, len(batch), _HELD):
-                for number, row in enumerate(batch.slice(first, _HELD).to_pylist(), first + 1):
-                    # After the last of a batch it need not be read again.
-                    yield row, [start, number] if number < len(batch) else [after, 0]
-            start, before = after, 0
-
-
-def merge_neighbours(rows: Iterable[tuple[Row, Place]]) -> Iterator[tuple[Row, Place]]:
-    """Join rows that follow each other and name the same image file; the last one's place holds."""
-    held: tuple[Row, Place] | None = None
-    for row, after in rows:
-        path = row["image"]["path"]
-        if held is not None and path is not None and held[0]["image"]["path"] == path:
-            held[0]["captions"] += row["captions"]
-            held[0]["label"] = held[0]["label"] or row["label"]
-            held = held[0], after
-            continue
-        if held is not None:
-            yield held
-        held = row, after
-    if held is not None:
-        yield held
-
-
-def table_stream(table: "Dataset") -> Stream:
-    """The rows of a table in the common columns, as if they could only be read in order."""
-    rows = table.with_format("arrow")
-
-    def read(_: Any, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
-        yield from table_batches(rows, at or 0)
-
-    return Stream(read, [None])
-
-
-def table_batches(rows: "Dataset", start: int) -> Iterator[tuple["pa.RecordBatch", int]]:
-    """The rows of a table in Arrow's format from number ``start`` on, with how many came before."""
-    for first in range(start, len(rows), _TABLE_ROWS):
-        for batch in rows[first : first + _TABLE_ROWS].to_batches():
-            start += len(batch)
-            yield batch, start
 
 
 def shuffle_sizes() -> list[int]:
@@ -264,7 +154,7 @@ def stream_batches(
     about = {"source": source.fingerprint, "epoch": epoch, "sizes": shuffle_sizes()}
     place = place or {}
     known = all(place.get(name) == value for name, value in (about | {"batch": start}).items())
-    shuffled = Shuffled(source.rows, seed, epoch, place["rows"] if known else None)
+    shuffled = Shuffled(source.stream, seed, epoch, place["rows"] if known else None)
     rows = iter(shuffled)
     if start and not known:
         if is_main_process():

@@ -199,18 +199,18 @@ def _measure(encoder: Encoder, unseen: Source) -> tuple[dict[str, float], dict[s
     ranks = {f"{way}_r{k}": k for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
     # With at most k items recall is 1, and the report omits it.
     recall = {name: measured.get(name, 1.0) for name in ranks}
-    named = _rows(unseen, [i for i, label in enumerate(unseen.rows["label"]) if label])
+    named = _rows(unseen, [i for i, label in enumerate(unseen.table.labels) if label])
     accuracy = evaluate_zero_shot(named, encoder, LABELS, TEMPLATES).metrics
-    chance = {name: min(1.0, k / len(unseen.rows)) for name, k in ranks.items()}
+    chance = {name: min(1.0, k / len(unseen.table)) for name, k in ranks.items()}
     # The constant prediction of the largest class.
-    largest = Counter(named.rows["label"]).most_common(1)[0][1]
+    largest = Counter(named.table.labels).most_common(1)[0][1]
     metrics = {
         "zeroshot_mean_per_class": accuracy["mean_per_class"],
         "zeroshot_top1": accuracy["top1"],
     }
     guessing = {
         "zeroshot_mean_per_class": 1 / len(LABELS),
-        "zeroshot_top1": largest / len(named.rows),
+        "zeroshot_top1": largest / len(named.table),
     }
     return recall | metrics, chance | guessing
 
@@ -226,8 +226,8 @@ def _search(index: VectorIndex, encoder: Encoder, unseen: Source) -> list[Search
 def _classify(encoder: Encoder, unseen: Source) -> list[ClassifyExample]:
     """Predictions for the middle drawing of every other class, a choice made by no hand."""
     of_label: dict[str, list[int]] = {}
-    for row, label in enumerate(unseen.rows["label"]):
-        of_label.setdefault(label, []).append(row)
+    for row, label in enumerate(unseen.table.labels):
+        of_label.setdefault(label or "", []).append(row)
     present = [label for label in LABELS[::2] if label in of_label]
     chosen = _rows(unseen, [of_label[label][len(of_label[label]) // 2] for label in present])
     images = _images(chosen)
@@ -240,11 +240,9 @@ def _classify(encoder: Encoder, unseen: Source) -> list[ClassifyExample]:
 
 
 def _rows(source: Source, numbers: list[int]) -> Source:
-    return replace(source, rows=source.rows.select(numbers))
+    return replace(source, rows=source.table.select(numbers))
 
 
 def _images(source: Source) -> dict[str, NamedImage]:
     """All drawings by key; a name is the only caption."""
-    return {
-        row["key"]: NamedImage(row["image"]["bytes"], row["captions"][0]) for row in source.rows
-    }
+    return {row.key: NamedImage(row.image.data or b"", row.captions[0]) for row in source.rows}

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from clipkit.data.labels import Label, literal_labels
 from clipkit.data.open_source import Row, Source, open_source
@@ -73,16 +72,16 @@ def open_benchmark(path: Path, split: str) -> Benchmark:
     return Benchmark(replace(source, rows=named), "zero-shot", labels, templates)
 
 
-def _name_class(row: Row, labels: list[Label], file: Path) -> dict[str, Any]:
-    label = row["label"]
+def _name_class(row: Row, labels: list[Label], file: Path) -> Row:
+    label = row.label
     if label is None:
-        return {"label": None}
+        return row
     if not label.isdigit() or int(label) >= len(labels):
         raise DataError(
-            f"{row['key']} has the class {label!r}, expected a number below {len(labels)}, the "
+            f"{row.key} has the class {label!r}, expected a number below {len(labels)}, the "
             f"number of classes in {file}"
         )
-    return {"label": str(labels[int(label)])}
+    return replace(row, label=str(labels[int(label)]))
 
 
 def _lines(file: Path) -> list[str]:

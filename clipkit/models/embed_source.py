@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.images import Decode, Skipped
-from clipkit.data.open_source import Source, no_captions, row_image
+from clipkit.data.rows import Row
+from clipkit.data.source import Source, no_captions
 from clipkit.data.transforms import Pixels
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import DataError, ImageError
@@ -18,8 +18,6 @@ from clipkit.models.encoder import AdaptiveBatcher, BatchSize, Encoder, Vectors
 from clipkit.models.tokenizer import TruncationReport, tokenize
 from clipkit.progress import progress_bar
 from clipkit.user_cache import Entry, key_of, user_cache
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def encoded_batches(
             vector = known(row) if known else None
             if vector is not None:
                 return row, vector, ""
-            return row, None, encoder.preprocess.pixels(row_image(row, reduction), decode)
+            return row, None, encoder.preprocess.pixels(row.read_image(reduction), decode)
         except ImageError as error:
             return row, None, str(error)
 
@@ -93,7 +91,7 @@ def encoded_batches(
         if vector is not None:
             yield vector, [row]
         elif isinstance(result, str):
-            on_skip(row["key"], result)
+            on_skip(row.key, result)
         else:
             ready.append((row, result))
         if len(ready) >= batcher.size:
@@ -136,14 +134,13 @@ def encode_pairs(
 
     def wanted() -> Iterator[Row]:
         for row in islice(iter(source.rows), limit):
-            if row["captions"] or not with_captions:
+            if row.captions or not with_captions:
                 yield row
             else:
-                unused[row["key"]] = "has no caption"
+                unused[row.key] = "has no caption"
 
     vectors, rows = [], []
-    total = None if source.streaming else len(source.rows)
-    with progress_bar(total=total, unit="img", desc="encoding", shown=progress) as bar:
+    with progress_bar(total=source.count, unit="img", desc="encoding", shown=progress) as bar:
         for part, encoded in encoded_batches(
             encoder,
             wanted(),
@@ -159,7 +156,7 @@ def encode_pairs(
         raise no_captions(source)
     if not rows:
         raise DataError(f"{source.spec} has no image that can be read; see clipkit data check")
-    pairs = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
+    pairs = [(i, text) for i, row in enumerate(rows) for text in row.captions]
     texts = [text for _, text in pairs] if with_captions else []
     # A stream knows its skipped items only after it is read.
     skipped = {item.key: item.reason for item in source.skipped} | unused
@@ -172,9 +169,9 @@ def encode_pairs(
         images=np.concatenate(vectors),
         captions=captions,
         owners=np.array([i for i, _ in pairs], np.int64),
-        keys=[row["key"] for row in rows],
+        keys=[row.key for row in rows],
         texts=texts,
-        labels=[row["label"] for row in rows],
+        labels=[row.label for row in rows],
         skipped=[Skipped(key, reason) for key, reason in skipped.items()],
         report=report,
     )
@@ -182,7 +179,6 @@ def encode_pairs(
 
 FEWEST = 64
 """Smallest number of images that is cached; fewer are encoded in about a second."""
-_WANTED = ["key", "captions", "label"]
 
 
 def cached_pairs(
@@ -239,10 +235,10 @@ def _restore(cached: Entry, source: Source, with_captions: bool) -> EncodedPairs
     """Cached vectors for the current rows; None if keys or captions have changed."""
     keys = json.loads(cached.texts["keys"])
     known = set(keys)
-    rows = [row for row in source.rows.select_columns(_WANTED) if row["key"] in known]
-    if [row["key"] for row in rows] != keys:
+    rows = [row for row in source.rows.texts() if row.key in known]
+    if [row.key for row in rows] != keys:
         return None
-    captions = [(i, text) for i, row in enumerate(rows) for text in row["captions"]]
+    captions = [(i, text) for i, row in enumerate(rows) for text in row.captions]
     texts = [text for _, text in captions] if with_captions else []
     if key_of(texts) != cached.texts["captions"]:
         return None
@@ -255,7 +251,7 @@ def _restore(cached: Entry, source: Source, with_captions: bool) -> EncodedPairs
         owners=np.array([i for i, _ in captions], np.int64),
         keys=keys,
         texts=texts,
-        labels=[row["label"] for row in rows],
+        labels=[row.label for row in rows],
         skipped=[Skipped(*item) for item in json.loads(cached.texts["skipped"])],
         report=report,
     )

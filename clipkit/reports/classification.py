@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from html import escape
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from clipkit.artifacts import move_into_place, partial_path, write_text
 from clipkit.classifiers.predictions import Prediction
-from clipkit.data.open_source import row_image
+from clipkit.data.rows import StoredImage
 from clipkit.display.html import bar, data_uri, document
 from clipkit.display.thumbnails import contact_sheet, thumbnail
 from clipkit.errors import ArtifactError, ImageError
@@ -104,13 +104,13 @@ class PredictionFiles:
         self._counts[prediction.label] += 1
         if self._write:
             self._write(prediction)
-        image = prediction.image or {"bytes": None, "path": None}
+        image = prediction.image or StoredImage()
         if self._folder:
             path = () if prediction.rejected else prediction.top[0].path
             self._folder.add(path or (prediction.label,), prediction.key, image)
         if (self._html or self._sheet) and len(self._shown) < MOST_IMAGES:
             try:
-                self._shown.append((prediction, thumbnail(row_image({"image": image}))))
+                self._shown.append((prediction, thumbnail(image.read())))
             except ImageError as error:  # it was readable a moment ago
                 raise ArtifactError(
                     f"{prediction.key} changed during the classification: it {error}"
@@ -232,13 +232,13 @@ class SortedFolder:
     def __enter__(self) -> Self:
         return self
 
-    def add(self, classes: Sequence[str], key: str, image: dict[str, Any]) -> None:
+    def add(self, classes: Sequence[str], key: str, image: StoredImage) -> None:
         """Add one image to the folder of its label.
 
         Args:
             classes: the folders, outermost first: ``("animal", "fox")``.
             key: the key of the image. The file gets its last part, with a number if that is taken.
-            image: ``{"bytes": …, "path": …}``.
+            image: the image.
 
         Raises:
             ArtifactError: a link to an image that is not a file.
@@ -247,16 +247,16 @@ class SortedFolder:
         folder.mkdir(parents=True, exist_ok=True)
         target = self._free(folder / _file_name(PurePosixPath(key).name))
         if self.link:
-            if image["bytes"] is not None:
+            if image.data is not None:
                 raise ArtifactError(
                     f"cannot link to {key}, which is inside a table or tar; leave out --link to "
                     "copy it"
                 )
-            target.symlink_to(os.path.abspath(image["path"]))
-        elif image["bytes"] is not None:
-            target.write_bytes(image["bytes"])
+            target.symlink_to(os.path.abspath(str(image.path)))
+        elif image.data is not None:
+            target.write_bytes(image.data)
         else:
-            shutil.copy2(image["path"], target)
+            shutil.copy2(str(image.path), target)
 
     def _free(self, target: Path) -> Path:
         place, number = target, 1

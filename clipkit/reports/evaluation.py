@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkit import __version__
 from clipkit.artifacts import write_text
-from clipkit.data.open_source import Source, row_image
+from clipkit.data.open_source import Source
 from clipkit.display.html import bullets, commands, document, percent
 from clipkit.display.svg import Scale, Series, chart
 from clipkit.display.thumbnails import thumbnail
@@ -310,9 +310,9 @@ def _read_images(source: Source, keys: Iterable[str]) -> dict[str, bytes]:
     """Thumbnails by key; images that can no longer be read are left out."""
     wanted, found = set(keys), dict[str, bytes]()
     for row in source.rows if wanted else ():
-        if row["key"] in wanted and row["key"] not in found:
+        if row.key in wanted and row.key not in found:
             try:
-                found[row["key"]] = thumbnail(row_image(row))
+                found[row.key] = thumbnail(row.read_image())
             except ImageError:
                 continue
             if len(found) == len(wanted):

@@ -222,7 +222,7 @@ def run_page(
         training: training pairs.
         held_out: held-out pairs; None if there are none.
     """
-    pairs = None if training.streaming else len(training.rows)
+    pairs = training.count
     batch = min(config.train.batch_size, pairs or config.train.batch_size)
     warnings = [
         (f"step {line['step']:,}", line["warning"]) for line in summary.lines if "warning" in line
@@ -319,7 +319,7 @@ def _mean(lines: Sequence[dict[str, Any]], name: str) -> float:
 def _recall_figures(recall: dict[str, float], held_out: Source | None) -> list[Figure]:
     if not recall or held_out is None:
         return []
-    images = None if held_out.streaming else len(held_out.rows)
+    images = held_out.count
     return [
         Figure(
             f"{text} R@{k}",
@@ -350,7 +350,7 @@ def _data(
         facts.append("There is no held-out set, so recall was not measured.")
     else:
         where = config.data.val or "a random part of the same data"
-        count = "" if held_out.streaming else f" {len(held_out.rows):,} images,"
+        count = "" if held_out.count is None else f" {held_out.count:,} images,"
         facts.append(f"Held-out set:{count} {where}.")
     if cut.seen:
         facts.append(

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from clipkit.artifacts import is_complete
 from clipkit.data.images import Skipped, content_hash
-from clipkit.data.open_source import Row, Source, row_record, row_source
+from clipkit.data.rows import Row
+from clipkit.data.source import Source
 from clipkit.errors import SkipLimitError
 from clipkit.progress import print_status, progress_bar
 from clipkit.store.embedding_store import EmbeddingStore, Owner, StoreWriter, require_decode
@@ -200,7 +201,7 @@ class IncrementalPass:
         self.unreadable: dict[str, str] = {}
         self.absent: dict[str, str] = {}
         self.duplicates: list[Skipped] = []
-        self._total = 0 if source.streaming else len(source.rows)
+        self._total = source.count or 0
         self._written: set[str] = set()
         self._tasks: dict[str, _Task] = {}
 
@@ -245,14 +246,14 @@ class IncrementalPass:
         """Yield the rows whose image must be read; handle all others."""
         first = self.known[0]
         for row in self.source.rows:
-            key = self.key(row["key"])
+            key = self.key(row.key)
             if key in self.seen:
                 reason = "its key is taken by an earlier image"
                 self.writer.skip(key, reason)
                 self.duplicates.append(Skipped(key, reason))
                 continue
             self.seen.add(key)
-            record = {**row_record(row), "key": key}
+            record = {**row.record(), "key": key}
             if not self.rewrite and first.as_is(record):
                 self.unchanged += 1
                 self._advance(1)
@@ -272,7 +273,7 @@ class IncrementalPass:
                     self.writer.append(vector, [{**record, "content_hash": content}])
                     self._advance(1)
                     continue
-            self._tasks[row["key"]] = _Task(record, at)
+            self._tasks[row.key] = _Task(record, at)
             yield row
 
     def _known_vector(self, row: Row) -> Vectors | None:
@@ -280,8 +281,8 @@ class IncrementalPass:
 
         Hashes the content and records the hash. Called by the decoding threads.
         """
-        task = self._tasks[row["key"]]
-        content = task.record["content_hash"] = content_hash(row_source(row))
+        task = self._tasks[row.key]
+        content = task.record["content_hash"] = content_hash(row.image.file)
         first = self.known[0]
         places = [(known, known.same_content(content)) for known in self.known]
         if task.at is not None:
@@ -298,7 +299,7 @@ class IncrementalPass:
 
     def _store(self, vectors: Vectors, rows: list[Row]) -> None:
         """Write rows and their vectors, float32 [n, dim], except rows that need not be written."""
-        tasks = [self._tasks.pop(row["key"]) for row in rows]
+        tasks = [self._tasks.pop(row.key) for row in rows]
         differ = [self.rewrite or not self._is_unchanged(task) for task in tasks]
         self.unchanged += differ.count(False)
         records = [task.record for task, wanted in zip(tasks, differ, strict=True) if wanted]

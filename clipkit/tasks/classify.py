@@ -132,7 +132,8 @@ def predict_images(
     if len(classifier.labels) == 1:
         check_labels(classifier.labels, single=each)
     zero_shot = _with_background(classifier) if each or reject else None
-    total = None if any(s.streaming for s in sources) else sum(len(s.rows) for s in sources)
+    counts = [source.count for source in sources]
+    total = None if None in counts else sum(count or 0 for count in counts)
     with progress_bar(total=total, unit="img", desc="classifying", shown=progress) as bar:
         for vectors, rows in encoded_batches(
             encoder,
@@ -142,14 +143,14 @@ def predict_images(
             on_skip=on_skip,
         ):
             bar.update(len(rows))
-            keys = [row["key"] for row in rows]
+            keys = [row.key for row in rows]
             if each and zero_shot:
                 found = zero_shot.predict_each(vectors, keys, k)
             else:
                 found = classifier.predict(vectors, keys, k)
             shows = zero_shot.any_of(vectors).tolist() if zero_shot and not each else []
             for place, (row, one) in enumerate(zip(rows, found, strict=True)):
-                one = replace(one, image=row["image"])
+                one = replace(one, image=row.image)
                 if zero_shot and shows:
                     rejected = shows[place] < zero_shot.threshold
                     one = replace(one, shows_any=shows[place], rejected=rejected)
@@ -222,9 +223,9 @@ def _rows(sources: Sequence[Source], on_skip: Callable[[str, str], None]) -> Ite
         prefix = f"{source.spec}/" if len(sources) > 1 else ""
         seen = set()
         for row in source.rows:
-            seen.add(row["key"])
-            key = source.spec if source.kind == "image" else prefix + row["key"]
-            yield {**row, "key": key}
+            seen.add(row.key)
+            key = source.spec if source.kind == "image" else prefix + row.key
+            yield replace(row, key=key)
         for skipped in source.skipped:
             if skipped.key not in seen:  # otherwise only a caption of it was skipped
                 on_skip(prefix + skipped.key, skipped.reason)

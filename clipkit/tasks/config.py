@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from clipkit.artifacts import write_text
 from clipkit.config import TrainConfig, parse_config
 from clipkit.data.open_source import Source, open_source
-from clipkit.data.source import no_captions, row_image
+from clipkit.data.rows import Row
+from clipkit.data.source import no_captions
 from clipkit.errors import ConfigError, DataError, ImageError
 
 SAMPLE = 64
@@ -95,7 +96,7 @@ def init_config(
     if path is not None and path.exists():
         raise ConfigError(f"{path} exists; name another file or delete it first")
     source = open_source(data, image=image_column, caption=caption_column, image_root=image_root)
-    images = None if source.streaming else len(source.rows)
+    images = source.count
     side = _median_side(source)
     columns = {"image_column": image_column, "caption_column": caption_column}
     columns["image_root"] = None if image_root is None else str(image_root)
@@ -160,9 +161,9 @@ def _median_side(source: Source) -> int:
     sides: list[int] = []
     captions = False
     for row in _sample(source):
-        captions = captions or bool(row["captions"])
+        captions = captions or bool(row.captions)
         try:
-            sides.append(min(row_image(row).size))
+            sides.append(min(row.read_image().size))
         except ImageError:
             continue
     if not captions:
@@ -172,13 +173,13 @@ def _median_side(source: Source) -> int:
     return int(statistics.median(sides))
 
 
-def _sample(source: Source) -> Iterator[Any]:
+def _sample(source: Source) -> Iterator[Row]:
     if source.streaming:
         yield from islice(source.rows, SAMPLE)
         return
-    count = len(source.rows)
-    for number in range(0, count, math.ceil(count / SAMPLE)):
-        yield source.rows[number]
+    rows = source.table
+    for number in range(0, len(rows), math.ceil(len(rows) / SAMPLE)):
+        yield rows[number]
 
 
 def _render(data: str, images: int | None, side: int, columns: dict[str, str]) -> str:

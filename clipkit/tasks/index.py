@@ -127,7 +127,7 @@ def build_index(
         encoder = encoder or default_encoder(store_beside(out))
         # Refuse now what can be refused, not after hours of encoding.
         if spec != AUTO:
-            new_index(spec, encoder.dim, None if source.streaming else len(source.rows))
+            new_index(spec, encoder.dim, source.count)
         with ArtifactWriter(out, "index", replace=True):
             pass
         store = embed(

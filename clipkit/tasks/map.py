@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clipkit.arguments import require_encoder
 from clipkit.artifacts import Manifest, read_manifest, write_text
 from clipkit.data.labels import EVERYDAY, Label
-from clipkit.data.open_source import open_source, row_image
+from clipkit.data.open_source import open_source
 from clipkit.display.html import data_uri
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
@@ -223,7 +223,7 @@ def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:
     # The source may have been deleted, and a damaged image must not affect the others.
     with suppress(DataError):
         for row in open_source(manifest.source.get("spec", ""), caption="", label="").rows:
-            if row["key"] in found:
+            if row.key in found:
                 with suppress(ImageError):
-                    found[row["key"]] = data_uri(thumbnail(row_image(row)))
+                    found[row.key] = data_uri(thumbnail(row.read_image()))
     return [found.get(key, "") for key in keys]

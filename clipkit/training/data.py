@@ -18,7 +18,8 @@ from clipkit.config import DataConfig, TrainConfig
 from clipkit.data.feature_cache import Features
 from clipkit.data.image_cache import ImageCache, open_cache
 from clipkit.data.loader import PairLoader, Share
-from clipkit.data.open_source import Row, Source, no_captions, open_source
+from clipkit.data.open_source import open_source
+from clipkit.data.rows import Row
 from clipkit.data.sampler import (
     CaptionLengths,
     class_numbers,
@@ -26,7 +27,7 @@ from clipkit.data.sampler import (
     require_labels,
     split_held_out,
 )
-from clipkit.data.source import usable
+from clipkit.data.source import Source, chunks, no_captions, usable
 from clipkit.data.transforms import augmentation, reduction
 from clipkit.data.workers import worker_count
 from clipkit.errors import ConfigError, DataError, ImageError
@@ -66,9 +67,9 @@ def open_training_data(
         validation = open_source(config.val, image=image, caption=caption, image_root=root)
     else:
         training, validation = split_held_out(training, config.val_fraction, seed)
-    if not training.streaming and len(training.rows) < 2:
+    if training.count is not None and training.count < 2:
         raise DataError(
-            f"{config.train} leaves {'one pair' if training.rows else 'no pair'} to train on, "
+            f"{config.train} leaves {'one pair' if training.count else 'no pair'} to train on, "
             "expected at least 2; add pairs, or lower data.val_fraction"
         )
     return training, validation
@@ -76,8 +77,7 @@ def open_training_data(
 
 def require_captions(source: Source) -> None:
     """Raise DataError if a table has no captions."""
-    batches = source.rows.select_columns("captions").iter(batch_size=1000)
-    if not any(any(batch["captions"]) for batch in batches):
+    if not any(row.captions for row in source.rows.texts()):
         raise no_captions(source)
 
 
@@ -96,8 +96,8 @@ def count_truncated_captions(source: Source, config: DataConfig, cut: Truncation
         CaptionError: a caption is too long and ``long_captions`` is ``"error"``.
     """
     found = False
-    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
-        texts = [text for captions in batch["captions"] for text in captions]
+    for rows in chunks(source.rows.texts(), 1000):
+        texts = [text for row in rows for text in row.captions]
         found = found or bool(texts)
         if config.long_captions == "split":
             texts = [part for text in texts for part in split_caption(text)]
@@ -170,12 +170,12 @@ def caption_lengths(source: Source, seed: int) -> CaptionLengths:
             'stream; set data.streaming = "no", or train.bucket_by_length = false'
         )
     tokens, counts, turns = [np.empty(0, np.int64)], [], []
-    for part in source.rows.select_columns(["key", "captions"]).iter(batch_size=1000):
-        texts = [usable(captions) for captions in part["captions"]]
+    for rows in chunks(source.rows.texts(), 1000):
+        texts = [usable(row.captions) for row in rows]
         counts += [len(captions) for captions in texts]
         turns += [
-            first_turn(seed, key) % max(len(c), 1)
-            for key, c in zip(part["key"], texts, strict=True)
+            first_turn(seed, row.key) % max(len(captions), 1)
+            for row, captions in zip(rows, texts, strict=True)
         ]
         read = tokenize(list(chain.from_iterable(texts)), report=TruncationReport())
         tokens.append(read.argmax(axis=1) + 1)  # the end token has the largest id
@@ -260,7 +260,7 @@ def _image_encoder(encoder: Encoder, features: Features) -> Callable[[Row], Vect
     )
 
     def encode(row: Row) -> Vectors:
-        key = row["key"]
+        key = row.key
         if key in features.skipped:
             raise ImageError(features.skipped[key])
         number = features.rows[key]

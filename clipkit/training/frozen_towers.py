@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from clipkit.artifacts import ModelRef
 from clipkit.config import ModelConfig, TrainConfig
 from clipkit.data.feature_cache import Encoded, Features, stored_features
-from clipkit.data.open_source import Row, Source, row_image
+from clipkit.data.rows import Row
 from clipkit.data.sampler import stable_hash
+from clipkit.data.source import Source, chunks
 from clipkit.data.transforms import Preprocess, augmentation
 from clipkit.data.workers import map_ordered, worker_count
 from clipkit.errors import ConfigError, ImageError
@@ -163,7 +164,7 @@ def _image_features(
         facts["decode"] = config.data.decode
     body = network.locked["image"].body
     model = _reference(config, towers, fingerprint(body, towers.preprocess))
-    return stored_features(folder, "image", model, facts, source.rows["key"], maker.encode)
+    return stored_features(folder, "image", model, facts, source.table.keys, maker.encode)
 
 
 def _caption_features(
@@ -172,17 +173,17 @@ def _caption_features(
     """Features of the distinct captions of a source."""
     blank = tokenize("")[0]  # used for padding when a process has no pair
     captions = {_key(blank): blank}
-    for batch in source.rows.select_columns("captions").iter(batch_size=1000):
-        texts = [text for some in batch["captions"] for text in some]
+    for rows in chunks(source.rows.texts(), 1000):
+        texts = [text for row in rows for text in row.captions]
         if config.data.long_captions == "split":
             texts = [part for text in texts for part in split_caption(text)]
-        captions |= {_key(row): row for row in tokenize(texts, report=TruncationReport())}
-    rows = list(captions.values())
+        captions |= {_key(tokens): tokens for tokens in tokenize(texts, report=TruncationReport())}
+    distinct = list(captions.values())
 
     def encode(start: int) -> Iterator[Encoded]:
-        starts = range(start, len(rows), BATCH)
+        starts = range(start, len(distinct), BATCH)
         for at in progress_bar(starts, desc="locked text tower"):
-            tokens = torch.from_numpy(np.stack(rows[at : at + BATCH]))
+            tokens = torch.from_numpy(np.stack(distinct[at : at + BATCH]))
             features = network.features("text", tokens.to(network.scale.device))
             yield features.cpu().numpy()[:, None], {}
 
@@ -208,7 +209,7 @@ class _ImageMaker:
 
     def encode(self, start: int) -> Iterator[Encoded]:
         """Yield the features of the rows from ``start`` on, and the reasons for unreadable rows."""
-        views, rows = self.config.data.feature_views, self.source.rows
+        views, rows = self.config.data.feature_views, self.source.table
         rest = rows.select(range(start, len(rows)))
         results = map_ordered(
             self._read, rest, workers=worker_count(self.config.data.workers), ahead=2 * BATCH
@@ -226,9 +227,9 @@ class _ImageMaker:
 
     def _read(self, row: Row) -> tuple[str, Tensor | str]:
         """A row's key, and its views, float32 [views, 3, height, width], or the reason for none."""
-        key = row["key"]
+        key = row.key
         try:
-            image = row_image(row)
+            image = row.read_image()
         except ImageError as error:
             return key, str(error)
         views = [self.plain(image)]

@@ -52,14 +52,9 @@ def collect_facts(
     """Collect the facts about a run's training data."""
     if training.streaming:
         return Facts(None, steps, None, cut, None)
-    distinct = {
-        hash(text)
-        for batch in training.rows.select_columns("captions").iter(batch_size=1000)
-        for captions in batch["captions"]
-        for text in captions
-    }
+    distinct = {hash(text) for row in training.rows.texts() for text in row.captions}
     shared = shared_images(training, held_out, config.train.seed) if held_out else None
-    return Facts(len(training.rows), steps, len(distinct), cut, shared)
+    return Facts(training.count, steps, len(distinct), cut, shared)
 
 
 def preflight_warnings(config: TrainConfig, facts: Facts) -> list[str]:

@@ -88,7 +88,7 @@ def test_a_loader_gives_the_same_batches_with_a_cache(tmp_path, workers):
 def test_a_kept_picture_is_not_read_again(tmp_path, monkeypatch):
     reader = loader(source([row(n) for n in range(16)]), cache=ImageCache(tmp_path, 1 << 20))
     first = list(reader.batches(0))
-    monkeypatch.setattr("clipkit.data.loader.row_image", None)
+    monkeypatch.setattr("clipkit.data.rows.read_image", None)
     assert sorted(k for b in reader.batches(1) for k in b.keys) == sorted(
         k for b in first for k in b.keys
     )

@@ -13,7 +13,6 @@ from clipkit.data import loader as collate
 from clipkit.data.images import Skipped
 from clipkit.data.loader import Gathered, Pair
 from clipkit.data.open_source import open_source
-from clipkit.data.streaming import table_stream
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, SkipLimitError
 from tests.helpers.pairs import batches, loader, png, row, same, source
@@ -143,9 +142,9 @@ def test_too_many_bad_rows_stop(streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_limit_is_met_at_the_same_batch_after_a_resume(streaming):
     # More bad rows than may be, but never many after the middle of the epoch.
-    rows = source([row(n, image=b"" if n % 4 == 0 else None) for n in range(1200)])
-    rows.rows = table_stream(rows.rows) if streaming else rows.rows
-    rows.streaming = streaming
+    rows = source(
+        [row(n, image=b"" if n % 4 == 0 else None) for n in range(1200)], streaming=streaming
+    )
     whole = loader(rows, skip_limit=0.2, workers=0)
     states, found = [], []
     with pytest.raises(SkipLimitError) as error:

@@ -14,7 +14,7 @@ from PIL import Image
 from clipkit.data import source as rows_module
 from clipkit.data.formats.webdataset import expand
 from clipkit.data.images import Skipped
-from clipkit.data.open_source import open_source, row_image
+from clipkit.data.open_source import open_source
 from clipkit.errors import DataError, ImageError
 from tests.helpers.paths import SHARED
 from tests.helpers.toys import write_tar
@@ -49,14 +49,14 @@ def told(source):
     """Everything but the pixels, which are checked on the way."""
     found = []
     for row in source.rows:
-        assert sorted(row) == ["captions", "image", "key", "label"]
-        assert sorted(row["image"]) == ["bytes", "path"]
-        found.append((row["key"], row["captions"], row["label"]))
+        assert (row.image.data is None) != (row.image.path is None)
+        assert row.metadata is None
+        found.append((row.key, row.captions, row.label))
     return found
 
 
 def colours(source):
-    return [row_image(row).getpixel((0, 0)) for row in source.rows]
+    return [row.read_image().getpixel((0, 0)) for row in source.rows]
 
 
 def refusal(spec, **options):
@@ -260,10 +260,10 @@ def test_keys_of_paths_elsewhere(tmp_path):
     put(tmp_path / "near" / "t.csv", "\n".join(["path", *lines]))
     source = open_source(tmp_path / "near" / "t.csv")
     assert [key for key, _, _ in told(source)] == ["../far/a.png", "b.png", lines[2]]
-    found = [row_image(source.rows[index]).getpixel((0, 0)) for index in range(2)]
+    found = [source.rows[index].read_image().getpixel((0, 0)) for index in range(2)]
     assert found == [COLOURS["a"], COLOURS["b"]]
     with pytest.raises(ImageError, match="no such file"):
-        row_image(source.rows[2])
+        source.rows[2].read_image()
 
 
 def test_jsonl(tmp_path):
@@ -416,8 +416,8 @@ def test_parquet_of_real_photos(name):
         expected = list(zip(table["key"].to_pylist(), captions, labels, strict=True))
         assert told(source) == expected
         first = next(iter(source.rows))
-        assert first["image"]["bytes"] == table["image"][0].as_py()["bytes"]
-        assert row_image(first).size in ((256, 256), (112, 112))
+        assert first.image.data == table["image"][0].as_py()["bytes"]
+        assert first.read_image().size in ((256, 256), (112, 112))
         assert source.skipped == []
 
 
@@ -466,7 +466,7 @@ def test_tars_can_be_dealt_out(tmp_path):
     expected = shards(tmp_path)
     rows = open_source(tmp_path / "s-*.tar").rows
     assert len(rows.shards) == 3
-    dealt = [row["key"] for shard in rows.shards for row, _ in rows.rows(shard)]
+    dealt = [row.key for shard in rows.shards for row, _ in rows.rows(shard)]
     assert dealt == [key for key, _, _ in expected]
 
 
@@ -677,9 +677,9 @@ def test_several_images_and_folders_are_one_source(tmp_path):
     for name in ("a/one.png", "b/two.png", "b/deep/three.png"):
         put(tmp_path / name, png("a"))
     source = open_source([tmp_path / "a" / "one.png", tmp_path / "b"])
-    assert source.rows["key"] == ["a/one.png", "b/deep/three.png", "b/two.png"]
+    assert source.rows.keys == ["a/one.png", "b/deep/three.png", "b/two.png"]
     assert (source.kind, source.root) == ("classes", tmp_path)
-    assert row_image(source.rows[0]).getpixel((0, 0)) == COLOURS["a"]
+    assert source.rows[0].read_image().getpixel((0, 0)) == COLOURS["a"]
 
 
 def test_a_pattern_of_images_is_expanded(tmp_path):
@@ -688,7 +688,7 @@ def test_a_pattern_of_images_is_expanded(tmp_path):
     pattern = str(tmp_path / "*.png")
     for data in (pattern, [pattern], sorted(tmp_path.glob("*.png"))):
         source = open_source(data)
-        assert source.rows["key"] == ["a.png", "b.png"]
+        assert source.rows.keys == ["a.png", "b.png"]
         assert source.spec == str(tmp_path)
     with pytest.raises(DataError, match="no file matches the pattern"):
         open_source(tmp_path / "*.webp")
@@ -715,8 +715,8 @@ PAIRS = [
 @pytest.mark.parametrize("data", [PAIRS, MapStyle(), iter(PAIRS)], ids=["list", "map", "iterator"])
 def test_pairs_of_images_and_captions(data):
     source = open_source(data)
-    assert source.rows["captions"] == [["red"], ["green", "a green square"]]
-    pixels = [row_image(row).getpixel((0, 0)) for row in source.rows]
+    assert [row.captions for row in source.rows] == [["red"], ["green", "a green square"]]
+    pixels = [row.read_image().getpixel((0, 0)) for row in source.rows]
     assert pixels == [COLOURS["a"], COLOURS["b"]]
     assert source.fingerprint == open_source(PAIRS).fingerprint
 
@@ -724,7 +724,7 @@ def test_pairs_of_images_and_captions(data):
 def test_pairs_with_a_path(tmp_path):
     put(tmp_path / "a.png", png("a"))
     (row,) = open_source([(tmp_path / "a.png", "red")]).rows
-    assert row_image(row).getpixel((0, 0)) == COLOURS["a"]
+    assert row.read_image().getpixel((0, 0)) == COLOURS["a"]
 
 
 @pytest.mark.parametrize(

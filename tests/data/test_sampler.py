@@ -99,7 +99,7 @@ def test_the_length_is_that_of_the_caption_read():
     for epoch in range(4):
         batches = reader._sampler.plan(epoch)
         of_row = {
-            pairs.rows[int(draw[0])]["key"]: length
+            pairs.rows[int(draw[0])].key: length
             for batch in batches
             for draw, length in zip(batch, lengths.drawn(batch), strict=True)
         }
@@ -257,7 +257,7 @@ def test_a_run_of_like_length_can_be_balanced(albums, tmp_path):
 
 
 def keys(source):
-    return [row["key"] for row in source.rows]
+    return [row.key for row in source.rows]
 
 
 def test_a_table_and_a_stream_are_split_without_loss(colour_folder):

@@ -18,8 +18,9 @@ import pytest
 from clipkit.data import streaming as stream
 from clipkit.data.formats import webdataset as tar_members
 from clipkit.data.open_source import open_source
+from clipkit.data.rows import Stream, schema
 from clipkit.data.sampler import split_held_out
-from clipkit.data.streaming import Shuffled, Stream
+from clipkit.data.streaming import Shuffled
 
 ROWS = 600
 
@@ -151,7 +152,8 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr("clipkit.data.formats.huggingface._CHUNK", 16)
     monkeypatch.setattr("clipkit.data.formats.tables._STREAMED_ROWS", 16)
     monkeypatch.setattr("clipkit.data.formats.tables._CHUNK", 20)
-    monkeypatch.setattr("clipkit.data.streaming._TABLE_ROWS", 40)
+    monkeypatch.setattr("clipkit.data.rows._STREAMED", 40)
+    monkeypatch.setattr("clipkit.data.formats.huggingface._ROWS", 40)
     return lambda kind: open_source(spec(kind, tmp_path), streaming=True)
 
 
@@ -287,7 +289,7 @@ def test_headers_are_looked_up_only_where_names_do_not_ascend(opened, monkeypatc
 
 def test_epochs_and_seeds_differ_and_all_rows_come_once(opened):
     rows = opened(parquet).rows
-    orders = [[row["key"] for row in Shuffled(rows, *of)] for of in ((0, 0), (0, 1), (1, 0))]
+    orders = [[row.key for row in Shuffled(rows, *of)] for of in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order) == [f"{n:05}" for n in range(ROWS)] for order in orders)
     assert len(set(map(tuple, orders))) == 3
 
@@ -295,22 +297,22 @@ def test_epochs_and_seeds_differ_and_all_rows_come_once(opened):
 def test_a_part_held_out_of_a_stream(opened):
     source = opened(tars)
     training, held_out = split_held_out(source, 0.3, seed=0)
-    kept = [row["key"] for row in Shuffled(training.rows, 0, 0)]
+    kept = [row.key for row in Shuffled(training.rows, 0, 0)]
     assert len(kept) > 300
-    held = [row["key"] for row in held_out.rows]
-    assert sorted(kept + held) == sorted(row["key"] for row in source.rows)
+    held = [row.key for row in held_out.rows]
+    assert sorted(kept + held) == sorted(row.key for row in source.rows)
     shuffled = Shuffled(training.rows, 0, 0)
     list(itertools.islice(shuffled, 200))
     again = Shuffled(training.rows, 0, 0, through_a_checkpoint(shuffled.state()))
-    assert [row["key"] for row in again] == kept[200:]
+    assert [row.key for row in again] == kept[200:]
 
 
 def test_rows_can_be_changed_and_cut_off(opened):
     rows = opened(jsonl).rows
-    changed = rows.map(lambda row: {"label": row["key"][:3]}).filter(lambda row: row["captions"])
+    changed = rows.map(lambda row: replace(row, label=row.key[:3])).filter(lambda row: row.captions)
     some = list(changed.take(5))
-    assert [row["label"] for row in some] == [row["key"][:3] for row in rows.take(5)]
-    assert [row["key"] for row in some] == [row["key"] for row in rows.take(5)]
+    assert [row.label for row in some] == [row.key[:3] for row in rows.take(5)]
+    assert [row.key for row in some] == [row.key for row in rows.take(5)]
 
 
 def numbers(count, shards):
@@ -320,8 +322,8 @@ def numbers(count, shards):
     def read(shard, at):
         for first in range(at or 0, len(parts[shard]), 64):
             some = parts[shard][first : first + 64].tolist()
-            rows = [{"key": n, "image": {"path": None}} for n in some]
-            yield pa.RecordBatch.from_pylist(rows), first + len(some)
+            rows = [{"key": str(n)} for n in some]
+            yield pa.RecordBatch.from_pylist(rows, schema()), first + len(some)
 
     def generate(shards):
         yield from ({"key": n} for shard in shards for n in parts[shard].tolist())
@@ -339,16 +341,16 @@ def test_it_mixes_as_well_as_a_buffer(shards, monkeypatch):
         monkeypatch.setattr(stream, setting, value)
     ours, theirs = numbers(20_000, shards)
 
-    def near(rows):
-        keys = np.array([row["key"] for row in rows][: 20_000 // 64 * 64]).reshape(-1, 64)
+    def near(numbers):
+        keys = np.array(list(numbers)[: 20_000 // 64 * 64]).reshape(-1, 64)
         assert len(np.unique(keys)) == keys.size
         apart = np.abs(keys[:, :, None] - keys[:, None, :])
         return (apart <= 50).mean() - 1 / 64  # less each with itself
 
     found = [
         (
-            near(Shuffled(ours, seed, 0)),
-            near(theirs.shuffle(seed=seed, buffer_size=1000)),
+            near(int(row.key) for row in Shuffled(ours, seed, 0)),
+            near(row["key"] for row in theirs.shuffle(seed=seed, buffer_size=1000)),
         )
         for seed in range(2)
     ]

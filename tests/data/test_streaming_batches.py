@@ -78,7 +78,7 @@ def test_a_part_held_out_stays_out(shards):
     again.restore(states[9])
     assert same(list(again.batches(0, 10)), found[10:])
     kept = {key for batch in found for key in batch.keys}
-    assert not kept & {row["key"] for row in held_out.rows}
+    assert not kept & {row.key for row in held_out.rows}
     assert len(kept) > 120
 
 

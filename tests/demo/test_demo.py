@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from clipkit.artifacts import Manifest, ModelRef, is_complete
 from clipkit.config import load_config
-from clipkit.data.open_source import open_source, row_image
+from clipkit.data.open_source import open_source
 from clipkit.demo import emoji
 from clipkit.demo.emoji import Drawing, EmojiFacts, caption_of, find_drawings, label_of, write_sets
 from clipkit.demo.page import (
@@ -128,17 +128,17 @@ def test_sets_by_value(drawings, tmp_path):
         train=15, unseen=9, dropped=2, new_names=2, near_duplicates=0, duplicates=2, labelled=8
     )
     train, unseen = (open_source(tmp_path / f"{name}.parquet") for name in ("train", "unseen"))
-    assert {key.split("/")[0] for key in train.rows["key"]} == {"Apple", "Twitter"}
-    assert {key.split("/")[0] for key in unseen.rows["key"]} == {"Google"}
-    rows = {row["key"]: row for row in [*train.rows, *unseen.rows]}
-    assert rows["Google/0001.png"]["captions"] == ["green circle"]
-    assert rows["Google/0001.png"]["label"] == "circle"
-    assert rows["Google/AAAA.png"]["label"] is None
+    assert {key.split("/")[0] for key in train.rows.keys} == {"Apple", "Twitter"}
+    assert {key.split("/")[0] for key in unseen.rows.keys} == {"Google"}
+    rows = {row.key: row for row in [*train.rows, *unseen.rows]}
+    assert rows["Google/0001.png"].captions == ["green circle"]
+    assert rows["Google/0001.png"].label == "circle"
+    assert rows["Google/AAAA.png"].label is None
     with Image.open(red.path) as picture:
         white = Image.new("RGBA", picture.size, "white")
         white.alpha_composite(picture)
-    assert np.array_equal(row_image(rows["Google/0000.png"]), white.convert("RGB"))
-    fitted = row_image(rows["Apple/BBBB.png"])
+    assert np.array_equal(rows["Google/0000.png"].read_image(), white.convert("RGB"))
+    fitted = rows["Apple/BBBB.png"].read_image()
     assert fitted.size == (72, 72)
     assert fitted.getpixel((36, 36)) == (90, 90, 90)
     assert fitted.getpixel((36, 4)) == (255, 255, 255)

@@ -194,8 +194,8 @@ def test_classes_have_the_names_of_their_numbers(benchmark):
     assert found.labels == [Label(name) for name in names]
     assert found.templates == ["a photo of {}.", "{}"]
     rows = list(found.source.rows)
-    assert [row["label"] for row in rows] == ["red: a", "green/x", "blue"] * 4
-    assert rows[7]["key"] == "1.tar/s7.png"
+    assert [row.label for row in rows] == ["red: a", "green/x", "blue"] * 4
+    assert rows[7].key == "1.tar/s7.png"
 
 
 def test_a_retrieval_set_has_captions(benchmark):
@@ -205,7 +205,7 @@ def test_a_retrieval_set_has_captions(benchmark):
     (benchmark / "test" / "nshards.txt").write_text("1")
     found = open_benchmark(benchmark, "test")
     assert found.task == "retrieval"
-    assert [row["captions"] for row in found.source.rows] == [["one", "two"]]
+    assert [row.captions for row in found.source.rows] == [["one", "two"]]
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,13 @@
 
 import io
 import time
-from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 
 from clipkit.data.loader import PairLoader
-from clipkit.data.streaming import table_stream
-
-FEATURES = datasets.Features(
-    {
-        "key": datasets.Value("string"),
-        "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-        "captions": datasets.List(datasets.Value("string")),
-        "label": datasets.Value("string"),
-    }
-)
+from clipkit.data.source import Source, in_memory, to_batches
 
 
 def png(value):
@@ -39,10 +28,8 @@ def row(number, *, image=None, captions=None):
 
 
 def source(rows, *, streaming=False):
-    columns = {name: [row[name] for row in rows] for name in FEATURES}
-    table = datasets.Dataset.from_dict(columns, features=FEATURES)
-    rows = table_stream(table) if streaming else table
-    return SimpleNamespace(spec="toy", rows=rows, streaming=streaming, fingerprint="0")
+    table = in_memory(to_batches(rows, 1000), [])
+    return Source("toy", "toy", table.stream() if streaming else table, None, "0", [])
 
 
 def preprocess(image, generator):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from clipkit.artifacts import ModelRef, partial_path
 from clipkit.data.images import read_image
+from clipkit.data.rows import Row
 from clipkit.errors import ArtifactError
-from clipkit.models import embed_source as encode_pairs
 from clipkit.store import shards as shard_writer
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.embed import embed
@@ -27,20 +27,20 @@ LONG = 20  # seconds after which something that should happen never will
 def test_decoding_goes_on_while_a_batch_is_encoded(tmp_path, monkeypatch):
     keys = write_squares(tmp_path / "photos")
     decoded, seen = set(), threading.Event()
-    row_image = encode_pairs.row_image
+    read = Row.read_image
 
     def noting(row, reduction=None):
-        decoded.add(row["key"])
+        decoded.add(row.key)
         if keys[5] in decoded:
             seen.set()
-        return row_image(row, reduction)
+        return read(row, reduction)
 
     class Waiting(ColourEncoder):
         def encode_images(self, images, batch_size=64):
             assert seen.wait(LONG), "an image of the second batch was never read"
             return super().encode_images(images)
 
-    monkeypatch.setattr(encode_pairs, "row_image", noting)
+    monkeypatch.setattr(Row, "read_image", noting)
     assert len(embed(tmp_path / "photos", tmp_path / "store", Waiting(), batch_size=4)) == 16
 
 

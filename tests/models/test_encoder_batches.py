@@ -66,7 +66,7 @@ def test_a_walk_over_images_goes_on_in_smaller_batches(tmp_path):
     walk = encoded_batches(
         encoder, open_source(photos).rows, batch_size=8, workers=2, on_skip=pytest.fail
     )
-    batches = [(vectors, [row["key"] for row in rows]) for vectors, rows in walk]
+    batches = [(vectors, [row.key for row in rows]) for vectors, rows in walk]
     # What was gathered for the first batch is encoded whole, in parts.
     assert encoder.tried == [8, 4, 2, 2, 2, 2] + 4 * [2]
     expected = embed(photos, tmp_path / "store", ColourEncoder())

@@ -126,7 +126,7 @@ def test_zero_shot_metrics_are_those_of_the_logits(encoder, albums):
 
 def test_a_single_class_has_no_roc_curve(encoder, albums):
     source = open_source(albums / "red" / "0.png")
-    source = replace(source, rows=source.rows.map(lambda row: {**row, "label": "red"}))
+    source = replace(source, rows=source.rows.map(lambda row: replace(row, label="red")))
     report = evaluate_zero_shot(source, encoder, LABELS, progress=False)
     assert report.to_dict()["roc_auc"] is None
     assert report.outcome.fitted is None

@@ -10,6 +10,7 @@ from PIL import Image
 from clipkit.config import parse_config
 from clipkit.data.duplicates import Shared, shared_images
 from clipkit.data.open_source import open_source
+from clipkit.data.rows import StoredImage
 from clipkit.data.sampler import split_held_out
 from clipkit.errors import DataError
 from clipkit.models.tokenizer import TruncationReport
@@ -102,13 +103,12 @@ def shared_slowly(training, held_out):
     """The definition: every pair of images compared."""
 
     def read(row):
-        stored = row["image"]
-        return stored["bytes"] or Path(stored["path"]).read_bytes()
+        return row.image.data or Path(row.image.path).read_bytes()
 
     known = {}
     for row in training.rows:
-        known.setdefault(read(row), row["key"])
-    return {row["key"]: known[read(row)] for row in held_out.rows if read(row) in known}
+        known.setdefault(read(row), row.key)
+    return {row.key: known[read(row)] for row in held_out.rows if read(row) in known}
 
 
 @pytest.mark.parametrize("form", ["paths", "bytes"])
@@ -124,7 +124,7 @@ def test_shared_images_equal_comparing_all(tmp_path, form):
     source = open_source(folder)
     if form == "bytes":
         rows = source.rows.map(
-            lambda row: {"image": {"bytes": (folder / row["key"]).read_bytes(), "path": None}}
+            lambda row: replace(row, image=StoredImage((folder / row.key).read_bytes()))
         )
         source = replace(source, rows=rows)
     training, held_out = split_held_out(source, 0.3, seed=1)

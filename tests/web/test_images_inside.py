@@ -78,7 +78,7 @@ KINDS = ["numbered", "keyed", "two files", "saved", "tars"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_image_is_the_one_that_a_walk_over_the_source_meets(tmp_path, kind):
     spec = made(kind, tmp_path)
-    rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
+    rows = {row.key: row.image.data for row in open_source(spec).rows}
     assert len(rows) == {"two files": 16, "tars": 5}.get(kind, 8)
     pictures = open_pictures(str(spec))
     for key, data in reversed(rows.items()):
@@ -111,7 +111,7 @@ def test_they_are_served(tmp_path, kind):
     index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     with client(index.path) as ask:
         assert ask.get("/info").json()["missing"] is None
-        rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
+        rows = {row.key: row.image.data for row in open_source(spec).rows}
         for key in keys(ask.get("/search", params={"k": 100})):
             whole = ask.get(f"/image/{quote(key)}")
             assert (whole.content, whole.headers["content-type"]) == (rows[key], "image/png")
@@ -124,7 +124,7 @@ def test_they_are_served(tmp_path, kind):
 def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
     spec = made(kind, tmp_path)
     index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
-    rows = {row["key"]: row["image"]["bytes"] for row in open_source(spec).rows}
+    rows = {row.key: row.image.data for row in open_source(spec).rows}
     hits = Hits([Hit(key, 1.0) for key in (*rows, "none")], "", roots_of(index.manifest))
     shown = [hits.picture(hit) for hit in hits]
     assert shown == [*(thumbnail(read_image(data)) for data in rows.values()), None]

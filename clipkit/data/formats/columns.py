@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from clipkit.data.captions import clean_captions
 from clipkit.data.formats.image_paths import ImagePaths
 from clipkit.data.images import Skipped
-from clipkit.data.source import Notes, Wanted, clean_text, features, is_damaged
+from clipkit.data.rows import schema
+from clipkit.data.source import Notes, Wanted, clean_text, is_damaged
 from clipkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -249,13 +250,13 @@ def _assemble(
 ) -> "pa.RecordBatch":
     import pyarrow as pa
 
-    schema = features(metadata).arrow_schema
+    columns = schema(metadata)
     key, path, captions, label = zip(*rows, strict=True) if rows else ([], [], [], [])
     parts = [data, pa.array(path, pa.string())]
-    image = pa.StructArray.from_arrays(parts, fields=list(schema.field("image").type))
-    rest = [pa.array(captions, schema.field("captions").type), pa.array(label, pa.string())]
+    image = pa.StructArray.from_arrays(parts, fields=list(columns.field("image").type))
+    rest = [pa.array(captions, columns.field("captions").type), pa.array(label, pa.string())]
     rest += [] if more is None else [more]
-    return pa.record_batch([pa.array(key, pa.string()), image, *rest], schema=schema)
+    return pa.record_batch([pa.array(key, pa.string()), image, *rest], schema=columns)
 
 
 def _path_refusal(text: str) -> str | None:

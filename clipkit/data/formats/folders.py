@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from clipkit.data.images import SUFFIXES, Skipped, find_images
-from clipkit.data.source import Row, Source, fingerprint_of, in_memory, is_damaged, to_batches
+from clipkit.data.source import RowDict, Source, fingerprint_of, in_memory, is_damaged, to_batches
 from clipkit.errors import DataError
 
 FOLDER_KINDS = ("sidecars", "classes", "folder")
@@ -16,7 +16,7 @@ def open_image(path: Path) -> Source:
     """A single image file as a source of one row."""
     row = _row(path.parent, path.name)
     prints = fingerprint_of([(path.name, path)])
-    rows = in_memory(to_batches([row], 1), prints, [])
+    rows = in_memory(to_batches([row], 1), [])
     return Source(str(path), "image", rows, path.parent, prints, [])
 
 
@@ -31,7 +31,7 @@ def open_folder(root: Path) -> Source:
     """
     keys, skipped = find_images(root)
     source = _open_keys(root, keys, skipped)
-    if not len(source.rows):
+    if not source.count:
         raise DataError(_nothing_in(root, skipped))
     return source
 
@@ -67,7 +67,7 @@ def _open_keys(root: Path, keys: Sequence[str], skipped: list[Skipped]) -> Sourc
     else:
         kind = "classes" if keys and all("/" in key for key in keys) else "folder"
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[RowDict]:
         for key in keys:
             row = _row(root, key)
             if kind == "classes":
@@ -82,7 +82,7 @@ def _open_keys(root: Path, keys: Sequence[str], skipped: list[Skipped]) -> Sourc
     files = [(key, root / key) for key in keys]
     files += [(f"{key}.txt", sidecar) for key, sidecar in sidecars.items()]
     prints = fingerprint_of(files, kind)
-    table = in_memory(to_batches(rows(), 4096), prints, skipped)
+    table = in_memory(to_batches(rows(), 4096), skipped)
     return Source(str(root), kind, table, root, prints, skipped)
 
 
@@ -98,7 +98,7 @@ def texts_without_image(root: Path) -> list[str]:
     )
 
 
-def _row(root: Path, key: str) -> Row:
+def _row(root: Path, key: str) -> RowDict:
     image = {"bytes": None, "path": str(root / key)}
     return {"key": key, "image": image, "captions": [], "label": None}
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from clipkit.data.formats.columns import Common
 from clipkit.data.formats.image_paths import find_image_paths
 from clipkit.data.formats.tables import columns_of
+from clipkit.data.rows import Position, Stream
 from clipkit.data.source import Notes, Skips, Source, Wanted, fingerprint_of, in_memory
-from clipkit.data.streaming import Position, Stream, table_batches
 from clipkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 HUB = "hf:"
-_CHUNK = 64  # rows of a stream held at a time, pictures and all
+_CHUNK = 64  # rows of a stream held at a time, images and all
+_ROWS = 1000  # rows of a saved dataset read at a time, as many as it writes in one batch
 
 
 def is_saved(path: Path) -> bool:
@@ -114,8 +115,11 @@ def _common(
 
     def read(shard: int, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
         if held:
-            for batch, end in table_batches(rows, at or 0):
-                yield common.batch(batch, end - len(batch)), end
+            end = at or 0
+            for first in range(end, len(rows), _ROWS):
+                for batch in rows[first : first + _ROWS].to_batches():
+                    end += len(batch)
+                    yield common.batch(batch, end - len(batch)), end
             return
         state, first = at or (None, 0)
         part = rows.shard(shard_count, shard)
@@ -134,7 +138,7 @@ def _common(
     prints = fingerprint_of([], spec if not held else rows._fingerprint, wanted)
     result: Any = Stream(read, list(range(shard_count)))
     if held and not streaming:
-        result = in_memory(result.batches(), prints, common.skipped, common.told)
+        result = in_memory(result.batches(), common.skipped, common.told)
     return Source(spec, kind, result, root, prints, common.skipped, common.notes)
 
 

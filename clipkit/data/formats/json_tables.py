@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from clipkit.data.formats.nested import Nested, json_leaves
 from clipkit.data.images import SUFFIXES, Skipped
-from clipkit.data.source import Row
+from clipkit.data.source import RowDict
 from clipkit.errors import DataError
 
 _HEAD = 1000
@@ -80,7 +80,7 @@ class JsonTable:
 
     def records(
         self, skipped: list[Skipped], start: Sequence[int] = (0, 0)
-    ) -> Iterator[tuple[Row, list[int]]]:
+    ) -> Iterator[tuple[RowDict, list[int]]]:
         """The records, each with the position after it.
 
         Args:
@@ -182,7 +182,7 @@ def _open_document(file: Path, notes: list[str]) -> JsonTable:
 
 def _lines(
     file: Path, skipped: list[Skipped], start: Sequence[int]
-) -> Iterator[tuple[Row, list[int]]]:
+) -> Iterator[tuple[RowDict, list[int]]]:
     offset, number = start
     with file.open("rb") as stream:
         stream.seek(offset)
@@ -205,7 +205,7 @@ def _lines(
 
 def _entries(
     file: Path, skipped: list[Skipped], start: Sequence[int]
-) -> Iterator[tuple[Row, list[int]]]:
+) -> Iterator[tuple[RowDict, list[int]]]:
     """The items of a list, or the members of an object as captions by image path."""
     offset, number = start
     with file.open("rb") as stream:

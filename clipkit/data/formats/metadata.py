@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.data.source import Row, chunks, clean_text
+from clipkit.data.source import RowDict, chunks, clean_text
 from clipkit.progress import print_status
 
 INTEGER, NUMBER, TRUTH = pa.int64(), pa.float64(), pa.bool_()
@@ -52,7 +52,7 @@ class Metadata:
             [(_record_name(name, self.types), kind) for name, kind in self.types.items()]
         )
 
-    def texts(self, records: Sequence[Row]) -> dict[str, pa.Array]:
+    def texts(self, records: Sequence[RowDict]) -> dict[str, pa.Array]:
         """The columns of a text file's records, as texts that ``read`` converts."""
         return {
             name: pa.array([plain_text(record.get(name)) for record in records], TEXT)
@@ -134,7 +134,7 @@ def joined(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | 
     return TIME if both == {DAY, TIME} else TEXT
 
 
-def infer_types(records: Iterable[Row], *, typed: bool) -> dict[str, pa.DataType]:
+def infer_types(records: Iterable[RowDict], *, typed: bool) -> dict[str, pa.DataType]:
     """Arrow types of a text file's columns, of all its records.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.formats.columns import CAPTION
-from clipkit.data.source import Row, clean_text
+from clipkit.data.source import RowDict, clean_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,7 +80,7 @@ class Nested:
         """These names alone."""
         return replace(self, paths={name: self.paths[name] for name in names if name in self.paths})
 
-    def flatten(self, record: Row) -> Row:
+    def flatten(self, record: RowDict) -> RowDict:
         """The record with a value for each of the names; None where it has none."""
         if not self.paths and not self.objects:
             return record
@@ -90,7 +90,7 @@ class Nested:
             name: v for name, v in found.items() if v is not None or name not in record
         }
 
-    def value(self, record: Row, name: str) -> Any:
+    def value(self, record: RowDict, name: str) -> Any:
         """The value of one of the names."""
         value = _follow(record, self.paths[name])
         return _answer(value, *self.turns[name]) if name in self.turns else value

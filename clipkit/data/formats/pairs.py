@@ -12,7 +12,7 @@ from PIL import Image
 
 from clipkit.data.captions import clean_captions
 from clipkit.data.images import Skipped
-from clipkit.data.source import Notes, Row, Source, in_memory, to_batches
+from clipkit.data.source import Notes, RowDict, Source, in_memory, to_batches
 
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
@@ -32,7 +32,7 @@ def open_pairs(pairs: Iterable[Any]) -> Source:
     notes = Notes()
     digest = blake2b(digest_size=16)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[RowDict]:
         for number, pair in enumerate(pairs):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(
@@ -45,7 +45,7 @@ def open_pairs(pairs: Iterable[Any]) -> Source:
 
     batches = list(to_batches(rows(), 256))
     prints = digest.hexdigest()
-    table = in_memory(batches, prints, skipped)
+    table = in_memory(batches, skipped)
     return Source("pairs", "pairs", table, None, prints, skipped, notes)
 
 

@@ -14,10 +14,11 @@ from clipkit.data.formats.image_paths import SAMPLE, ImagePaths, find_image_path
 from clipkit.data.formats.json_tables import JsonTable
 from clipkit.data.formats.nested import FIRST_IMAGE, Nested, arrow_leaves, is_image
 from clipkit.data.images import Skipped
+from clipkit.data.rows import Position, Read, Stream
 from clipkit.data.source import (
     MEMORY_LIMIT,
     Notes,
-    Row,
+    RowDict,
     Skips,
     Source,
     Wanted,
@@ -26,7 +27,6 @@ from clipkit.data.source import (
     fingerprint_of,
     in_memory,
 )
-from clipkit.data.streaming import Position, Read, Stream
 from clipkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def open_table(
     )
     rows: Any = Stream(read, shards)
     if not streams:
-        rows = in_memory(rows.batches(), prints, skipped, common.told)
+        rows = in_memory(rows.batches(), skipped, common.told)
     return Source(spec, kind or form, rows, common.paths.root, prints, skipped, notes)
 
 
@@ -224,7 +224,7 @@ def _text(
 ) -> tuple[Common, Read]:
     tables = {file: _open_text(form, file, notes, split) for file in files}
     columns: Columns | None = None
-    sample: list[Row] = []
+    sample: list[RowDict] = []
     for file, table in tables.items():
         # The rest of the file is read later, which is when bad lines are reported.
         head = [record for record, _ in islice(table.records([]), 1000)]
@@ -285,7 +285,7 @@ def _different_folders(files: list[Path]) -> str:
     )
 
 
-def _arrow(records: list[Row], common: Common) -> "pa.RecordBatch":
+def _arrow(records: list[RowDict], common: Common) -> "pa.RecordBatch":
     import pyarrow as pa
 
     columns = common.columns
@@ -353,7 +353,7 @@ class CsvTable:
 
     def records(
         self, skipped: list[Skipped], start: Sequence[int] = (0, 0)
-    ) -> Iterator[tuple[Row, list[int]]]:
+    ) -> Iterator[tuple[RowDict, list[int]]]:
         """The records from a position on, each with the position after it."""
         with self.file.open("rb") as stream:
             lines = _Lines(stream)

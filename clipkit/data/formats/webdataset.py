@@ -31,17 +31,16 @@ from clipkit.data.formats.sidecars import (
     read_texts,
 )
 from clipkit.data.images import SUFFIXES, Skipped, is_junk, is_utf8, printable
+from clipkit.data.rows import Position, Stream, schema
 from clipkit.data.source import (
     Notes,
-    Row,
+    RowDict,
     Skips,
     Source,
     Wanted,
-    features,
     fingerprint_of,
     in_memory,
 )
-from clipkit.data.streaming import Position, Stream
 from clipkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -482,7 +481,7 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     more = _find_metadata(files, wanted) if wanted.metadata else None
 
     def read(shard: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
-        rows: list[Row] = []
+        rows: list[RowDict] = []
         for some, after in reader.rows(shard, at):
             rows += some
             if len(rows) >= _CHUNK:
@@ -494,7 +493,7 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
 
     rows: Any = Stream(read, files)
     if streaming is False:
-        rows = in_memory(rows.batches(), prints, skipped, more and more.schema)
+        rows = in_memory(rows.batches(), skipped, more and more.schema)
     return Source(str(files[0]), "tars", rows, root, prints, skipped, notes)
 
 
@@ -512,7 +511,7 @@ class _Reader:
     notes: list[str]
     seen: dict[Path, Seen] = field(default_factory=dict)
 
-    def rows(self, shard: Path, at: Position) -> Iterator[tuple[list[Row], Position]]:
+    def rows(self, shard: Path, at: Position) -> Iterator[tuple[list[RowDict], Position]]:
         """The rows of one shard from a position on, as far as it can be read.
 
         They come some at a time, with the position after them: the offset of the next item's
@@ -578,7 +577,7 @@ class _Reader:
     def _skip(self, key: str, reason: str) -> None:
         self.skipped.append(Skipped(printable(key), reason))
 
-    def _row(self, shard: str, item: Item, keys: Keys) -> Row | None:
+    def _row(self, shard: str, item: Item, keys: Keys) -> RowDict | None:
         key = f"{shard}/{item.image.name}"
         if not is_utf8(key):
             self._skip(key, "its name is not UTF-8; rename it")
@@ -630,13 +629,13 @@ def _json_of(shard: Path) -> Iterator[dict[str, Any]]:
         return  # reported when the shard is read
 
 
-def _to_batch(rows: list[Row], metadata: "Metadata | None") -> "pa.RecordBatch":
+def _to_batch(rows: list[RowDict], metadata: "Metadata | None") -> "pa.RecordBatch":
     """Rows in the common columns, with their metadata if there is any."""
     import pyarrow as pa
 
     if metadata is None:
-        return pa.RecordBatch.from_pylist(rows, features().arrow_schema)
+        return pa.RecordBatch.from_pylist(rows, schema())
     texts = metadata.texts([row["fields"] for row in rows])
     read = metadata.read(pa.RecordBatch.from_pydict(texts)).to_pylist()
     whole = [{**row, "metadata": one} for row, one in zip(rows, read, strict=True)]
-    return pa.RecordBatch.from_pylist(whole, features(metadata.schema).arrow_schema)
+    return pa.RecordBatch.from_pylist(whole, schema(metadata.schema))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipkit.config import parse_config
-from clipkit.data.open_source import open_source, row_image
+from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
 from clipkit.index.roots import file_of, roots_of
 from clipkit.tasks.check_data import check_data
@@ -36,9 +36,9 @@ def table(path, *paths):
 
 def keys(source):
     """The keys, after the colours of the files behind them have been checked."""
-    found = [row["key"] for row in source.rows]
+    found = [row.key for row in source.rows]
     for row in source.rows:
-        assert row_image(row).getpixel((0, 0)) == COLOURS[Path(row["key"].partition("#")[0]).stem]
+        assert row.read_image().getpixel((0, 0)) == COLOURS[Path(row.key.partition("#")[0]).stem]
     return found
 
 
@@ -58,8 +58,8 @@ def test_a_backslash_may_be_part_of_a_name(tmp_path):
     images(tmp_path, "a.png")
     (tmp_path / "a.png").rename(tmp_path / "x\\a.png")
     source = open_source(table(tmp_path / "t.csv", "x\\a.png"))
-    assert [row["key"] for row in source.rows] == ["x\\a.png"]
-    assert row_image(source.rows[0]).getpixel((0, 0)) == COLOURS["a"]
+    assert [row.key for row in source.rows] == ["x\\a.png"]
+    assert source.rows[0].read_image().getpixel((0, 0)) == COLOURS["a"]
 
 
 def test_the_one_folder_that_has_the_images_is_found(tmp_path):
@@ -85,7 +85,7 @@ def test_two_folders_that_have_the_images_are_named(tmp_path):
         "--image-root (image_root=)"
     ]
     chosen = open_source(path, image_root=tmp_path / "y")
-    assert chosen.rows[0]["image"]["path"] == str(tmp_path / "y" / "a.png")
+    assert chosen.rows[0].image.path == str(tmp_path / "y" / "a.png")
     assert chosen.notes == []
 
 
@@ -127,21 +127,21 @@ def test_names_without_suffix(tmp_path):
     assert keys(source) == ["img/a.png", "img/b.PNG"]
     (tmp_path / "img" / "a.jpg").write_bytes(b"which of the two?")
     source = open_source(tmp_path / "t.csv")
-    assert [row["key"] for row in source.rows] == ["img/a", "img/b.PNG"]
+    assert [row.key for row in source.rows] == ["img/a", "img/b.PNG"]
 
 
 def test_names_with_the_number_of_a_caption(tmp_path):
     images(tmp_path, "img/a.png", "img/b.png")
     source = open_source(table(tmp_path / "t.csv", "a.png#0", "a.png#1", "b.png#0"))
     assert keys(source) == ["a.png", "b.png"]
-    assert source.rows["captions"] == [["caption 0", "caption 1"], ["caption 2"]]
+    assert [row.captions for row in source.rows] == [["caption 0", "caption 1"], ["caption 2"]]
 
 
 def test_images_that_exist_are_left_where_they_are(tmp_path):
     images(tmp_path, "a.png", "sub/b.png")
     source = open_source(table(tmp_path / "t.csv", "a.png", "b.png"))
     assert (source.root, source.notes) == (tmp_path, [])
-    assert [row["image"]["path"] for row in source.rows] == [
+    assert [row.image.path for row in source.rows] == [
         str(tmp_path / "a.png"),
         str(tmp_path / "b.png"),
     ]

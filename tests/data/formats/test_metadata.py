@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -103,11 +104,11 @@ def test_a_saved_dataset_and_several_parquet_files(photos, tmp_path, encoder, mo
 def test_who_does_not_ask_for_them_gets_none(photos):
     path = write(photos, "csv")
     plain, more = open_source(path), open_source(path, metadata=True)
-    assert plain.rows.column_names == ["key", "image", "captions", "label"]
-    assert more.rows.remove_columns("metadata").data.equals(plain.rows.data)
+    assert {row.metadata for row in plain.rows} == {None}
+    assert [replace(row, metadata=None) for row in more.rows] == list(plain.rows)
     assert plain.fingerprint == more.fingerprint
     stream = open_source(path, streaming=True, metadata=True)
-    assert [row["metadata"] for row in stream.rows] == list(more.rows["metadata"])
+    assert [row.metadata for row in stream.rows] == [row.metadata for row in more.rows]
 
 
 def test_what_holds_no_plain_values_is_left_out_and_told_once(tmp_path, capsys):
@@ -125,16 +126,16 @@ def test_what_holds_no_plain_values_is_left_out_and_told_once(tmp_path, capsys):
     }
     pa.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     rows = open_source(tmp_path / "t.parquet", metadata=True).rows
-    assert rows[0]["key"] == "k"  # the image has no other name
+    assert rows[0].key == "k"  # the image has no other name
     more = {"table_id": 5, "ratio": None, "kind": "a", "when": "2023-05-01T10:00:00+02:00"}
-    assert rows[0]["metadata"] == more
+    assert rows[0].metadata == more
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "thumb, tags, pose;" in err
     wide = {"image": [png(square("red"))], **{f"f{n}": [n] for n in range(MOST + 7)}}
     pa.parquet.write_table(pa.table(wide), tmp_path / "w.parquet")
     rows = open_source(tmp_path / "w.parquet", metadata=True).rows
-    assert rows[0]["metadata"] == {f"f{n}": n for n in range(MOST)}
+    assert rows[0].metadata == {f"f{n}": n for n in range(MOST)}
     assert "f104 and 2 more;" in capsys.readouterr().err
 
 
@@ -143,7 +144,7 @@ def test_texts_that_are_no_utf8_are_kept_readable(tmp_path):
     columns = {"image": [png(square("red")), png(square("blue"))], "place": broken}
     pa.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     rows = open_source(tmp_path / "t.parquet", metadata=True).rows
-    assert [row["metadata"]["place"] for row in rows] == ["a\ufffd", "b"]
+    assert [row.metadata["place"] for row in rows] == ["a\ufffd", "b"]
 
 
 def test_types_are_those_of_all_rows():

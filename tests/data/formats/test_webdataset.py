@@ -40,7 +40,7 @@ def test_fields_come_to_the_store_by_value(tmp_path, streaming):
     assert [r["captions"] for r in store.records().to_pylist()] == [[r["caption"]] for r in ROWS]
     plain = open_source(tmp_path / "s-{0..1}.tar", streaming=streaming)
     assert plain.fingerprint == source.fingerprint
-    assert all("metadata" not in row for row in plain.rows)
+    assert all(row.metadata is None for row in plain.rows)
 
 
 def test_what_is_damaged_or_nested_is_left_out(tmp_path, capsys):
@@ -59,8 +59,8 @@ def test_what_is_damaged_or_nested_is_left_out(tmp_path, capsys):
         ],
     )
     source = open_source(tmp_path / "s.tar", metadata=True)
-    rows = {row["key"]: row for row in source.rows}
-    widths = {key: row["metadata"]["width"] for key, row in rows.items()}
+    rows = {row.key: row for row in source.rows}
+    widths = {key: row.metadata["width"] for key, row in rows.items()}
     assert widths == {
         "s.tar/a.png": 3.0,
         "s.tar/b.png": None,
@@ -68,8 +68,8 @@ def test_what_is_damaged_or_nested_is_left_out(tmp_path, capsys):
         "s.tar/d.png": 2.5,
     }
     # The title is the caption, as it is without metadata.
-    assert rows["s.tar/a.png"]["captions"] == ["t"]
-    assert set(rows["s.tar/a.png"]["metadata"]) == {"width", "caption"}
+    assert rows["s.tar/a.png"].captions == ["t"]
+    assert set(rows["s.tar/a.png"].metadata) == {"width", "caption"}
     assert ["JSON beside it is damaged" in s.reason for s in source.skipped] == [True]
     assert "exif" in capsys.readouterr().err
 
@@ -82,8 +82,8 @@ def test_a_shard_that_is_cut_off_gives_what_it_has(tmp_path):
     rows = list(source.rows)
     assert 0 < len(rows) < len(ROWS)
     for row in rows:
-        assert row["metadata"] == {
-            name: EXPECTED[row["key"].removeprefix("s.tar/")][name] for name in row["metadata"]
+        assert row.metadata == {
+            name: EXPECTED[row.key.removeprefix("s.tar/")][name] for name in row.metadata
         }
     assert source.skipped
 
@@ -177,14 +177,14 @@ def test_items_are_found_read_from_anywhere_and_looked_up(tmp_path, kind, file):
     (shard,) = source.rows.shards
     passed = list(source.rows.rows(shard))
     rows = [row for row, _ in passed]
-    assert [(row["key"], row["image"]["bytes"], row["captions"]) for row in rows] == [
+    assert [(row.key, row.image.data, row.captions) for row in rows] == [
         (f"{file}/{name.format(n=f'{n:04}')}", image(n), [text(n).decode()]) for n in NUMBERS
     ]
     assert source.skipped == []
     for at in (0, 14, 15, 16, 17, 31, 38):
         assert [row for row, _ in source.rows.rows(shard, passed[at][1])] == rows[at + 1 :]
     pictures = open_pictures(str(tmp_path / file))
-    assert [pictures.read(row["key"]) for row in rows] == [image(n) for n in NUMBERS]
+    assert [pictures.read(row.key) for row in rows] == [image(n) for n in NUMBERS]
     assert len(find_members(tmp_path / file)) == len(rows)
 
 
@@ -194,7 +194,7 @@ def test_compression_is_recognised_by_content(tmp_path, file):
     whole = (tmp_path / "plain").read_bytes()
     (tmp_path / file).write_bytes(COMPRESSED[file](whole))
     source = open_source(tmp_path / file)
-    assert [row["image"]["bytes"] for row in source.rows] == [image(n) for n in NUMBERS]
+    assert [row.image.data for row in source.rows] == [image(n) for n in NUMBERS]
     assert source.skipped == []
 
 
@@ -206,7 +206,7 @@ def test_a_compressed_tar_that_is_cut_off_gives_what_it_has(tmp_path, compress):
     whole = compress((tmp_path / "plain").read_bytes())
     (tmp_path / "s.tar").write_bytes(whole[: len(whole) // 2])
     source = open_source(tmp_path / "s.tar")
-    found = [row["image"]["bytes"] for row in source.rows]
+    found = [row.image.data for row in source.rows]
     assert 10 < len(found) < 20
     assert found == [content for _, content in members[: len(found)]]
     assert [item.key for item in source.skipped] == ["s.tar"]
@@ -222,7 +222,7 @@ def test_several_captions_of_an_image(tmp_path):
     members += [("d.left.jpg", image(3)), ("d.right.jpg", image(4)), ("d.txt", b"one\ntwo")]
     write_tar(tmp_path / "s.tar", members)
     source = open_source(tmp_path / "s.tar")
-    assert [(row["key"], row["captions"]) for row in source.rows] == [
+    assert [(row.key, row.captions) for row in source.rows] == [
         (f"s.tar/{name}.jpg", ["one", "two"]) for name in ("a", "b", "c", "d.left", "d.right")
     ]
 
@@ -231,7 +231,7 @@ def test_a_field_named_as_caption_is_read_from_nested_json(tmp_path):
     value = [{"caption": "no", "long": "one"}, {"long": "two"}]
     write_tar(tmp_path / "s.tar", [("a.jpg", image(0)), ("a.json", json.dumps(value).encode())])
     rows = open_source(tmp_path / "s.tar", caption="long").rows
-    assert [row["captions"] for row in rows] == [["one", "two"]]
+    assert [row.captions for row in rows] == [["one", "two"]]
 
 
 def test_repeated_keys_are_each_reported(tmp_path):
@@ -243,7 +243,7 @@ def test_repeated_keys_are_each_reported(tmp_path):
     ]
     write_tar(tmp_path / "s.tar", members)
     source = open_source(tmp_path / "s.tar")
-    assert [row["image"]["bytes"] for row in source.rows] == [image(0)]
+    assert [row.image.data for row in source.rows] == [image(0)]
     reason = "repeats the name of an earlier image in the tar (at byte {})"
     assert source.skipped == [Skipped("s.tar/same.jpg", reason.format(2048 * n)) for n in (1, 2, 3)]
     assert open_pictures(str(tmp_path / "s.tar")).read("s.tar/same.jpg") == image(0)
@@ -274,7 +274,7 @@ def test_links_are_followed_within_the_tar(tmp_path, compress):
         tar.addfile(info, io.BytesIO(image(1)))
     (tmp_path / "s.tar").write_bytes(compress((tmp_path / "plain").read_bytes()))
     source = open_source(tmp_path / "s.tar")
-    found = {row["key"]: row["image"]["bytes"] for row in source.rows}
+    found = {row.key: row.image.data for row in source.rows}
     assert found == {
         "s.tar/d/a.jpg": image(0),
         "s.tar/hard.jpg": image(0),
@@ -299,7 +299,7 @@ def test_members_that_are_not_used_are_counted(tmp_path, capsys):
         write_tar(tmp_path / f"{shard}.tar", [*members, ("README", b"hi"), ("d.x.y.bin", b"")])
     source = open_source(tmp_path / "*.tar")
     assert source.notes == []
-    assert {row["label"] for row in source.rows} == {"3"}
+    assert {row.label for row in source.rows} == {"3"}
     assert source.notes == [
         "2 tars: members that were not used: 80 .npy, 2 no ending, 2 .bin",
         "2 tars: no captions were found; they are read from members such as 0000.txt, "
@@ -356,7 +356,7 @@ def test_cases_as_people_have_them(name):
     source = open_source(file)
     rows = list(source.rows)
     assert len(rows) == IMAGES.get(name, 24)
-    assert sum(len(row["captions"]) for row in rows) == CAPTIONS.get(name, len(rows))
+    assert sum(len(row.captions) for row in rows) == CAPTIONS.get(name, len(rows))
     assert len(source.skipped) == (23 if name == "dup" else 0)
     pictures = open_pictures(str(file))
-    assert all(pictures.read(row["key"]) == row["image"]["bytes"] for row in rows)
+    assert all(pictures.read(row.key) == row.image.data for row in rows)

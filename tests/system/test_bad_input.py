@@ -266,7 +266,7 @@ def test_sources_without_images_are_one_sentence_everywhere(
 ):
     source, sentence = {
         "empty": (tmp_path / "source", "holds no images, expected a folder of images"),
-        "damaged": (tmp_path / "t.parquet", "is no intact Parquet file"),
+        "damaged": (tmp_path / "t.parquet", "is not an intact Parquet file"),
         "columns": (tmp_path / "t.csv", "has no image column among: bild, worte"),
     }[kind]
     (tmp_path / "source").mkdir()

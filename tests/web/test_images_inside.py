@@ -155,7 +155,7 @@ def test_missing_or_damaged_sources_are_reported(tmp_path):
     index = build_index(tmp_path / "t.parquet", tmp_path / "index", encoder=ServedEncoder())
     whole = (tmp_path / "t.parquet").read_bytes()
     for change, sentence in (
-        (lambda file: file.write_bytes(b"PAR1" + bytes(100)), "no intact Parquet file"),
+        (lambda file: file.write_bytes(b"PAR1" + bytes(100)), "not an intact Parquet file"),
         (lambda file: file.unlink(), "is not there any more"),
     ):
         change(tmp_path / "t.parquet")

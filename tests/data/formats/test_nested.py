@@ -29,9 +29,9 @@ def read(file, columns=None, **options):
     if columns is not None:
         pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), file)
     source = open_source(file, **options)
-    found = [(row["key"], row["image"]["bytes"], row["captions"]) for row in source.rows]
+    found = [(row.key, row.image.data, row.captions) for row in source.rows]
     stream = open_source(file, **options, streaming=True).rows
-    assert [(row["key"], row["image"]["bytes"], row["captions"]) for row in stream] == found
+    assert [(row.key, row.image.data, row.captions) for row in stream] == found
     return found, source.notes
 
 
@@ -72,7 +72,7 @@ def test_images_in_structs(tmp_path):
     options = {"image": "sample.image", "caption": "sample.text", "label": "label.name"}
     assert read(file, **options)[0] == [("0", A, ["a dog"])]
     [row] = open_source(file, **options).rows
-    assert row["label"] == "dog"
+    assert row.label == "dog"
 
 
 @pytest.mark.parametrize("name", ["image", "images"])
@@ -97,7 +97,7 @@ def test_the_first_of_several_images_is_read_and_said(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(A)
     (tmp_path / "t.jsonl").write_text('{"images": ["a.png", "b.png"], "text": "x"}')
     source = open_source(tmp_path / "t.jsonl")
-    assert [row["key"] for row in source.rows] == ["a.png"]
+    assert [row.key for row in source.rows] == ["a.png"]
     assert source.notes == [said]
     found, notes = read(tmp_path / "u.parquet", {"images": [["b.png"]], "text": ["x"]})
     assert (found, notes) == ([("b.png", None, ["x"])], [])
@@ -139,8 +139,8 @@ def test_nested_columns_are_not_metadata(tmp_path):
     columns = {"image": [A], "caption": [{"text": "a dog", "n": 1}], "year": [2023]}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     [row] = open_source(tmp_path / "t.parquet", metadata=True).rows
-    assert row["metadata"] == {"year": 2023}
-    assert row["captions"] == ["a dog"]
+    assert row.metadata == {"year": 2023}
+    assert row.captions == ["a dog"]
 
 
 def test_a_shard_without_the_column_is_named(tmp_path):

@@ -21,7 +21,8 @@ MODEL_HELP = (
 )
 DATA_HELP = (
     "A folder (sidecar texts, metadata.csv|jsonl, or class folders), CSV/TSV, JSONL, Parquet, "
-    "WebDataset tars (shards-{000..012}.tar), hf:org/name:split, or a saved datasets directory."
+    "JSON (COCO captions, FILE:SPLIT in Karpathy's format, or a list of objects), WebDataset tars "
+    "(shards-{000..012}.tar), hf:org/name:split, or a saved datasets directory."
 )
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]

@@ -78,7 +78,8 @@ def find_image_paths(
     """Find out where the images of a table are, by looking up its first paths.
 
     They are expected in ``image_root``, or else beside the table. If none of them is there, the
-    one sub-folder that has them is taken, and leading folders of another machine are dropped.
+    one sub-folder that has them is taken, and leading folders of another machine are dropped. The
+    images of a table in a folder ``annotations`` may also lie beside that folder or below.
 
     Args:
         texts: paths as the table has them; only the first ``SAMPLE`` are looked at.
@@ -108,6 +109,8 @@ def find_image_paths(
         if _count(paths, sample):
             return paths
     found = _elsewhere(paths, sample)
+    if not found and image_root is None and folder.name == "annotations":  # COCO's layout
+        found = _elsewhere(replace(paths, root=folder.parent), sample)
     first = sample[0]
     if len(found) == 1 and 2 * _count(found[0], sample) >= len(sample):
         _note_place(found[0], paths, first, notes)

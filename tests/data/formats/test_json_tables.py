@@ -111,6 +111,23 @@ def test_coco_captions(tmp_path, indent):
     assert [row.metadata for row in rows] == [{"table_id": n, "height": 4} for n in range(4)]
 
 
+@pytest.mark.parametrize("place", ["train2017", "annotations/in", "annotations"])
+def test_the_images_of_a_coco_folder(tmp_path, place):
+    file = tmp_path / "coco" / "annotations" / "captions_train2017.json"
+    file.parent.mkdir(parents=True)
+    write(file, COCO)
+    folder = tmp_path / "coco" / place
+    folder.mkdir(exist_ok=True)
+    for name in PAIRS:
+        (folder / name).touch()
+    source = open_source(file)
+    assert [row.key for row in source.rows] == list(PAIRS)
+    assert {row.image.path for row in source.rows} == {str(folder / name) for name in PAIRS}
+    assert source.root == folder
+    chosen = open_source(file, image_root=folder)
+    assert [row.image.path for row in chosen.rows] == [row.image.path for row in source.rows]
+
+
 def test_coco_captions_of_no_image_are_counted(tmp_path):
     file = write(tmp_path / "t.json", COCO | {"images": COCO["images"][:2]})
     assert read(file) == [("dog.jpg", []), *two_each("cat")]

@@ -253,9 +253,13 @@ def sync(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="One of the index's folders, or a subfolder; default: all folders.",
+            help="A folder or table of the index, a subfolder, or the new place of a moved folder; "
+            "default: all folders and tables.",
         ),
     ] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    image_root: ImageRoot = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -269,7 +273,16 @@ def sync(
     from clipkit.tasks.sync import sync_index
 
     encoder = _encoder_of(index, precision, device)
-    changes = sync_index(index, data, encoder, batch_size=batch_size, workers=workers)
+    changes = sync_index(
+        index,
+        data,
+        encoder,
+        image=image_column,
+        caption=caption_column,
+        image_root=image_root,
+        batch_size=batch_size,
+        workers=workers,
+    )
     _print_changes(changes, as_json)
 
 

@@ -80,6 +80,8 @@ def open_source(
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
     if streaming and not source.streaming:
         source = replace(source, rows=source.table.stream())
+    named = {"image": image, "caption": caption, "label": label}
+    source = replace(source, columns={n: c for n, c in named.items() if c is not None})
     if next(iter(source.rows), None) is None:
         skipped = source.skipped[0] if source.skipped else None
         why = f"{skipped.key} {skipped.reason}" if skipped else "it has no rows"
@@ -119,6 +121,7 @@ def _path(item: Any) -> str:
 
 def _open_several(texts: Sequence[str], wanted: Wanted, streaming: bool | None) -> Source:
     places: list[Path] = []
+    named: list[Path] = []
     for text in texts:
         if text.startswith(HUB):
             raise DataError(f"{text} cannot be combined with other data; open it alone")
@@ -127,7 +130,8 @@ def _open_several(texts: Sequence[str], wanted: Wanted, streaming: bool | None) 
         if not found:
             raise DataError(_nothing_there(text, path))
         places += found
-    return _open_files(list(dict.fromkeys(places)), wanted, streaming)
+        named.append(path)
+    return _open_files(list(dict.fromkeys(places)), wanted, streaming, named)
 
 
 def _absolute(text: str) -> Path:
@@ -145,7 +149,7 @@ def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
         return _open_directory(path, wanted, streaming)
     files = find_files(path)
     if files:
-        return _open_files(files, wanted, streaming)
+        return _open_files(files, wanted, streaming, [path])
     stem, _, split = str(path).rpartition(":")
     if stem and is_saved(Path(stem)):
         return open_saved(Path(stem), split, wanted, streaming)
@@ -167,23 +171,59 @@ def find_files(path: Path) -> list[Path]:
     """Expand braces and wildcards in a path; an empty list if nothing matches."""
     if path.exists():
         return [path]
-    names = [name for one in expand(str(path)) for name in sorted(glob(one)) or [one]]
+    folder = _folder_of(path)
+    pattern = str(path.relative_to(folder))
+    names = [
+        name for one in expand(pattern) for name in sorted(glob(one, root_dir=folder)) or [one]
+    ]
+    files = [folder / name for name in names]
     # The reader reports a shard that is missing among others.
-    return [Path(name) for name in names] if any(map(os.path.exists, names)) else []
+    return files if any(map(os.path.exists, files)) else []
 
 
-def _open_files(files: list[Path], wanted: Wanted, streaming: bool | None) -> Source:
+def _folder_of(path: Path) -> Path:
+    """The folder that a path or pattern is in, whatever it matches; a folder is in itself."""
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def open_listed(root: Path, listed: Sequence[str]) -> Source:
+    """Open images and folders again that a Source of ``root`` listed.
+
+    Patterns are expanded again, and what no longer exists is left out.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    found = [place for name in listed for place in find_files(root / name) if place.exists()]
+    if not found:
+        raise DataError(
+            f"none of the {len(listed)} listed images, folders and patterns of {root} is left; "
+            "restore them"
+        )
+    return replace(open_images(list(dict.fromkeys(found)), root), listed=tuple(listed))
+
+
+def _open_files(
+    files: list[Path], wanted: Wanted, streaming: bool | None, named: list[Path]
+) -> Source:
+    """Open the files and folders that paths and patterns name."""
+    listed = () if len(named) == 1 and named[0].exists() else tuple(map(str, named))
     if all(map(is_tar, files)):
-        return open_tars(files, wanted, streaming)
+        return replace(open_tars(files, wanted, streaming), listed=listed)
     suffixes = sorted({file.suffix.lower() for file in files})
     suffix = suffixes[0]
     if len(suffixes) == 1:
         if suffix in TABLES:
-            return open_table(files, wanted, streaming)
-        if suffix in SUFFIXES and len(files) == 1:
+            return replace(open_table(files, wanted, streaming), listed=listed)
+        if suffix in SUFFIXES and not listed:
             return open_image(files[0])
     if all(file.is_dir() or file.suffix.lower() in SUFFIXES for file in files):
-        return open_images(files)
+        # The folder must not depend on what a pattern matches today.
+        root = Path(os.path.commonpath([_folder_of(path) for path in named]))
+        names = [path.relative_to(root).as_posix() for path in named]
+        return replace(open_images(files, root), listed=() if "." in names else tuple(names))
     raise DataError(
         f"{files[0]} has the form {' and '.join(suffixes) or 'of no suffix'}, expected images, "
         f"folders, tars ({', '.join(TAR_SUFFIXES)}), or a table ({', '.join(TABLES)})"

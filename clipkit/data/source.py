@@ -83,6 +83,9 @@ class Source:
         skipped: items that were left out; of a stream, so far.
         notes: how the source was read, if that is not obvious, and what in it was not used; of a
             stream, so far.
+        listed: the paths and patterns that were named, if not all of a folder or a single file;
+            those of images and folders are relative to ``root``, others absolute.
+        columns: the columns that were named: "image", "caption" and "label".
     """
 
     spec: str
@@ -92,6 +95,20 @@ class Source:
     fingerprint: str
     skipped: list[Skipped]
     notes: list[str] = field(default_factory=Notes)
+    listed: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """How to open it again, as plain data for a manifest."""
+        origin: dict[str, Any] = {"spec": self.spec, "kind": self.kind}
+        origin["root"] = None if self.root is None else str(self.root)
+        origin["fingerprint"] = self.fingerprint
+        table = Path(os.path.abspath(self.spec))
+        if self.root not in (None, table.parent) and table.is_file():
+            origin["table"] = str(table)  # its images are in another folder
+        more = {"listed": list(self.listed), "columns": self.columns}
+        return origin | {name: value for name, value in more.items() if value}
 
     @property
     def streaming(self) -> bool:

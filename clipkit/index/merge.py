@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from clipkit.arguments import require_items
 from clipkit.errors import ArtifactError
-from clipkit.index.roots import Root, Scope, find_scope, new_root, owner, roots_of, with_roots
+from clipkit.index.roots import (
+    Root,
+    Scope,
+    extended,
+    find_scope,
+    new_root,
+    owner,
+    roots_of,
+    with_roots,
+)
 from clipkit.index.segments import ID
 from clipkit.index.vector_index import VectorIndex, write_index
 from clipkit.store.shards import Vectors
@@ -119,6 +128,8 @@ class _Merged:
         if scope is None:
             scope = Scope(new_root(self.roots, self._place, root, None))
             self.roots.append(scope.root)
+        else:
+            scope, self.roots = extended(self.roots, scope, root)
         return scope
 
     def _rekeyed(self, key: str, root: Root, scopes: dict[str, Scope]) -> str:

@@ -7,8 +7,9 @@ lists the roots under ``source.roots``.
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import count
+from dataclasses import asdict, dataclass, field, replace
+from glob import has_magic
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from clipkit.errors import ArtifactError
 
 FOLDERS = ("folder", "sidecars", "classes", "metadata")
 """Kinds of source that are folders; their sub-folders are folders of images, too."""
+
+_ALWAYS = ("prefix", "where", "folder")
+"""Fields of a root that a manifest has even if they are empty."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,16 @@ class Root:
         folder: whether it is a folder of images.
         base: the folder that keys are relative to, if ``where`` is a table and its images are
             elsewhere.
+        listed: the paths and patterns of its images, as in ``Source``; empty for all of ``where``.
+        columns: the names of its columns, as in ``Source``.
     """
 
     prefix: str
     where: str
     folder: bool
     base: str = ""
+    listed: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
 
     def key(self, key: str) -> str:
         """The index key of the item that has ``key`` in this root."""
@@ -66,19 +74,22 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
     ``source`` contains the spec it was opened with, its kind and its directory.
     """
     spec, kind, root = str(source.get("spec", "")), source.get("kind"), source.get("root")
+    listed, columns = tuple(source.get("listed", ())), source.get("columns", {})
+    if kind == "image" and root:
+        return Root(prefix, str(root), True, listed=(os.path.basename(spec),))
     if kind in FOLDERS and root:
-        return Root(prefix, str(root), True)
+        return Root(prefix, str(root), True, listed=listed, columns=columns)
     if kind in ("hub", None):
-        return Root(prefix, spec, False)
+        return Root(prefix, spec, False, columns=columns)
     if kind == "saved" and root:
         _, colon, split = os.path.basename(spec).partition(":")
-        return Root(prefix, f"{root}{colon}{split}", False)
+        return Root(prefix, f"{root}{colon}{split}", False, columns=columns)
     # A relative path is relative to the directory where embed ran; a table is its own root.
     where = str(source.get("table", spec))
     if root and not os.path.isabs(where):
         where = os.path.join(str(root), os.path.basename(spec))
     base = str(root) if root and kind != "tars" and str(root) != os.path.dirname(where) else ""
-    return Root(prefix, where, False, base)
+    return Root(prefix, where, False, base, listed, columns)
 
 
 def roots_of(manifest: Manifest) -> list[Root]:
@@ -87,7 +98,7 @@ def roots_of(manifest: Manifest) -> list[Root]:
     if not listed:
         return [root_of(manifest.source)]
     try:
-        return [Root(**one) for one in listed]
+        return [Root(**{**one, "listed": tuple(one.get("listed", ()))}) for one in listed]
     except TypeError as error:
         raise ArtifactError(
             f"the manifest of the index has a malformed list of roots ({error}); rebuild it"
@@ -96,7 +107,23 @@ def roots_of(manifest: Manifest) -> list[Root]:
 
 def with_roots(source: dict[str, Any], roots: Iterable[Root]) -> dict[str, Any]:
     """Return the ``source`` of a manifest with these roots."""
-    return {**source, "roots": [asdict(root) for root in roots]}
+    plain = [{**asdict(root), "listed": list(root.listed)} for root in roots]
+    used = [
+        {name: value for name, value in one.items() if value or name in _ALWAYS} for one in plain
+    ]
+    # What is listed can be long and is in the roots.
+    return {**{n: v for n, v in source.items() if n != "listed"}, "roots": used}
+
+
+def extended(roots: Sequence[Root], scope: Scope, wanted: Root) -> tuple[Scope, list[Root]]:
+    """The scope and the roots of an index after the images of ``wanted`` are added to the scope."""
+    root = scope.root
+    if not root.listed:
+        return scope, list(roots)
+    below = [os.path.normpath(os.path.join(scope.below, name)) for name in wanted.listed or [""]]
+    listed = () if "." in below else tuple(dict.fromkeys([*root.listed, *below]))
+    new = replace(root, listed=listed)
+    return Scope(new, scope.below), [new if one is root else one for one in roots]
 
 
 def owner(roots: Sequence[Root], key: str) -> Root:
@@ -123,16 +150,16 @@ def file_of(roots: Sequence[Root], key: str) -> Path | None:
     return file if file.is_relative_to(base) and file.is_file() else None
 
 
-def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope | None:
+def find_scope(roots: Sequence[Root], wanted: Root) -> Scope | None:
     """Locate a source within the roots of an index; None if it is in none of them.
 
     Args:
         roots: the roots of the index.
         wanted: the source.
-        whole: whether the source covers all images of its folder.
 
     Raises:
-        ArtifactError: a root is inside the source, so its images would be indexed twice.
+        ArtifactError: the source has images of a root that is inside its folder, which would be
+            indexed twice.
     """
     for root in roots:
         if root.where and root.where == wanted.where:
@@ -142,12 +169,19 @@ def find_scope(roots: list[Root], wanted: Root, *, whole: bool = True) -> Scope 
         outer, inner = Path(root.where), Path(wanted.where)
         if inner.is_relative_to(outer):
             return Scope(root, inner.relative_to(outer).as_posix())
-        if whole and outer.is_relative_to(inner):
+        places = [inner / _plain(name) for name in wanted.listed] or [inner]
+        if any(outer.is_relative_to(one) or one.is_relative_to(outer) for one in places):
             raise ArtifactError(
                 f"{inner} contains {outer}, whose images are already in the index; build an index "
                 f"of {inner}, or add its other folders one by one"
             )
     return None
+
+
+def _plain(pattern: str) -> Path:
+    """The folder or file that a pattern starts with."""
+    plain = takewhile(lambda part: not has_magic(part) and "{" not in part, Path(pattern).parts)
+    return Path(*plain)
 
 
 def new_root(roots: list[Root], keys: Iterable[str], wanted: Root, prefix: str | None) -> Root:

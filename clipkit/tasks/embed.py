@@ -1,6 +1,5 @@
 """Encode images and store their vectors: ``clipkit embed IMAGES --out STORE``."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -87,11 +86,7 @@ def embed(
         )
         if not work.seen:
             raise DataError(f"{source.spec} holds no images; name a folder or table of images")
-        origin = {"root": str(source.root) if source.root else None, "kind": source.kind}
-        table = Path(os.path.abspath(source.spec))
-        if source.root not in (None, table.parent) and table.is_file():
-            origin["table"] = str(table)  # its images are in another folder
-        return writer.finish({"spec": source.spec, **origin, "fingerprint": source.fingerprint})
+        return writer.finish(source.origin)
 
 
 def stored_model(store: Path) -> ModelRef | None:

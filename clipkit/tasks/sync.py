@@ -6,7 +6,7 @@ Only new content is encoded; known content reuses its stored vector.
 import os
 import shlex
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -19,13 +19,14 @@ import pyarrow as pa
 from clipkit.arguments import require_encoder
 from clipkit.artifacts import is_complete
 from clipkit.data.images import Decode, Skipped
-from clipkit.data.open_source import Row, Source, open_source
+from clipkit.data.open_source import Row, Source, open_listed, open_source
 from clipkit.data.source import Data
 from clipkit.data.workers import worker_count
 from clipkit.errors import ArtifactError, DataError
 from clipkit.index.roots import (
     Root,
     Scope,
+    extended,
     find_scope,
     new_root,
     owner,
@@ -253,6 +254,9 @@ def sync_index(
     data: str | Path | Source | None = None,
     encoder: "Encoder | None" = None,
     *,
+    image: str | None = None,
+    caption: str | None = None,
+    image_root: str | Path | None = None,
     batch_size: "BatchSize" = "auto",
     workers: int | str = "auto",
 ) -> Changes:
@@ -265,8 +269,12 @@ def sync_index(
     Args:
         index: the index.
         data: one of its folders or tables, a folder within one, or a folder that was moved, at its
-            new place; None: all that it was built from.
+            new place; None: all that it was built from. If single images or patterns were indexed,
+            these are read again.
         encoder: the model of the index; None loads it if there is something to encode.
+        image: image column of a table; None: as when it was indexed.
+        caption: likewise, the caption column; "" ignores captions.
+        image_root: likewise, the folder that the image paths of a table start from.
         batch_size: images encoded at once; ``"auto"`` fits the device.
         workers: decoding threads; ``"auto"`` is one per core.
 
@@ -276,19 +284,26 @@ def sync_index(
         ModelMismatchError: ``encoder`` is another model.
         ArtifactError: ``data`` is not part of the index, or another process is writing it.
     """
+    columns = {"image": image, "caption": caption}
+    named = {name: column for name, column in columns.items() if column is not None}
+    data = data if data is None or isinstance(data, Source) else str(data)
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         if data is None:
             _require_folders(roots, writer.path)
         total = Changes()
-        bases = {root.where: root.base or None for root in roots}
-        for where in bases if data is None else [data]:
-            if isinstance(where, Source):
-                source = where
+        for number in range(len(roots)) if data is None else [_number(data, roots)]:
+            if number is None:
+                assert data is not None
+                source = open_source(
+                    data, image=image, caption=caption, metadata=True, image_root=image_root
+                )
+                source, scope, roots = _scope_of(source, roots, writer.index)
             else:
-                base = bases.get(str(where)) if isinstance(where, str | Path) else None
-                source = open_source(where, metadata=True, image_root=base)
-            scope, roots = _scope_of(source, roots, writer.index)
+                root = replace(roots[number], columns={**roots[number].columns, **named})
+                if image_root is not None and not root.folder:
+                    root = replace(root, base=os.path.abspath(image_root))
+                source, scope, roots[number] = _open_root(root), Scope(root), root
             update = Update(writer, scope, roots)
             store, work = update.encode(source, encoder, batch_size, workers)
             update.apply(store.shards(), update.gone(work))
@@ -328,14 +343,13 @@ def add_images(
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         wanted = _root(opened) if isinstance(opened, Source) else root_of(opened.manifest.source)
-        alone = isinstance(opened, Source) and opened.kind == "image"
-        scope = find_scope(roots, wanted, whole=not alone)
+        scope = find_scope(roots, wanted)
         if scope is not None and prefix is not None:
             raise ArtifactError(
                 f"{wanted.where} is part of {scope.root.where}, which is already in the index and "
                 "determines the keys; omit --prefix"
             )
-        if scope is None and alone:
+        if scope is None and isinstance(opened, Source) and opened.kind == "image":
             raise ArtifactError(
                 f"{wanted.where} is not in a folder of {writer.path}; add the folder containing it"
             )
@@ -343,6 +357,8 @@ def add_images(
         if scope is None:
             scope = Scope(new_root(roots, writer.index.keys, wanted, prefix))
             roots = [*roots, scope.root]
+        else:
+            scope, roots = extended(roots, scope, wanted)
         update = Update(writer, scope, roots)
         if isinstance(opened, Source):
             store, _ = update.encode(opened, encoder, batch_size, workers)
@@ -365,9 +381,26 @@ def _open(data: Data | EmbeddingStore) -> Source | EmbeddingStore:
 def _root(source: Source) -> Root:
     """The root of an open source; for a single image, the folder that contains it."""
     spec = source.spec if source.kind == "hub" else os.path.abspath(source.spec)
-    if source.kind == "image":
-        return Root("", str(source.root), True)
-    return root_of({"spec": spec, "kind": source.kind, "root": source.root and str(source.root)})
+    return root_of({**source.origin, "spec": spec})
+
+
+def _number(data: str | Source, roots: Sequence[Root]) -> int | None:
+    """The number of the root that a path or name is; None if it is none of them."""
+    names = () if isinstance(data, Source) else (data, os.path.abspath(data))
+    return next((number for number, root in enumerate(roots) if root.where in names), None)
+
+
+def _open_root(root: Root) -> Source:
+    if root.folder and root.listed:
+        return open_listed(Path(root.where), root.listed)
+    return open_source(
+        list(root.listed) or root.where,
+        image=root.columns.get("image"),
+        caption=root.columns.get("caption"),
+        label=root.columns.get("label"),
+        metadata=True,
+        image_root=root.base or None,
+    )
 
 
 def _require_folders(roots: Sequence[Root], index: Path) -> None:
@@ -381,29 +414,47 @@ def _require_folders(roots: Sequence[Root], index: Path) -> None:
             )
 
 
-def _scope_of(source: Source, roots: list[Root], index: VectorIndex) -> tuple[Scope, list[Root]]:
+def _scope_of(
+    source: Source, roots: list[Root], index: VectorIndex
+) -> tuple[Source, Scope, list[Root]]:
     """The scope of a source in an index, and the index's roots, one of which may have moved.
 
+    The source is opened again if its folder was indexed in part.
+
     Raises:
-        ArtifactError: the source is not part of the index.
+        ArtifactError: the source is not part of the index, or not all of a folder.
     """
     wanted = _root(source)
-    scope = find_scope(roots, wanted) if source.kind != "image" else None
-    if scope is not None:
-        return scope, roots
+    scope = find_scope(roots, wanted)
+    if scope is not None and wanted.listed:
+        raise ArtifactError(
+            f"only {len(wanted.listed)} images or patterns of {wanted.where} are named, expected a "
+            "whole folder, since a sync removes all other images from the index; add images with "
+            "`clipkit index add`"
+        )
+    if scope is not None and (not scope.root.listed or _is_listed(scope)):
+        return source, scope, roots
     lost = [root for root in roots if root.folder and not os.path.isdir(root.where)]
-    if wanted.folder and lost:
-        found = dict.fromkeys(lost, 0)
-        for key in index.keys:
-            root = owner(roots, key)
-            if root in found and os.path.exists(os.path.join(wanted.where, root.relative(key))):
-                found[root] += 1
-        old = max(lost, key=lambda root: found[root])
-        if found[old]:
+    if scope is None and wanted.folder and lost:
+        found = Counter(
+            root.prefix
+            for key in index.keys
+            if (root := owner(roots, key)) in lost
+            and os.path.exists(os.path.join(wanted.where, root.relative(key)))
+        )
+        old = max(lost, key=lambda root: found[root.prefix])
+        if found[old.prefix]:
             print_status(f"{old.where} no longer exists, its images moved to {wanted.where}")
             moved = replace(old, where=wanted.where)
-            return Scope(moved), [moved if root == old else root for root in roots]
+            source = _open_root(moved) if moved.listed else source
+            return source, Scope(moved), [moved if root is old else root for root in roots]
     raise ArtifactError(
         f"{source.spec} is not part of {index.path}, expected one of "
         f"{', '.join(map(str, roots))}; use `clipkit index add` to add other images"
     )
+
+
+def _is_listed(scope: Scope) -> bool:
+    """Whether a sub-folder of a root is in a folder that the root lists."""
+    below = Path(scope.below)
+    return any(below.is_relative_to(name) for name in scope.root.listed)

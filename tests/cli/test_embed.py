@@ -55,6 +55,24 @@ def test_several_paths_and_patterns_are_one_store(run, colour_folder, tiny_check
     assert "no file matches the pattern" in err
 
 
+def test_index_sync_takes_columns(run, colour_folder, tiny_checkpoint, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("file,first,second\nred-0.png,one,two\nblue-0.png,three,four\n")
+    columns = ["--image-column", "file", "--image-root", colour_folder]
+    words = ["--out", tmp_path / "index", "--model", tiny_checkpoint, "--caption-column", "first"]
+    run("index", "build", table, *columns, *words)
+
+    def captions():
+        return sorted(VectorIndex.open(tmp_path / "index").records()["captions"].to_pylist())
+
+    assert captions() == [["one"], ["three"]]
+    out, _ = run("index", "sync", tmp_path / "index", "--caption-column", "second", "--json")
+    assert json.loads(out)["changed"] == 2
+    assert captions() == [["four"], ["two"]]
+    out, _ = run("index", "sync", tmp_path / "index", "--json")
+    assert json.loads(out)["unchanged"] == 2
+
+
 @pytest.mark.parametrize(("given", "tried"), [("5", [5, 5, 2]), ("auto", [12])])
 def test_batches_are_as_large_as_asked(embed, monkeypatch, given, tried):
     found, encode = [], batches.AdaptiveBatcher.encode

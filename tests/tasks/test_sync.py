@@ -1,14 +1,18 @@
 """An index kept in step with its folder answers as one built afresh of the folder."""
 
+import io
 import os
 import shutil
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 
 from clipkit.data import images
+from clipkit.data.open_source import open_source
 from clipkit.errors import ArtifactError, DataError, ModelMismatchError
+from clipkit.index.merge import merge_indexes
 from clipkit.index.roots import roots_of
 from clipkit.index.vector_index import VectorIndex
 from clipkit.store import incremental
@@ -17,7 +21,7 @@ from clipkit.tasks import sync as update_module
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.tasks.sync import add_images, sync_index
-from tests.helpers.toys import COLOURS, ColourEncoder, square, write_squares
+from tests.helpers.toys import COLOURS, ColourEncoder, png, square, write_squares
 
 QUERIES = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 COUNTS = ("added", "changed", "renamed", "removed", "unchanged", "encoded")
@@ -247,7 +251,7 @@ def test_adding_what_lies_within_removes_nothing(index, photos, encoder):
     paint(photos.parent / "alone.png", "blue", 42)
     with pytest.raises(ArtifactError, match="is not in a folder of"):
         add_images(index, photos.parent / "alone.png", encoder=encoder)
-    with pytest.raises(ArtifactError, match="is not part of"):
+    with pytest.raises(ArtifactError, match="expected a whole folder.*clipkit index add"):
         sync_index(index, photos / "more" / "one.png", encoder=encoder)
 
 
@@ -374,8 +378,6 @@ def test_random_lives_equal_a_fresh_index(index, photos, tmp_path, encoder):
 def test_tables_are_synced_by_their_content(tmp_path, encoder):
     import pandas as pd
 
-    from tests.helpers.toys import png
-
     def write(colours):
         rows = [
             {"image": png(square(c, shade=n)), "caption": f"{c} {n}"} for n, c in enumerate(colours)
@@ -390,3 +392,112 @@ def test_tables_are_synced_by_their_content(tmp_path, encoder):
     assert counts(changes) == {"added": 1, "changed": 1, "unchanged": 2, "encoded": 2}
     assert encoder.encoded == 2
     assert len(EmbeddingStore.open(tmp_path / "index.store")) == 3  # of no more use to the index
+
+
+# Indexes of listed images, patterns, tables and tars
+
+
+def keys_of(index):
+    return set(VectorIndex.open(index).keys)
+
+
+def test_listed_images_alone_are_read_again(photos, tmp_path, encoder):
+    listed = [photos / "red" / "red-0.png", photos / "blue" / "blue-1.png", photos / "green"]
+    index = build_index(listed, tmp_path / "index", encoder=encoder).path
+    before = {"red/red-0.png", "blue/blue-1.png", "green/green-0.png", "green/green-1.png"}
+    assert keys_of(index) == before
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 4}
+    manifest = (index / "manifest.json").read_text()
+    assert counts(sync_index(index, photos, encoder=encoder)) == {"unchanged": 4}
+    assert (index / "manifest.json").read_text() == manifest
+    paint(photos / "green" / "new.png", "red", 33)
+    paint(photos / "red" / "red-0.png", "blue", 34)
+    (photos / "blue" / "blue-1.png").unlink()
+    changes = sync_index(index, encoder=encoder)
+    assert counts(changes) == {"added": 1, "changed": 1, "removed": 1, "unchanged": 2, "encoded": 2}
+    assert keys_of(index) == before - {"blue/blue-1.png"} | {"green/new.png"}
+    assert set(counts(sync_index(index, photos / "green", encoder))) == {"changed"}  # no labels
+    with pytest.raises(ArtifactError, match="photos/cyan is not part of"):
+        sync_index(index, photos / "cyan", encoder)
+    photos.rename(tmp_path / "moved")
+    assert counts(sync_index(index, tmp_path / "moved", encoder)) == {"changed": 3, "unchanged": 1}
+    shutil.rmtree(tmp_path / "moved" / "green")
+    (tmp_path / "moved" / "red" / "red-0.png").unlink()
+    with pytest.raises(DataError, match="none of the 3 listed images, folders and patterns"):
+        sync_index(index, encoder=encoder)
+    assert len(keys_of(index)) == 4
+
+
+def test_a_pattern_is_expanded_again(photos, tmp_path, encoder):
+    (photos / "red" / "red-1.png").unlink()
+    photos.rename(tmp_path / "with [brackets]")
+    photos = tmp_path / "with [brackets]"
+    index = build_index(photos / "*" / "red-*.png", tmp_path / "index", encoder=encoder).path
+    assert keys_of(index) == {"red/red-0.png"}
+    paint(photos / "more" / "red-7.png", "red", 70)
+    paint(photos / "more" / "blue-7.png", "blue", 70)
+    assert counts(sync_index(index, encoder=encoder)) == {"added": 1, "unchanged": 1, "encoded": 1}
+    assert keys_of(index) == {"red/red-0.png", "more/red-7.png"}
+
+
+def test_what_is_added_to_listed_images_is_listed(photos, tmp_path, encoder):
+    index = build_index(photos / "red" / "red-0.png", tmp_path / "index", encoder=encoder).path
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 1}
+    assert counts(add_images(index, photos / "red" / "red-1.png", encoder)) == {
+        "added": 1,
+        "encoded": 1,
+    }
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 2}
+    assert keys_of(index) == {"red-0.png", "red-1.png"}
+    add_images(index, photos / "red", encoder)
+    paint(photos / "red" / "new.png", "red", 50)
+    assert counts(sync_index(index, encoder=encoder)) == {"added": 1, "unchanged": 2, "encoded": 1}
+    assert roots_of(VectorIndex.open(index).manifest)[0].listed == ()
+
+
+def test_merged_indexes_list_the_images_of_both(photos, tmp_path, encoder):
+    for colour in ("red", "blue"):
+        files = [photos / colour / f"{colour}-0.png", photos / "green" / "green-0.png"]
+        build_index(files, tmp_path / colour, encoder=encoder)
+    index = merge_indexes([tmp_path / "red", tmp_path / "blue"], tmp_path / "both").path
+    expected = {"red/red-0.png", "blue/blue-0.png", "green/green-0.png"}
+    assert keys_of(index) == expected
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 3}
+
+
+@pytest.mark.parametrize("form", ["list", "pattern"])
+def test_several_tars_are_read_again(tmp_path, encoder, form):
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            data = png(square("red", shade=number))
+            member = tarfile.TarInfo("a.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    files = sorted(tmp_path.glob("*.tar")) if form == "list" else tmp_path / "*.tar"
+    index = build_index(files, tmp_path / "index", encoder=encoder).path
+    assert len(keys_of(index)) == 3
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 3}
+    (tmp_path / "2.tar").unlink()
+    if form == "list":
+        with pytest.raises(DataError, match=r"2\.tar does not exist"):
+            sync_index(index, encoder=encoder)
+    else:
+        assert counts(sync_index(index, encoder=encoder)) == {"removed": 1, "unchanged": 2}
+
+
+def test_the_columns_of_a_table_are_remembered_and_can_be_changed(photos, tmp_path, encoder):
+    table = tmp_path / "table.csv"
+    table.write_text("file,caption,title\nred/red-0.png,one,two\nblue/blue-0.png,three,four\n")
+    source = open_source(table, image="file", caption="title", image_root=photos, metadata=True)
+    index = build_index(source, tmp_path / "index", encoder=encoder).path
+
+    def captions():
+        return sorted(VectorIndex.open(index).records()["captions"].to_pylist())
+
+    assert captions() == [["four"], ["two"]]
+    assert counts(sync_index(index, encoder=encoder)) == {"unchanged": 2}
+    assert counts(sync_index(index, table, caption="caption")) == {"changed": 2}
+    assert captions() == [["one"], ["three"]]
+    assert counts(sync_index(index)) == {"unchanged": 2}
+    with pytest.raises(DataError, match="no column 'none'"):
+        sync_index(index, caption="none")

@@ -1,6 +1,5 @@
 """Folders of images: with sidecar captions, by class, or plain."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -36,13 +35,12 @@ def open_folder(root: Path) -> Source:
     return source
 
 
-def open_images(paths: Sequence[Path]) -> Source:
-    """Several image files and folders as one source; keys are relative to their common folder.
+def open_images(paths: Sequence[Path], root: Path) -> Source:
+    """Several image files and folders below ``root`` as one source, with keys relative to it.
 
     Raises:
         DataError: a path does not exist or is neither an image nor a folder.
     """
-    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
     keys: set[str] = set()
     skipped: list[Skipped] = []
     for path in paths:

@@ -311,6 +311,7 @@ def retrieval_recall(
     captions: Float32[Floats, "m dim"],
     owners: Int64[Integers, " m"],
     ks: Sequence[int] = (1, 5, 10),
+    texts: list[str] | None = None,
 ) -> dict[str, float]:
     """Recall@k in both directions, for any number of captions per image.
 
@@ -322,6 +323,8 @@ def retrieval_recall(
         captions: float32 [m, dim], unit rows.
         owners: int64 [m], the row of each caption's image.
         ks: the values of k.
+        texts: the m captions; equal ones are merged, as ``evaluate_retrieval`` does. None keeps
+            each relevant to its own image alone.
 
     Returns:
         ``{"text_to_image_r1": …, "image_to_text_r1": …, …}``, shares in [0, 1].
@@ -329,7 +332,12 @@ def retrieval_recall(
     Raises:
         DataError: a vector is not finite.
     """
-    results = rank_queries(images, captions, owners, np.arange(len(captions), dtype=np.int64))
+    image_of, caption_of = owners, np.arange(len(captions), dtype=np.int64)
+    if texts is not None:
+        relevance = relevant_pairs(texts, owners, "merge")
+        captions = captions[relevance.captions]
+        image_of, caption_of = relevance.image_of, relevance.caption_of
+    results = rank_queries(images, captions, image_of, caption_of)
     return {f"{name}_r{k}": float(results[name].hits(k).mean()) for name in DIRECTIONS for k in ks}
 
 

@@ -233,8 +233,9 @@ def why_no_vectors(clip: Any) -> str | None:
     height, width = to_2tuple(clip.visual.image_size)
     state = {name: value.to("meta") for name, value in clip.state_dict(keep_vars=True).items()}
     state |= {name: value.to("meta") for name, value in clip.named_buffers()}
-    images = torch.empty(1, 3, height, width, device="meta")
-    tokens = torch.empty(1, CONTEXT, dtype=torch.long, device="meta")
+    # Two, because batch normalisation in training mode refuses a single item.
+    images = torch.empty(2, 3, height, width, device="meta")
+    tokens = torch.empty(2, CONTEXT, dtype=torch.long, device="meta")
     try:
         found = functional_call(clip, state, (images, tokens))
     except (NotImplementedError, RuntimeError):  # an operation without a meta kernel
@@ -245,8 +246,9 @@ def why_no_vectors(clip: Any) -> str | None:
     if len(image) == len(text) == 2 and image == text:
         return None
     return (
-        f"its towers give arrays of shape {image} for an image and {text} for a caption, expected "
-        "one vector of the same width each; see pool_type and the projections in its configuration"
+        f"its towers give arrays of shape {image[1:]} for an image and {text[1:]} for a caption, "
+        "expected one vector of the same width each; see pool_type and the projections in its "
+        "configuration"
     )
 
 

@@ -154,6 +154,11 @@ def _recall(page: RunPage) -> str:
         )
     )
     best = f"<p>{escape(page.best)}</p>" if page.best else ""
+    best += (
+        '<p class="soft">Measured during training, with the weights in training precision. '
+        "Compare models by the figures of <code>clipkit eval retrieval</code>, which name their "
+        "precision and have intervals.</p>"
+    )
     return f'{figure_table(page.recall)}{best}<div class="charts two">{charts}</div>'
 
 

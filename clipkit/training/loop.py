@@ -323,7 +323,9 @@ class TrainingLoop:
         if self.world.is_main_process or self.trainer.sharded:
             pairs = self.held_out.encode(self.trainer.towers.encoder(self.trainer.network))
             if np.isfinite(pairs.images).all() and np.isfinite(pairs.captions).all():
-                recall = retrieval_recall(pairs.images, pairs.captions, pairs.owners)
+                recall = retrieval_recall(
+                    pairs.images, pairs.captions, pairs.owners, texts=pairs.texts
+                )
         recall = self.world.broadcast(recall)
         if not recall:
             return False

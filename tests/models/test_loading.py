@@ -236,9 +236,9 @@ def test_unsuitable_objects_are_refused(named):
 @pytest.mark.parametrize(
     ("vision", "text", "shapes"),
     [
-        ({"pool_type": "none"}, {}, r"\[1, 5, 32\] for an image and \[1, 32\]"),
-        ({}, {"pool_type": "none"}, r"\[1, 32\] for an image and \[1, 77, 32\]"),
-        ({}, {"proj_type": "none"}, r"\[1, 32\] for an image and \[1, 64\]"),
+        ({"pool_type": "none"}, {}, r"\[5, 32\] for an image and \[32\]"),
+        ({}, {"pool_type": "none"}, r"\[32\] for an image and \[77, 32\]"),
+        ({}, {"proj_type": "none"}, r"\[32\] for an image and \[64\]"),
     ],
 )
 def test_towers_that_do_not_give_vectors_are_refused(tmp_path, vision, text, shapes):

@@ -46,6 +46,21 @@ def test_learns_what_colour_words_mean(colour_folder, tmp_path):
     assert scores.argmax(axis=1).tolist() == [0, 1, 2]
 
 
+def test_recall_in_training_is_that_of_the_evaluation(colour_folder, tmp_path):
+    """Four captions of each colour are equal: both merge them."""
+    config = configured(colour_folder, data={"val": str(colour_folder), "val_fraction": 0.0})
+    result = train(config, tmp_path / "run")
+    encoder = clipkit.load_model(result.run, precision="fp32")
+    report = clipkit.evaluate_retrieval(colour_folder, encoder, progress=False)
+    assert report.counts["equal_captions"] == 9
+    shared = result.held_out.keys() & report.estimates.keys()
+    assert {"text_to_image_r1", "text_to_image_r10", "image_to_text_r1"} <= shared
+    for name in shared:
+        assert result.held_out[name] == pytest.approx(report.estimates[name].value)
+    page = (result.run / "report.html").read_text(encoding="utf-8")
+    assert "Measured during training, with the weights in training precision" in page
+
+
 def test_same_seed_same_run_whatever_the_workers(colour_folder, tmp_path):
     for name, workers in (("one", 0), ("two", 2)):
         train(configured(colour_folder, data={"workers": workers}), tmp_path / name)

@@ -22,7 +22,7 @@ def measured(monkeypatch, recalls):
     """Replace the held-out recall of a run by these numbers, one per evaluation."""
     remaining = iter(recalls)
 
-    def recall(*_):
+    def recall(*_, **__):
         return dict.fromkeys(get_args(Metric)[1:], next(remaining))
 
     monkeypatch.setattr("clipkit.training.loop.retrieval_recall", recall)

@@ -4,7 +4,6 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,18 +26,19 @@ _PRINTED_NOTE = (
 def clean_captions(values: Any, key: str, skipped: list[Skipped], notes: list[str]) -> list[str]:
     """The captions in a string or a list.
 
-    None, NaN and blank strings are not captions, nor are words for a missing value such as NULL.
-    A list that was printed into a string, by Python, NumPy or as JSON, holds several captions.
+    None and blank strings are not captions, nor are NaN and words for a missing value such as NULL,
+    nor objects. A list that was printed into a string, by Python, NumPy or as JSON, holds several
+    captions.
 
     Args:
         values: a string, or a list of strings and further lists; numbers are converted.
         key: of the image.
-        skipped: takes what is left out, but not None, NaN, and blanks if there is nothing else.
+        skipped: takes what is left out, but not None, and blanks only beside a caption.
         notes: takes a sentence if a printed list was read.
     """
     captions: list[str] = []
     blank = False
-    for text in _texts(values, key, skipped):
+    for text in strings(values):
         printed = _parse_printed_list(text) if text.startswith("[") else None
         if printed is not None:
             notes.append(_PRINTED_NOTE)
@@ -49,6 +49,9 @@ def clean_captions(values: Any, key: str, skipped: list[Skipped], notes: list[st
                 skipped.append(Skipped(key, f"its caption {caption!r} stands for a missing value"))
             elif is_damaged(caption):
                 skipped.append(Skipped(key, "a caption of it is not UTF-8 and is left out"))
+            elif caption.startswith("{") and (fields := _printed_fields(caption)) is not None:
+                shown = ", ".join(fields) or "none"
+                skipped.append(Skipped(key, f"its caption is an object with the fields {shown}"))
             else:
                 captions.append(caption)
     if captions and blank:
@@ -56,16 +59,16 @@ def clean_captions(values: Any, key: str, skipped: list[Skipped], notes: list[st
     return captions
 
 
-def _texts(values: Any, key: str, skipped: list[Skipped]) -> Iterator[str]:
-    """The values as stripped strings, those of lists one by one."""
-    if isinstance(values, list):
-        for value in values:
-            yield from _texts(value, key, skipped)
-    elif isinstance(values, dict):
-        fields = ", ".join(map(str, values)) or "none"
-        skipped.append(Skipped(key, f"its caption is an object with the fields {fields}, not text"))
-    elif values is not None and values == values:  # NaN differs from itself
-        yield clean_text(values)
+def strings(value: Any) -> list[str]:
+    """A value as a stripped string, and those of a list one by one; None is nothing."""
+    if isinstance(value, list):
+        return [text for one in value for text in strings(one)]
+    return [] if value is None else [clean_text(value)]
+
+
+def single(texts: list[str]) -> str | None:
+    """The first of the strings; None if there is none, or NaN."""
+    return texts[0] if texts and texts[0] != "nan" else None
 
 
 def _parse_printed_list(text: str) -> list[str] | None:
@@ -83,6 +86,17 @@ def _parse_printed_list(text: str) -> list[str] | None:
                 return None
     good = isinstance(values, list) and all(isinstance(value, str) for value in values)
     return values if good else None
+
+
+def _printed_fields(text: str) -> list[str] | None:
+    """The fields of an object printed as JSON or by Python; None if the text is anything else."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return list(map(str, value)) if isinstance(value, dict) else None
+    return None
 
 
 def caption_warning(caption: str, key: str) -> str | None:

@@ -21,7 +21,6 @@ def clean(values):
         ([], []),
         (None, []),
         (["a dog", None], ["a dog"]),
-        (float("nan"), []),
         ("  ", []),
         (3, ["3"]),
         (True, ["True"]),
@@ -36,8 +35,19 @@ def test_what_is_left_out_beside_a_caption():
     assert clean(["a dog", ""])[:2] == (["a dog"], ["one of its captions is empty"])
     lost = "a caption of it is not UTF-8 and is left out"
     assert clean([b"a caf\xe9", "a dog"])[:2] == (["a dog"], [lost])
-    fields = "its caption is an object with the fields en, de, not text"
-    assert clean({"en": "a dog", "de": "ein Hund"}) == ([], [fields], [])
+
+
+@pytest.mark.parametrize("form", [lambda value: value, str, json.dumps])
+def test_objects_are_not_captions(form):
+    said = "its caption is an object with the fields en, de"
+    value = form({"en": "a dog", "de": "it's"})
+    assert clean(value) == ([], [said], [])
+    assert clean(["a cat", value]) == (["a cat"], [said], [])
+
+
+@pytest.mark.parametrize("text", ["{a dog}", "{'a dog'}", "{", '{"a": 1} dog', "{" * 5000])
+def test_other_texts_in_braces_are_captions(text):
+    assert clean(text) == ([text], [], [])
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,7 @@ def test_words_for_a_missing_value(word):
     said = f"its caption {word!r} stands for a missing value"
     assert clean(word) == ([], [said], [])
     assert clean([f" {word} ", "a dog"]) == (["a dog"], [said], [])
+    assert clean(float("nan"))[:2] == ([], ["its caption 'nan' stands for a missing value"])
 
 
 @pytest.mark.parametrize("text", ["a nan bread", "nana", "None of them", "null and void", "Anna"])

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from clipkit.data.captions import single, strings
 from clipkit.data.formats.columns import CAPTION
-from clipkit.data.source import RowDict, clean_text
+from clipkit.data.source import RowDict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,8 +56,6 @@ class Nested:
         for name, path in paths.items():
             within.setdefault(path[0], []).append(name)
         for name, inner in within.items():
-            if name in names:  # some records have a plain value
-                continue
             speech = next(
                 (t for t in _TURNS if {f"{name}.{part}" for part in t} <= set(inner)), None
             )
@@ -86,9 +85,9 @@ class Nested:
             return record
         found = {name: self.value(record, name) for name in self.paths}
         record = {name: v for name, v in record.items() if name not in self.objects}
-        return record | {
-            name: v for name, v in found.items() if v is not None or name not in record
-        }
+        # Some records may have a plain value where others have an object.
+        plain = {name: record.get(name) for name, value in found.items() if not strings(value)}
+        return record | found | {n: v for n, v in plain.items() if not _objects_in(v)}
 
     def value(self, record: RowDict, name: str) -> Any:
         """The value of one of the names."""
@@ -114,11 +113,11 @@ class Nested:
                 arrays[name] = pc.struct_field(batch.column(path[0]), list(path[1:]))
                 continue
             column = batch.column(path[0]).to_pylist()
-            texts = [_strings(self.value({path[0]: one}, name)) for one in column]
+            texts = [strings(self.value({path[0]: one}, name)) for one in column]
             if name in columns.captions:
                 arrays[name] = pa.array(texts, pa.list_(pa.string()))
             else:
-                arrays[name] = pa.array([one[0] if one else None for one in texts], pa.string())
+                arrays[name] = pa.array([single(one) for one in texts], pa.string())
         kind = arrays[columns.image].type
         if _is_list(kind) and (is_image(kind.value_type) or kind.value_type == pa.string()):
             arrays[columns.image], longest = _first_of_each(arrays[columns.image])
@@ -130,12 +129,15 @@ class Nested:
 def json_leaves(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """The paths to the fields of a record that do not hold objects."""
     for name, value in record.items():
-        parts = value if isinstance(value, list) else [value]
-        objects = [part for part in parts if isinstance(part, dict)]
+        objects = _objects_in(value)
         if not objects:
             yield (name,)
         for part in objects:
             yield from ((name, *inner) for inner in json_leaves(part))
+
+
+def _objects_in(value: Any) -> list[dict[str, Any]]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
 
 
 def arrow_leaves(
@@ -185,12 +187,6 @@ def _first_of_each(lists: "pa.Array") -> tuple["pa.Array", int]:
     starts = np.cumsum(lengths) - lengths
     places = pa.array(starts, pa.int64(), mask=lengths == 0)
     return values.take(places), int(lengths.max(initial=0))
-
-
-def _strings(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    # NaN differs from itself.
-    return [clean_text(one) for one in values if one is not None and one == one]
 
 
 def _follow(value: Any, path: tuple[str, ...]) -> Any:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
+from clipkit.data.captions import single, strings
 from clipkit.data.formats.columns import Columns, Common, find_columns, path_sample
 from clipkit.data.formats.image_paths import SAMPLE, ImagePaths, find_image_paths
 from clipkit.data.formats.json_tables import JsonTable
@@ -23,7 +24,6 @@ from clipkit.data.source import (
     Source,
     Wanted,
     chunks,
-    clean_text,
     fingerprint_of,
     in_memory,
 )
@@ -248,7 +248,7 @@ def _text(
             for table in tables.values()
         ]
         more = columns.metadata(types, str(files[0]))
-    values = (text for record in sample for text in _texts(record.get(columns.image))[:1])
+    values = (text for record in sample for text in strings(record.get(columns.image))[:1])
     paths = find_image_paths(path_sample(values), files[0].parent, wanted.image_root, notes)
     common = Common(columns, paths, skipped, metadata=more, notes=notes)
 
@@ -291,23 +291,16 @@ def _arrow(records: list[RowDict], common: Common) -> "pa.RecordBatch":
     columns = common.columns
     arrays = {}
     for name in columns.used:
-        values = [_texts(record.get(name)) for record in records]
+        values = [strings(record.get(name)) for record in records]
         if name in columns.captions:
             arrays[name] = pa.array(values, pa.list_(pa.string()))
         else:
-            first = [value[0] if value else None for value in values]
             if name == columns.image and any(len(value) > 1 for value in values):
                 common.notes.append(FIRST_IMAGE.format(column=name))
-            arrays[name] = pa.array(first, pa.string())
+            arrays[name] = pa.array([single(value) for value in values], pa.string())
     if common.metadata:
         arrays |= common.metadata.texts(records)
     return pa.RecordBatch.from_pydict(arrays)
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    # NaN, which JSON from Python may hold, differs from itself.
-    return [clean_text(one) for one in values if one is not None and one == one]
 
 
 class _Lines:

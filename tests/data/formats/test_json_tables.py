@@ -7,6 +7,7 @@ import pytest
 
 from clipkit.data.formats import json_tables
 from clipkit.data.formats.json_tables import JsonTable
+from clipkit.data.images import Skipped
 from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
 from tests.helpers.paths import SHARED
@@ -207,6 +208,9 @@ def test_what_the_assistant_says_first_is_the_caption(tmp_path, records, field):
         assert read(file) == ONE_EACH
         assert read(file, caption=field) == ONE_EACH
         assert open_source(file).notes == [f"captions are the first answer in the field {field}"]
+    unanswered = records[0] | {field: records[0][field][:1]}
+    file = write(tmp_path / "t.jsonl", lines([*records[1:], unanswered]))
+    assert read(file) == [*ONE_EACH[1:], ("dog.jpg", [])]
 
 
 NESTED = [
@@ -247,11 +251,28 @@ def test_a_name_with_a_dot_and_records_that_lack_fields(tmp_path):
     assert read(file, caption="alt.text") == expected
 
 
+def test_objects_beside_plain_values(tmp_path):
+    records = [
+        {"image": "a.jpg", "caption": "x"},
+        {"image": {"path": "b.jpg"}, "caption": {"text": "y", "n": 1}},
+        {"image": {"path": "c.jpg"}, "caption": [["z"], [["zz"]]]},
+        {"image": {"path": "d.jpg"}, "caption": {"n": 1}},
+    ]
+    file = write(tmp_path / "t.jsonl", lines(records))
+    expected = [("a.jpg", ["x"]), ("b.jpg", ["y"]), ("c.jpg", ["z", "zz"]), ("d.jpg", [])]
+    assert read(file) == expected
+    late = {"image": "b.jpg", "caption": {"text": "y"}}  # after the records that name the fields
+    source = open_source(write(tmp_path / "u.jsonl", lines([*records[:1] * 1000, late])))
+    assert [row.captions for row in source.rows] == [["x"] * 1000, []]
+    assert source.skipped == [Skipped("b.jpg", "its caption is an object with the fields text")]
+
+
 def test_numbers_truth_values_and_nan(tmp_path):
     text = '[{"image": "a.jpg", "caption": NaN}, {"image": "b.jpg", "caption": true},\n'
     text += '{"image": "c.jpg", "caption": 3}, {"image": "d.jpg", "caption": null}]'
-    expected = [("a.jpg", []), ("b.jpg", ["True"]), ("c.jpg", ["3"]), ("d.jpg", [])]
-    assert read(write(tmp_path / "t.json", text)) == expected
+    source = open_source(write(tmp_path / "t.json", text))
+    assert [row.captions for row in source.rows] == [[], ["True"], ["3"], []]
+    assert source.skipped == [Skipped("a.jpg", "its caption 'nan' stands for a missing value")]
 
 
 def test_several_tables_are_one_source(tmp_path):

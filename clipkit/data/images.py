@@ -69,11 +69,26 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files below a directory, as sorted keys: POSIX paths relative to it.
+
+    Attributes:
+        images: those with the suffix of an image.
+        others: all other files, without hidden ones and those of file managers.
+        skipped: images and folders that cannot be read.
+    """
+
+    images: list[str]
+    others: list[str]
+    skipped: list[Skipped]
+
+
 def find_images(root: str | Path) -> tuple[list[str], list[Skipped]]:
     """List the images below ``root`` by their suffix, without opening them.
 
-    Symbolic links are followed, but each directory is listed only once. Hidden
-    files and those of file managers (``__MACOSX``, ``@eaDir``, …) are ignored.
+    Symbolic links are followed, but each directory is listed only once. Hidden files and those of
+    file managers (``__MACOSX``, ``@eaDir``, …) are ignored.
 
     Returns:
         The sorted keys (POSIX paths relative to ``root``), and the skipped items.
@@ -81,10 +96,16 @@ def find_images(root: str | Path) -> tuple[list[str], list[Skipped]]:
     Raises:
         DataError: ``root`` is not a directory.
     """
-    root = Path(root)
+    found = list_files(Path(root))
+    return found.images, found.skipped
+
+
+def list_files(root: Path) -> Listing:
+    """List all files below ``root``, as ``find_images`` does; raises DataError likewise."""
     if not root.is_dir():
         raise DataError(f"{printable(root)} is not a directory, expected a folder of images")
-    keys: list[str] = []
+    images: list[str] = []
+    others: list[str] = []
     skipped: list[Skipped] = []
     seen: set[tuple[int, int]] = set()
     folders, links = [""], deque[str]()
@@ -99,13 +120,25 @@ def find_images(root: str | Path) -> tuple[list[str], list[Skipped]]:
         for entry in entries:
             key = f"{folder}/{entry.name}" if folder else entry.name
             is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            if os.path.isdir(entry):
+            is_folder = os.path.isdir(entry)
+            if is_folder:
                 (links if entry.is_symlink() else folders).append(key)
             if reason := _refusal(entry) if is_image else None:
                 skipped.append(Skipped(printable(key), reason))
             elif is_image:
-                keys.append(key)
-    return sorted(keys), sorted(skipped, key=lambda item: item.key)
+                images.append(key)
+            elif not is_folder:
+                others.append(key)
+    return Listing(sorted(images), sorted(others), sorted(skipped, key=lambda item: item.key))
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is an image by its content, of which only the beginning is read."""
+    try:
+        with open_regular(file) as stream, _identified(stream):
+            return True
+    except Exception:  # as in read_image
+        return False
 
 
 def is_junk(path: str) -> bool:

@@ -9,7 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.formats.folders import FOLDER_KINDS, open_folder, open_image, open_images
+from clipkit.data.formats.folders import (
+    FOLDER_KINDS,
+    note_unused,
+    open_directory,
+    open_image,
+    open_images,
+    open_zips,
+    split_folder,
+)
 from clipkit.data.formats.huggingface import HUB, is_saved, open_hub, open_saved
 from clipkit.data.formats.pairs import open_pairs
 from clipkit.data.formats.tables import TABLES, open_table
@@ -35,19 +43,23 @@ def open_source(
     """Open images with their captions and labels.
 
     Args:
-        data: an image; a folder (with sidecar captions, with metadata.csv or metadata.jsonl, with
-            one sub-folder per class, or plain); a CSV, TSV, JSON lines, JSON (a list of objects,
-            COCO captions, or Karpathy's splits as ``file.json:train``) or Parquet table; WebDataset
-            tars (``shards-{000..012}.tar`` or ``shards-*.tar``); ``hf:org/name:split``; a dataset
-            saved to disk (``path`` or ``path:split``). A pattern (``photos/*.jpg``) or a list of
-            paths and patterns opens several images and folders, tables, or tars as one source.
-            A map-style dataset or an iterable of ``(image, caption)`` pairs is read once, into
-            memory. A Source is returned as it is.
+        data: an image; a folder of images, or a zip archive of one, with sidecar captions
+            (``a.txt``, ``a.caption`` or ``a.json`` beside ``a.jpg``), with one sub-folder per
+            class, or plain; a folder with a table of its images (``metadata.csv``, ``.jsonl`` or
+            ``.parquet``, or another one alone) or with one in each split (``path:train`` is the
+            sub-folder ``train``); a CSV, TSV, JSON lines, JSON (a list of objects, COCO captions,
+            or Karpathy's splits as ``file.json:train``) or Parquet table; WebDataset tars, plain or
+            compressed (``shards-{000..012}.tar`` or ``shards-*.tar``); a folder of tars, zip
+            archives or tables; ``hf:org/name:split``; a dataset saved to disk (``path`` or
+            ``path:split``). A pattern (``photos/*.jpg``) or a list of paths and patterns opens
+            several images and folders, tables, tars or zip archives as one source. A map-style
+            dataset or an iterable of ``(image, caption)`` pairs is read once, into memory. A Source
+            is returned as it is.
         image: name of the image column; None looks for the usual names.
         caption: name of the caption column; "" ignores captions.
         label: name of the label column; "" ignores labels.
-        streaming: read rows in order instead of holding them in memory; None streams tars, and
-            tables larger than 2 GiB.
+        streaming: read rows in order instead of holding them in memory; None streams tars,
+            zip archives, and tables larger than 2 GiB.
         metadata: keep the other columns of a table that hold numbers, strings, booleans or dates.
         image_root: folder that the image paths of a table start from, which is also the root of
             keys; None is the folder of the table, or the one sub-folder that has the images.
@@ -69,6 +81,7 @@ def open_source(
         first, items = _peek(data)
         if isinstance(first, str | os.PathLike):
             paths = [_path(item) for item in items]
+    paths = [split_folder(path) or path for path in paths]
     if not paths:
         source = open_pairs(items)
     elif len(paths) == 1:
@@ -76,7 +89,7 @@ def open_source(
     else:
         source = _open_several(paths, wanted, streaming)
     spec = paths[0] if len(paths) == 1 else source.spec
-    if root is not None and source.kind in (*FOLDER_KINDS, "tars"):
+    if root is not None and source.kind in (*FOLDER_KINDS, "tars", "zip"):
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
     if streaming and not source.streaming:
         source = replace(source, rows=source.table.stream())
@@ -161,10 +174,12 @@ def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
 def _open_directory(path: Path, wanted: Wanted, streaming: bool | None) -> Source:
     if is_saved(path):
         return open_saved(path, None, wanted, streaming)
-    for name in ("metadata.csv", "metadata.jsonl"):
-        if (path / name).is_file():
-            return open_table([path / name], wanted, streaming, kind="metadata")
-    return open_folder(path)
+    found = open_directory(path, wanted, streaming)
+    if isinstance(found, Source):
+        return found
+    source = _open_files(found.files, wanted, streaming, [path])
+    note_unused(str(path), found.unused, source.notes)
+    return source
 
 
 def find_files(path: Path) -> list[Path]:
@@ -188,7 +203,7 @@ def _folder_of(path: Path) -> Path:
     return path
 
 
-def open_listed(root: Path, listed: Sequence[str]) -> Source:
+def open_listed(root: Path, listed: Sequence[str], columns: Mapping[str, str]) -> Source:
     """Open images and folders again that a Source of ``root`` listed.
 
     Patterns are expanded again, and what no longer exists is left out.
@@ -202,7 +217,9 @@ def open_listed(root: Path, listed: Sequence[str]) -> Source:
             f"none of the {len(listed)} listed images, folders and patterns of {root} is left; "
             "restore them"
         )
-    return replace(open_images(list(dict.fromkeys(found)), root), listed=tuple(listed))
+    wanted = Wanted(caption=columns.get("caption"), label=columns.get("label"))
+    source = open_images(list(dict.fromkeys(found)), root, wanted)
+    return replace(source, listed=tuple(listed), columns=dict(columns))
 
 
 def _open_files(
@@ -215,6 +232,8 @@ def _open_files(
     suffixes = sorted({file.suffix.lower() for file in files})
     suffix = suffixes[0]
     if len(suffixes) == 1:
+        if suffix == ".zip":
+            return replace(open_zips(files, wanted, streaming), listed=listed)
         if suffix in TABLES:
             return replace(open_table(files, wanted, streaming), listed=listed)
         if suffix in SUFFIXES and not listed:
@@ -223,10 +242,12 @@ def _open_files(
         # The folder must not depend on what a pattern matches today.
         root = Path(os.path.commonpath([_folder_of(path) for path in named]))
         names = [path.relative_to(root).as_posix() for path in named]
-        return replace(open_images(files, root), listed=() if "." in names else tuple(names))
+        return replace(
+            open_images(files, root, wanted), listed=() if "." in names else tuple(names)
+        )
     raise DataError(
         f"{files[0]} has the form {' and '.join(suffixes) or 'of no suffix'}, expected images, "
-        f"folders, tars ({', '.join(TAR_SUFFIXES)}), or a table ({', '.join(TABLES)})"
+        f"folders, .zip, tars ({', '.join(TAR_SUFFIXES)}), or a table ({', '.join(TABLES)})"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from clipkit.data.formats.folders import ZIP_DAMAGE, Zip, find_shards, split_shard
 from clipkit.data.formats.huggingface import is_saved
 from clipkit.data.formats.tables import Group, ParquetRows
 from clipkit.data.formats.webdataset import find_members, is_tar, read_member, root_of_tars
@@ -37,8 +38,9 @@ class Pictures(Protocol):
 
 def holds_pictures(where: str) -> bool:
     """Whether a source, by its absolute path, is of a kind that holds pictures inside."""
-    named = is_tar(where) or Path(where).suffix.lower() == ".parquet"
-    return os.path.isabs(where) and (named or _is_saved(where))  # else it is of the hub
+    named = is_tar(where) or Path(where).suffix.lower() in (".parquet", ".zip")
+    # A folder that is not one of images consists of tables, tars or zip archives.
+    return os.path.isabs(where) and (named or _is_saved(where) or os.path.isdir(where))
 
 
 def open_pictures(where: str) -> Pictures:
@@ -49,11 +51,13 @@ def open_pictures(where: str) -> Pictures:
     """
     if _is_saved(where):
         return _SavedPictures(where)
-    files = find_files(Path(where))
+    files = find_shards(Path(where)) if os.path.isdir(where) else find_files(Path(where))
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{where} is not there any more; put it back")
     if is_tar(files[0]):
         return _TarPictures(files)
+    if files[0].suffix.lower() == ".zip":
+        return _ZipPictures(files)
     return _TablePictures(files)
 
 
@@ -130,7 +134,7 @@ class _TablePictures:
 
 
 class _TarPictures:
-    """Of WebDataset shards: the headers of a shard are read once, its pictures one by one."""
+    """Images in WebDataset shards: the headers of a shard are read once, its images one by one."""
 
     def __init__(self, files: list[Path]) -> None:
         root = root_of_tars(files)
@@ -139,14 +143,9 @@ class _TarPictures:
         self._lock = Lock()
 
     def read(self, key: str) -> bytes | None:
-        slashes = (n for n, letter in enumerate(key) if letter == "/")
-        shard = next((key[:n] for n in slashes if key[:n] in self._files), None)
-        if shard is None:
-            return None
-        place = self._members_of(shard).get(key[len(shard) + 1 :])
-        if place is None:
-            return None
-        return read_member(self._files[shard], place)
+        shard, name = split_shard(key, self._files)
+        place = self._members_of(shard).get(name) if shard else None
+        return read_member(self._files[shard], place) if place else None
 
     def _members_of(self, shard: str) -> dict[str, tuple[int, int]]:
         with self._lock:
@@ -156,6 +155,31 @@ class _TarPictures:
                     self._members.popitem(last=False)
             self._members.move_to_end(shard)
             return self._members[shard]
+
+
+class _ZipPictures:
+    """Images in zip archives, each of which stays open."""
+
+    def __init__(self, files: list[Path]) -> None:
+        root = root_of_tars(files)
+        self._files = {file.relative_to(root).as_posix(): file for file in files}
+        self._open: dict[str, Zip] = {}
+        self._lock = Lock()
+
+    def read(self, key: str) -> bytes | None:
+        shard, name = split_shard(key, self._files)
+        if not shard:
+            return None
+        try:
+            with self._lock:
+                if shard not in self._open:
+                    self._open[shard] = Zip(self._files[shard])
+                archive = self._open[shard]
+                return archive.read(name) if archive.has_image(name) else None
+        except ZIP_DAMAGE as error:
+            raise DataError(
+                f"cannot read {self._files[shard]}: {error}; restore the file"
+            ) from None
 
 
 class _SavedPictures:

@@ -88,7 +88,8 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
     where = str(source.get("table", spec))
     if root and not os.path.isabs(where):
         where = os.path.join(str(root), os.path.basename(spec))
-    base = str(root) if root and kind != "tars" and str(root) != os.path.dirname(where) else ""
+    inside = kind in ("tars", "zip")
+    base = str(root) if root and not inside and str(root) != os.path.dirname(where) else ""
     return Root(prefix, where, False, base, listed, columns)
 
 

@@ -392,7 +392,7 @@ def _number(data: str | Source, roots: Sequence[Root]) -> int | None:
 
 def _open_root(root: Root) -> Source:
     if root.folder and root.listed:
-        return open_listed(Path(root.where), root.listed)
+        return open_listed(Path(root.where), root.listed, root.columns)
     return open_source(
         list(root.listed) or root.where,
         image=root.columns.get("image"),

@@ -106,7 +106,9 @@ def test_sidecars(tmp_path):
         ("x/b.png", [], None),
         ("x/c.png", [], None),
     ]
-    assert source.skipped == [Skipped("x/b.png", "its sidecar text is not UTF-8")]
+    assert source.skipped == [
+        Skipped("x/b.png", "a caption of it is not UTF-8 and is left out"),
+    ]
 
 
 def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
@@ -118,9 +120,9 @@ def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_an_empty_folder(tmp_path):
-    assert "holds no images, expected" in refusal(tmp_path)
-    put(tmp_path / "part-0.parquet", b"")
-    assert f"name '{tmp_path / '*.parquet'}'" in refusal(tmp_path)
+    assert "holds no images, expected a folder of images" in refusal(tmp_path)
+    put(tmp_path / "a.pdf", b"%PDF")
+    assert "holds 1 files but no images (a.pdf), expected" in refusal(tmp_path)
     (tmp_path / "x.jpg").symlink_to("nowhere")
     assert "x.jpg cannot be opened: no such file or directory" in refusal(tmp_path)
 

@@ -1,8 +1,9 @@
 """Find the image files that the paths of a table name.
 
 Paths come as people have them: relative to the table, to its images' folder or to a folder of
-another machine; with backslashes, as ``file://`` URLs, from ``~``; without a suffix; or with the
-number of the caption after a ``#``, as in Flickr8k.
+another machine; with backslashes, as ``file://`` URLs, from ``~``; without a suffix; with the
+number of the caption after a ``#``, as in Flickr8k; or with the letters of macOS, whose accents are
+characters of their own.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from unicodedata import normalize
 from urllib.parse import unquote, urlsplit
 
 from clipkit.data.images import SUFFIXES
@@ -42,6 +44,7 @@ class ImagePaths:
     numbered: bool = False
     stems: bool = False
     _listings: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    _names: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def locate(self, text: str) -> tuple[str, str]:
         """The key and the absolute path of an image."""
@@ -55,9 +58,26 @@ class ImagePaths:
             path = path.removeprefix(self.prefix)
         if self.stems:
             path = self._with_suffix(path)
+        if not path.isascii():
+            path = self._as_on_disk(path)
         if os.path.isabs(path):
             return path.removeprefix(root.rstrip("/") + "/"), path
         return path, os.path.normpath(f"{root}/{path}")
+
+    def _as_on_disk(self, path: str) -> str:
+        """The path with its letters composed (NFC) or decomposed (NFD) as they are on disk."""
+        whole = os.path.join(self.root, path)
+        if os.path.lexists(whole):
+            return path
+        place = "/"
+        for name in os.path.normpath(whole).split("/")[1:]:
+            if not name.isascii() and not os.path.lexists(os.path.join(place, name)):
+                if place not in self._names:
+                    names = os.listdir(place) if os.path.isdir(place) else ()
+                    self._names[place] = {normalize("NFC", one): one for one in names}
+                name = self._names[place].get(normalize("NFC", name), name)
+            place = os.path.join(place, name)
+        return place if os.path.isabs(path) else os.path.relpath(place, self.root)
 
     def _with_suffix(self, path: str) -> str:
         folder, stem = os.path.split(path)

@@ -110,6 +110,8 @@ class DataConfig:
     image_root: str = ""
     """Folder that the image paths of tables start from. Empty: the table's own, or the one below it
     that has the images."""
+    encoding: str = ""
+    """Encoding of CSV and TSV tables, such as cp1252. Empty: detected."""
     streaming: Literal["auto", "yes", "no"] = "auto"
     """Whether to read the data sequentially instead of by random access. auto: stream data that
     does not fit in memory."""

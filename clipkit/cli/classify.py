@@ -10,6 +10,7 @@ from clipkit.cli.options import (
     BatchSize,
     Csv,
     Device,
+    Encoding,
     Html,
     ImageColumn,
     ImageRoot,
@@ -67,6 +68,7 @@ def classify(
     ] = None,
     image_column: ImageColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -94,7 +96,9 @@ def classify(
 
     # The images alone are wanted: neither captions nor labels need columns.
     def open_images(spec: str) -> "Source":
-        return open_source(spec, image=image_column, caption="", label="", image_root=image_root)
+        return open_source(
+            spec, image=image_column, caption="", label="", image_root=image_root, encoding=encoding
+        )
 
     sources = [open_images(spec) for spec in images]
     examples = open_images(calibrate) if calibrate else None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import CaptionColumn, Data, ImageColumn, ImageRoot, Json
+from clipkit.cli.options import CaptionColumn, Data, Encoding, ImageColumn, ImageRoot, Json
 from clipkit.cli.output import note, print_json, print_text
 
 
@@ -17,6 +17,7 @@ def init(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Write a commented training configuration for your data.
@@ -26,7 +27,12 @@ def init(
     from clipkit.tasks.config import init_config
 
     found = init_config(
-        data, out, image_column=image_column, caption_column=caption_column, image_root=image_root
+        data,
+        out,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        encoding=encoding,
     )
     if as_json:
         facts = {"config": str(out), "images": found.images, "image_side": found.image_side}

@@ -7,6 +7,7 @@ import typer
 from clipkit.cli.options import (
     CaptionColumn,
     Data,
+    Encoding,
     ImageColumn,
     ImageRoot,
     Json,
@@ -34,6 +35,7 @@ def check(
     caption_column: CaptionColumn = None,
     label_column: LabelColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Report the contents of data and their problems."""
@@ -46,6 +48,7 @@ def check(
         caption=caption_column,
         label=label_column,
         image_root=image_root,
+        encoding=encoding,
     )
     if as_json:
         print_json(report.to_dict())

@@ -13,6 +13,7 @@ from clipkit.cli.options import (
     Csv,
     Data,
     Device,
+    Encoding,
     Html,
     ImageColumn,
     ImageRoot,
@@ -73,6 +74,7 @@ def retrieval(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -89,7 +91,9 @@ def retrieval(
     """
     from clipkit.data.open_source import open_source
 
-    source = open_source(data, image=image_column, caption=caption_column, image_root=image_root)
+    source = open_source(
+        data, image=image_column, caption=caption_column, image_root=image_root, encoding=encoding
+    )
 
     from clipkit.tasks.evaluate import evaluate_retrieval
 
@@ -114,6 +118,7 @@ def zero_shot(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -131,7 +136,12 @@ def zero_shot(
 
     found = read_labels_option(labels, templates)
     source = open_source(
-        data, image=image_column, caption="", label=label_column, image_root=image_root
+        data,
+        image=image_column,
+        caption="",
+        label=label_column,
+        image_root=image_root,
+        encoding=encoding,
     )
 
     from clipkit.tasks.evaluate import evaluate_zero_shot
@@ -250,6 +260,7 @@ def compare(
     caption_column: CaptionColumn = None,
     label_column: LabelColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -269,7 +280,12 @@ def compare(
     classes = None if labels is None else read_labels(labels)
     captions = caption_column if classes is None else ""
     source = open_source(
-        data, image=image_column, caption=captions, label=label_column, image_root=image_root
+        data,
+        image=image_column,
+        caption=captions,
+        label=label_column,
+        image_root=image_root,
+        encoding=encoding,
     )
 
     from clipkit.tasks.compare import compare as run
@@ -352,6 +368,7 @@ def probe(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -371,12 +388,22 @@ def probe(
     counts = _numbers(shots)
     classes, captions = labels and read_labels(labels), read_templates(templates)
     source = open_source(
-        data, image=image_column, caption="", label=label_column, image_root=image_root
+        data,
+        image=image_column,
+        caption="",
+        label=label_column,
+        image_root=image_root,
+        encoding=encoding,
     )
     tested = None
     if test is not None:
         tested = open_source(
-            test, image=image_column, caption="", label=label_column, image_root=image_root
+            test,
+            image=image_column,
+            caption="",
+            label=label_column,
+            image_root=image_root,
+            encoding=encoding,
         )
 
     from clipkit.classifiers.few_shot import require_methods

@@ -12,6 +12,7 @@ from clipkit.cli.options import (
     BatchSize,
     CaptionColumn,
     Device,
+    Encoding,
     ImageColumn,
     ImageRoot,
     Images,
@@ -76,6 +77,7 @@ def embed(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -90,7 +92,12 @@ def embed(
     from clipkit.data.open_source import open_source
 
     source = open_source(
-        data, image=image_column, caption=caption_column, metadata=True, image_root=image_root
+        data,
+        image=image_column,
+        caption=caption_column,
+        metadata=True,
+        image_root=image_root,
+        encoding=encoding,
     )
 
     from clipkit.tasks.embed import embed as run
@@ -142,6 +149,7 @@ def build(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -160,7 +168,7 @@ def build(
         raise typer.BadParameter("--recall and --memory are for --spec auto")
     most = None if memory is None else parse_size(memory)
     target = TuningTarget(RECALL if recall is None else recall, most)
-    source = _open(data, image_column, caption_column, image_root)
+    source = _open(data, image_column, caption_column, image_root, encoding)
     embedded = not isinstance(source, str)
     encoder = _encoder_for(store_beside(out), model, precision, device) if embedded else None
     index = build_index(
@@ -223,6 +231,7 @@ def add(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_root: ImageRoot = None,
+    encoding: Encoding = None,
     precision: Precision = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
@@ -237,7 +246,7 @@ def add(
 
     changes = add_images(
         index,
-        _open(data, image_column, caption_column, image_root),
+        _open(data, image_column, caption_column, image_root, encoding),
         _encoder_of(index, precision, device),
         prefix=prefix,
         batch_size=batch_size,
@@ -287,7 +296,11 @@ def sync(
 
 
 def _open(
-    data: list[str], image_column: str | None, caption_column: str | None, image_root: str | None
+    data: list[str],
+    image_column: str | None,
+    caption_column: str | None,
+    image_root: str | None,
+    encoding: str | None,
 ) -> "str | Source":
     """Return the name of a store, or the opened data."""
     from clipkit.tasks.index import is_store
@@ -298,7 +311,12 @@ def _open(
     from clipkit.data.open_source import open_source
 
     return open_source(
-        data, image=image_column, caption=caption_column, metadata=True, image_root=image_root
+        data,
+        image=image_column,
+        caption=caption_column,
+        metadata=True,
+        image_root=image_root,
+        encoding=encoding,
     )
 
 

@@ -60,6 +60,14 @@ ImageRoot = Annotated[
         rich_help_panel=COLUMNS,
     ),
 ]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Encoding of a CSV or TSV table, such as cp1252; default: detected.",
+        rich_help_panel=COLUMNS,
+    ),
+]
 
 Model = Annotated[str | None, typer.Option(help=MODEL_HELP, rich_help_panel=MACHINE)]
 RequiredModel = Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel=MACHINE)]

@@ -39,6 +39,7 @@ def open_source(
     streaming: bool | None = None,
     metadata: bool = False,
     image_root: str | os.PathLike[str] | None = None,
+    encoding: str | None = None,
 ) -> Source:
     """Open images with their captions and labels.
 
@@ -63,6 +64,8 @@ def open_source(
         metadata: keep the other columns of a table that hold numbers, strings, booleans or dates.
         image_root: folder that the image paths of a table start from, which is also the root of
             keys; None is the folder of the table, or the one sub-folder that has the images.
+        encoding: of a CSV or TSV table, by Python's name; None finds it: UTF-8, UTF-16, UTF-32 or
+            cp1252.
 
     Raises:
         DataError: the data does not exist, has an unknown format, lacks a column, or holds no
@@ -75,7 +78,7 @@ def open_source(
     if isinstance(data, Source):
         return data
     root = None if image_root is None else os.fspath(image_root)
-    wanted = Wanted(image, caption, label, metadata, root)
+    wanted = Wanted(image, caption, label, metadata, root, encoding)
     paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else []
     if not paths:
         first, items = _peek(data)

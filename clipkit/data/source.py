@@ -32,6 +32,7 @@ class Wanted:
         image, caption, label: column names; None finds the usual names, an empty one is absent.
         metadata: read the other columns as well; it changes neither pairs nor fingerprints.
         image_root: the folder that image paths start from; None finds it.
+        encoding: of text tables; None finds it.
     """
 
     image: str | None = None
@@ -39,6 +40,7 @@ class Wanted:
     label: str | None = None
     metadata: bool = field(default=False, repr=False)
     image_root: str | Path | None = None
+    encoding: str | None = None
 
 
 class Skips(list[Skipped]):

@@ -30,6 +30,7 @@ class SuiteSet:
         caption_column: likewise.
         label_column: likewise.
         image_root: the folder that the image paths of a table start from, relative to the suite.
+        encoding: of a CSV or TSV table, if it is not found.
         equal_captions: ``merge`` or ``apart``, for a retrieval.
     """
 
@@ -43,6 +44,7 @@ class SuiteSet:
     caption_column: str = ""
     label_column: str = ""
     image_root: str = ""
+    encoding: str = ""
     equal_captions: EqualCaptions = "merge"
 
 

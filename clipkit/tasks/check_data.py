@@ -107,6 +107,7 @@ def check_data(
     caption: str | None = None,
     label: str | None = None,
     image_root: str | Path | None = None,
+    encoding: str | None = None,
 ) -> DataReport:
     """Read a data source once and report its content and its problems.
 
@@ -114,14 +115,16 @@ def check_data(
         spec: any source that ``open_source`` opens.
         against: a second source, read in the same way; shared images and captions are reported as
             leaks.
-        image, caption, label, image_root: as for ``open_source``.
+        image, caption, label, image_root, encoding: as for ``open_source``.
 
     Raises:
         DataError: a source cannot be opened.
     """
     # Both are opened before the first is read, so that a misspelt name fails early.
     sources = [
-        open_source(one, image=image, caption=caption, label=label, image_root=image_root)
+        open_source(
+            one, image=image, caption=caption, label=label, image_root=image_root, encoding=encoding
+        )
         for one in (spec, against)
         if one is not None
     ]

@@ -75,6 +75,7 @@ def init_config(
     image_column: str | None = None,
     caption_column: str | None = None,
     image_root: str | Path | None = None,
+    encoding: str | None = None,
 ) -> StarterConfig:
     """Write a commented starter configuration for image–caption pairs.
 
@@ -87,6 +88,7 @@ def init_config(
         image_column: column of the images; None finds it by its usual names.
         caption_column: column of the captions, likewise.
         image_root: folder that image paths start from; None finds it.
+        encoding: of a CSV or TSV table; None finds it.
 
     Raises:
         DataError: the data cannot be opened, have no captions or no readable image.
@@ -95,10 +97,13 @@ def init_config(
     path = None if out is None else Path(out)
     if path is not None and path.exists():
         raise ConfigError(f"{path} exists; name another file or delete it first")
-    source = open_source(data, image=image_column, caption=caption_column, image_root=image_root)
+    source = open_source(
+        data, image=image_column, caption=caption_column, image_root=image_root, encoding=encoding
+    )
     images = source.count
     side = _median_side(source)
     columns = {"image_column": image_column, "caption_column": caption_column}
+    columns["encoding"] = encoding
     columns["image_root"] = None if image_root is None else str(image_root)
     text = _render(str(data), images, side, {k: v for k, v in columns.items() if v})
     config = parse_config(tomllib.loads(text), origin=f"the configuration for {data}")

@@ -248,6 +248,7 @@ def open_set(
         caption="" if zero_shot else one.caption_column or None,
         label=one.label_column or None,
         image_root=root / one.image_root if one.image_root else None,
+        encoding=one.encoding or None,
     )
     source = replace(source, spec=one.data)
     if not zero_shot:

@@ -6,6 +6,7 @@ validation set is encoded with the present model, from cached features if a towe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -51,20 +52,19 @@ def open_training_data(
     Raises:
         DataError: there are fewer than two training pairs.
     """
-    image, caption = config.image_column or None, config.caption_column or None
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
-    label, root = config.label_column or None, config.image_root or None
-    training = source or open_source(
-        config.train,
-        image=image,
-        caption=caption,
-        label=label,
-        streaming=streaming,
-        image_root=root,
+    open_data = partial(
+        open_source,
+        image=config.image_column or None,
+        caption=config.caption_column or None,
+        image_root=config.image_root or None,
+        encoding=config.encoding or None,
     )
+    label = config.label_column or None
+    training = source or open_data(config.train, label=label, streaming=streaming)
     validation: Source | None
     if config.val:
-        validation = open_source(config.val, image=image, caption=caption, image_root=root)
+        validation = open_data(config.val)
     else:
         training, validation = split_held_out(training, config.val_fraction, seed)
     if training.count is not None and training.count < 2:

@@ -215,19 +215,12 @@ def test_missing_columns(tmp_path):
     put(tmp_path / "t.csv", "bild,worte\na.png,hallo\n")
     found = refusal(tmp_path / "t.csv")
     assert "no image column among: bild, worte" in found
-    assert "say which is the image column" in found
+    assert "choose one with --image-column (image=)" in found
     found = refusal(tmp_path / "t.csv", image="bild")
     assert "no caption column among: bild, worte" in found
-    assert "say which is the caption column" in found
+    assert "choose one with --caption-column (caption=), or '' for none" in found
     found = refusal(tmp_path / "t.csv", image="bilt")
     assert "no column 'bilt' among: bild, worte; name another image column" in found
-
-
-def test_addresses_are_refused(tmp_path):
-    put(tmp_path / "t.csv", "url,caption\nhttp://x/a.png,hallo\n")
-    assert "download them first" in refusal(tmp_path / "t.csv")
-    put(tmp_path / "t.csv", "image,caption\nhttp://x/a.png,hallo\n")
-    assert "is an address, not a file" in refusal(tmp_path / "t.csv")
 
 
 def test_a_table_of_images_alone(tmp_path):
@@ -236,12 +229,12 @@ def test_a_table_of_images_alone(tmp_path):
 
 
 def test_csv_with_bad_rows(tmp_path):
-    table = b"image,text\na.png,caf\xe9\na.png,good\nb.png,one,two\n\nc.png,\n,lost\nd\xff.png,x\n"
+    table = b"image,text\na.png,caf\xe9\na.png,good\nb.png\n\nc.png,\n,lost\nd\xff.png,x\n"
     put(tmp_path / "t.csv", table)
-    source = open_source(tmp_path / "t.csv")
+    source = open_source(tmp_path / "t.csv", encoding="utf-8")
     assert told(source) == [("a.png", ["good"], None), ("c.png", [], None)]
     assert source.skipped == [
-        Skipped("t.csv:4", "has 3 fields, its header has 2"),
+        Skipped("t.csv:4", "has 1 fields, its header has 2"),
         Skipped("a.png", "a caption of it is not UTF-8 and is left out"),
         Skipped("row 3", "names no image"),
         Skipped("d\ufffd.png", "its path is not UTF-8"),
@@ -252,8 +245,8 @@ def test_csv_with_bad_rows(tmp_path):
 def test_csv_that_is_none(tmp_path):
     put(tmp_path / "t.csv", "")
     assert "holds no rows" in refusal(tmp_path / "t.csv")
-    put(tmp_path / "t.csv", "image,text\na.png," + "x" * 200_000)
-    assert "is not CSV: field larger than field limit" in refusal(tmp_path / "t.csv")
+    put(tmp_path / "t.csv", "image,text\na.png\n")
+    assert "holds no rows (t.csv:2 has 1 fields, its header has 2)" in refusal(tmp_path / "t.csv")
 
 
 def test_keys_of_paths_elsewhere(tmp_path):

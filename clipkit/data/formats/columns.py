@@ -1,11 +1,21 @@
 """Find the columns of a table, and bring its batches into the common form."""
 
+import os
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.captions import clean_captions
-from clipkit.data.formats.image_paths import ImagePaths
+from clipkit.data.formats.image_paths import (
+    INLINE,
+    ImagePaths,
+    decode_inline,
+    find_image_paths,
+    is_url,
+)
 from clipkit.data.images import Skipped
 from clipkit.data.rows import schema
 from clipkit.data.source import Notes, Wanted, clean_text, is_damaged
@@ -18,11 +28,22 @@ if TYPE_CHECKING:
     from clipkit.data.formats.nested import Nested
 
 
-IMAGE = ("filepath", "file_name", "filename", "image", "image_path", "path", "img", "images")
-CAPTION = ("title", "caption", "captions", "text", "sentence", "description", "alt", "prompt")
+IMAGE = (
+    *("filepath", "file_name", "filename", "image", "image_path", "path", "img", "images"),
+    *("img_path", "image_filename", "image_file", "image_name"),
+)
+CAPTION = (
+    *("title", "caption", "captions", "text", "sentence", "description", "alt"),
+    *("prompt", "comment"),
+)
 LABEL = ("label", "class", "category")
 KEY = ("key", "id", "__key__")
-_URL = ("url", "image_url", "img_url", "uri")
+URL = ("url", "image_url", "img_url", "uri")
+
+_NUMBER = re.compile(r"[\s._-]*\d+$")
+_DOWNLOADED = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".jsonl": "jsonl"}
+_DOWNLOADED |= {".ndjson": "jsonl", ".parquet": "parquet"}
+_LONGEST_PATH = 4096  # characters, as Linux has it
 
 
 @dataclass(frozen=True)
@@ -78,12 +99,36 @@ class Columns:
             used.discard(self.key or "")  # images that are files have their paths as keys
         return find_metadata(tables, used, spec)
 
+    def find_images(
+        self, values: Iterable[Any], file: Path, wanted: Wanted, notes: list[str]
+    ) -> ImagePaths:
+        """Find out where the images are, from the first values of the image column.
 
-def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec: str) -> Columns:
+        Raises:
+            DataError: the values are URLs, or the image root has none of the images.
+        """
+        texts = [text for value in values if value is not None and (text := clean_text(value))]
+        if texts and all(map(is_url, texts)):
+            raise url_error(str(file), self.image, self.captions[:1])
+        sample = (text for text in texts if decode_inline(text) is None and not _refusal(text))
+        return find_image_paths(sample, file.parent, wanted.image_root, notes)
+
+
+def is_column_name(text: str) -> bool:
+    """Whether a text is one of the usual names of columns."""
+    return _stem(text) in {*IMAGE, *CAPTION, *LABEL, *KEY, *URL}
+
+
+def find_columns(
+    types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec: str, notes: list[str]
+) -> Columns:
     """Choose the columns by the names given, or else by the usual ones.
 
     Args:
         types: the columns found, with their Arrow types (None where a text file has none).
+        wanted: the names given.
+        spec: the table.
+        notes: gets a sentence if there are several caption columns.
 
     Raises:
         DataError: there is no image column, or nothing that could be a caption or a label.
@@ -91,12 +136,11 @@ def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec
     found = ", ".join(types) or "none"
     image = _given(wanted.image, types, "image", spec) or _usual_image(types)
     if image is None:
-        if any(name.lower() in _URL for name in types):
-            raise DataError(
-                f"{spec} has addresses instead of images (columns: {found}); download them first, "
-                "for example with img2dataset, and name the result"
-            )
-        raise DataError(f"{spec} has no image column among: {found}; say which is the image column")
+        if (url := _usual(types, URL)) is not None:
+            raise url_error(spec, url, [] if wanted.caption == "" else _usual_captions(types)[:1])
+        raise DataError(
+            f"{spec} has no image column among: {found}; choose one with --image-column (image=)"
+        )
     label = _given(wanted.label, types, "label", spec)
     if wanted.label is None:
         label = _usual(types, LABEL)
@@ -110,9 +154,10 @@ def find_columns(types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec
         further = set() if wanted.metadata else set(types) - {image, key}
         if not captions and not label and further:
             raise DataError(
-                f"{spec} has no caption column among: {found}; say which is the "
-                "caption column (an empty name: there is none)"
+                f"{spec} has no caption column among: {found}; choose one with --caption-column "
+                "(caption=), or '' for none"
             )
+        _note_captions(types, captions, spec, notes)
     return Columns(image, captions, label, key)
 
 
@@ -138,21 +183,61 @@ def _usual_image(types: Mapping[str, "pa.DataType | None"]) -> str | None:
 
 
 def _usual_captions(types: Mapping[str, Any]) -> list[str]:
+    """The columns of the first usual name, numbered or not: caption, caption2, caption.1."""
     one = _usual(types, CAPTION)
-    if one is not None:
-        return [one]
-    # caption_0 … caption_4, as some public sets have it
-    stems = {name: name.strip().lower().rstrip("0123456789").rstrip("_") for name in types}
-    return next(
-        ([n for n in types if stems[n] == usual] for usual in CAPTION if usual in stems.values()),
-        [],
+    stems = {name: _stem(name) for name in types}
+    stem = next((usual for usual in CAPTION if usual in stems.values()), None)
+    stem = stem if one is None else _stem(one)
+    return [name for name in types if stems[name] == stem]
+
+
+def _stem(name: str) -> str:
+    return _NUMBER.sub("", name.strip().lower())
+
+
+def _note_captions(
+    types: Mapping[str, Any], captions: list[str], spec: str, notes: list[str]
+) -> None:
+    table = os.path.basename(spec)
+    if len(captions) > 1:
+        notes.append(f"{table}: the captions are in the columns {', '.join(captions)}")
+    others = [name for name in types if _stem(name) in CAPTION and name not in captions]
+    if captions and others:
+        notes.append(
+            f"{table}: the captions are read from {', '.join(captions)}, not from "
+            f"{', '.join(others)}; choose another column with --caption-column (caption=)"
+        )
+
+
+def url_error(spec: str, url: str, captions: Sequence[str], header: str | None = None) -> DataError:
+    """The error for a table of image URLs, with the command that downloads them.
+
+    Args:
+        spec: the table.
+        url: the column of the URLs.
+        captions: the column of the captions, if there is one.
+        header: the line that the table lacks, if it has no header.
+    """
+    stem, suffix = os.path.splitext(spec)
+    options = {"--url_list": spec, "--input_format": _DOWNLOADED.get(suffix.lower(), "csv")}
+    first = ""
+    if header == url:  # one URL a line
+        options["--input_format"] = "txt"
+    else:
+        options["--url_col"] = url
+        if captions:
+            options["--caption_col"] = captions[0]
+        if header is not None:
+            line = header.replace("\t", "\\t")
+            first = f"sed -i {shlex.quote(f'1i {line}')} {shlex.quote(spec)} && "
+    folder = f"{stem}-images"
+    options |= {"--output_format": "webdataset", "--output_folder": folder}
+    options["--resize_mode"] = "keep_ratio"
+    command = " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
+    return DataError(
+        f"{spec} has URLs in the column {url!r}, expected image files; download them with "
+        f"`{first}img2dataset {command}` and name '{folder}/*.tar'"
     )
-
-
-def path_sample(values: Iterable[str | None]) -> Iterator[str]:
-    """The values of an image column that are paths."""
-    texts = (clean_text(value) for value in values if value is not None)
-    return (text for text in texts if text and _path_refusal(text) is None)
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:
@@ -228,9 +313,10 @@ class Common:
         if has_bytes:
             return (number if key is None else clean_text(key), None)
         text = clean_text(path or "")
-        reason = _path_refusal(text)
+        reason = _refusal(text)
         if reason:
-            self.skipped.append(Skipped(text or f"row {number}", reason))
+            name = text if 0 < len(text) <= _LONGEST_PATH else f"row {number}"
+            self.skipped.append(Skipped(name, reason))
             return None
         return self.paths.locate(text)
 
@@ -259,18 +345,16 @@ def _assemble(
     return pa.record_batch([pa.array(key, pa.string()), image, *rest], schema=columns)
 
 
-def _path_refusal(text: str) -> str | None:
+def _refusal(text: str) -> str | None:
     if not text:
         return "names no image"
-    if _is_url(text):
-        return "is an address, not a file; download it first"
+    if is_url(text):
+        return "is a URL, not a file; download it first"
+    if len(text) > _LONGEST_PATH:
+        return "has neither a path nor an image in base64"
     if is_damaged(text):
         return "its path is not UTF-8"
     return None
-
-
-def _is_url(text: str) -> bool:
-    return "://" in text and text[:5].lower() != "file:"
 
 
 def _listed(value: Any) -> list[Any]:
@@ -294,10 +378,26 @@ def _image_parts(
             path = parts["path"].to_pylist() if "path" in parts else [None] * len(column)
             return parts.get("bytes", nothing).cast(pa.binary()), path
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
-        return nothing, column.to_pylist()
+        return _inline_images(column)
     if _holds_bytes(kind):
         return column.cast(pa.binary()), [None] * len(column)
     raise DataError(
         f"the column {name!r} holds {kind}, expected paths, or images as the bytes of JPEG or PNG "
         "files; store such bytes, or choose another column with --image-column (image=)"
     )
+
+
+def _inline_images(column: "pa.Array") -> tuple["pa.Array", list[Any]]:
+    """The same for a column of strings: paths, or images in base64."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = column.to_pylist()
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), pa.binary()), texts
+    inline = pc.match_substring_regex(column, INLINE)
+    if not pc.any(inline).as_py():
+        return pa.nulls(len(column), pa.binary()), texts
+    data = [decode_inline(text.strip()) if text else None for text in texts]
+    paths = [None if found is not None else text for text, found in zip(texts, data, strict=True)]
+    return pa.array(data, pa.binary()), paths

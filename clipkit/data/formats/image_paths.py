@@ -6,6 +6,8 @@ number of the caption after a ``#``, as in Flickr8k; or with the letters of macO
 characters of their own.
 """
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Iterable
@@ -25,6 +27,12 @@ FOLDERS = 1000
 _TRIED = 8  # of them in each sub-folder
 _SPECIAL = re.compile(r"^(file:|~/)|\\", re.IGNORECASE)
 _NUMBER = re.compile(r"#\d+$")
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+_FIRST_BYTES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0A", "Qk")
+"""How JPEG, PNG, GIF, WebP, TIFF and BMP files begin in base64."""
+INLINE = f"^(?i:data:)|^(?:{'|'.join(_FIRST_BYTES)})"
+"""A pattern that images in base64 match, and hardly any paths."""
+_SHORTEST_INLINE = 48  # characters: a GIF of one pixel
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]|\\\\")
 
 
@@ -212,3 +220,25 @@ def _posix(text: str, root: str) -> str:
     if "\\" in text and not os.path.lexists(os.path.join(root, text)):
         return text.replace("\\", "/")
     return text
+
+
+def has_image_suffix(text: str) -> bool:
+    """Whether a text ends like an image file, or like one with the number of a caption."""
+    return os.path.splitext(_NUMBER.sub("", text))[1].lower() in SUFFIXES
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is the URL of something that is not a local file."""
+    return "://" in text[:20] and text[:5].lower() != "file:"
+
+
+def decode_inline(text: str) -> bytes | None:
+    """The bytes of an image in base64, with or without a data URL before it; None for a path."""
+    match = _DATA_URL.match(text)
+    if match is None and (len(text) < _SHORTEST_INLINE or not text.startswith(_FIRST_BYTES)):
+        return None
+    code = text[match.end() :] if match else text
+    try:
+        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from clipkit.data.formats.nested import Nested, json_leaves
 from clipkit.data.images import SUFFIXES, Skipped
 from clipkit.data.source import RowDict
 from clipkit.errors import DataError
+
+if TYPE_CHECKING:
+    from clipkit.data.formats.columns import Columns
 
 _HEAD = 1000
 """Records in which the names of fields are looked for."""
@@ -74,9 +77,14 @@ class JsonTable:
         nested = Nested.find((path for record, _ in head for path in json_leaves(record)), notes)
         return replace(table, nested=nested)
 
-    def using(self, names: Sequence[str]) -> "JsonTable":
+    def names(self) -> list[str]:
+        """The fields of the first records."""
+        head = islice(self.records([]), _HEAD)
+        return list(dict.fromkeys(name for record, _ in head for name in record))
+
+    def using(self, columns: "Columns") -> "JsonTable":
         """The same, without names for other fields within objects."""
-        return replace(self, nested=self.nested.only(names))
+        return replace(self, nested=self.nested.only(columns.used))
 
     def records(
         self, skipped: list[Skipped], start: Sequence[int] = (0, 0)

@@ -1,17 +1,16 @@
 """Tables of images and captions: CSV and TSV, JSON, Parquet."""
 
-import csv
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from clipkit.data.captions import single, strings
-from clipkit.data.formats.columns import Columns, Common, find_columns, path_sample
-from clipkit.data.formats.image_paths import SAMPLE, ImagePaths, find_image_paths
+from clipkit.data.formats.columns import Columns, Common, find_columns
+from clipkit.data.formats.csv_tables import CsvTable
+from clipkit.data.formats.image_paths import SAMPLE
 from clipkit.data.formats.json_tables import JsonTable
 from clipkit.data.formats.nested import FIRST_IMAGE, Nested, arrow_leaves, is_image
 from clipkit.data.images import Skipped
@@ -23,7 +22,6 @@ from clipkit.data.source import (
     Skips,
     Source,
     Wanted,
-    chunks,
     fingerprint_of,
     in_memory,
 )
@@ -42,9 +40,10 @@ TABLES = {
     ".json": "json",
     ".parquet": "parquet",
 }
-_SEPARATORS = ",;\t|"
 _TEXT_GROWTH = 4  # rows of a text table take about four times its size while they are gathered
-_CHUNK = 4096  # rows of a text table held at a time
+_HEAD_BYTES = 4 << 20  # of a text table read ahead
+_CHUNK = 4096  # rows of a text table in a batch
+_CHUNK_BYTES = 32 << 20  # likewise, which matters if the images are inside
 _ROWS = 256  # of a Parquet file, pictures and all
 _STREAMED_ROWS = 64  # likewise, of which a shuffled stream holds some for each of 16 row groups
 
@@ -141,7 +140,8 @@ class ParquetRows:
             _check_same(columns, schema.names, file, files[0])
         more = columns.metadata(types, str(files[0])) if wanted.metadata else None
         width = len(str(max(rows - 1, 0)))
-        paths = _parquet_paths(groups, files[0].parent, columns, wanted, notes)
+        values = _path_values(groups, columns)
+        paths = columns.find_images(values, files[0], wanted, notes)
         return cls(groups, Common(columns, paths, skipped, width, metadata=more, notes=notes))
 
     def batches(
@@ -178,13 +178,12 @@ class ParquetRows:
             self.common.skipped.append(Skipped(group.file.name, f"{reason}: {error}"))
 
 
-def _parquet_paths(
-    groups: list[Group], folder: Path, columns: Columns, wanted: Wanted, notes: list[str]
-) -> ImagePaths:
+def _path_values(groups: list[Group], columns: Columns) -> list[str]:
+    """The first values of an image column, if it holds paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    values: list[str | None] = []
+    values: list[str] = []
     for group in groups[:1]:
         with pq.ParquetFile(group.file) as table:
             leaves = arrow_leaves(table.schema_arrow)
@@ -194,7 +193,7 @@ def _parquet_paths(
                 batch = next(table.iter_batches(SAMPLE, row_groups=[0], columns=columns.stored))
                 found = columns.plain(batch, []).column(columns.image).to_pylist()
                 values = [value for value in found if isinstance(value, str)]
-    return find_image_paths(path_sample(values), folder, wanted.image_root, notes)
+    return values
 
 
 def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str, notes: list[str]) -> Columns:
@@ -205,7 +204,7 @@ def columns_of(schema: "pa.Schema", wanted: Wanted, spec: str, notes: list[str])
     nested = Nested.find(leaves, notes)
     types: dict[str, pa.DataType | None] = {".".join(path): leaves[path] for path in leaves}
     types |= {name: leaves.get(path) for name, path in nested.paths.items()}
-    columns = find_columns(types, wanted, spec)
+    columns = find_columns(types, wanted, spec, notes)
     columns = replace(columns, nested=nested.only(columns.used))
     if columns.label and b"huggingface" in (schema.metadata or {}):
         kind = Features.from_arrow_schema(schema).get(columns.label)
@@ -222,22 +221,28 @@ def _text(
     notes: list[str],
     split: str | None,
 ) -> tuple[Common, Read]:
-    tables = {file: _open_text(form, file, notes, split) for file in files}
+    tables: dict[Path, CsvTable | JsonTable] = {}
     columns: Columns | None = None
-    sample: list[RowDict] = []
-    for file, table in tables.items():
-        # The rest of the file is read later, which is when bad lines are reported.
-        head = [record for record, _ in islice(table.records([]), 1000)]
-        names = dict.fromkeys(name for record in head for name in record)
-        if not names:
-            raise DataError(f"{file} holds no rows, expected a {form} table of images")
-        columns = columns or find_columns(names, wanted, str(file))
+    values: list[str] = []
+    for file in files:
+        table: CsvTable | JsonTable
+        if form == "csv":
+            table = CsvTable.open(file, notes, wanted.encoding)
+        else:
+            table = JsonTable.open(file, split, notes)
+        names = table.names()
+        columns = columns or find_columns(dict.fromkeys(names), wanted, str(file), notes)
         _check_same(columns, names, file, files[0])
-        sample = sample or head
+        table = tables[file] = table.using(columns)
+        bad: list[Skipped] = []  # reported when the whole file is read
+        head = _head(table.records(bad))
+        if not head:
+            reason = f" ({bad[0].key} {bad[0].reason})" if bad else ""
+            raise DataError(f"{file} holds no rows{reason}, expected a {form} table of images")
+        values = values or [text for row in head for text in strings(row.get(columns.image))[:1]]
     assert columns is not None
     if len({file.parent for file in files}) > 1 and wanted.image_root is None:
         raise DataError(_different_folders(files))
-    tables = {file: table.using(columns.used) for file, table in tables.items()}
     more = None
     if wanted.metadata:  # types are those of all rows: a pass of its own
         from clipkit.data.formats.metadata import infer_types
@@ -248,24 +253,41 @@ def _text(
             for table in tables.values()
         ]
         more = columns.metadata(types, str(files[0]))
-    values = (text for record in sample for text in strings(record.get(columns.image))[:1])
-    paths = find_image_paths(path_sample(values), files[0].parent, wanted.image_root, notes)
+    paths = columns.find_images(values, files[0], wanted, notes)
     common = Common(columns, paths, skipped, metadata=more, notes=notes)
 
     def read(file: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
         start, first = at or ((0, 0), 0)
         own = replace(common, prefix=f"{file.name}:") if len(files) > 1 else common
-        for chunk in chunks(tables[file].records(skipped, start), _CHUNK):
+        for chunk in _chunks(tables[file].records(skipped, start), start[0]):
             batch = _arrow([record for record, _ in chunk], own)
             yield own.batch(batch, first), [chunk[-1][1], first := first + len(chunk)]
 
     return common, read
 
 
-def _open_text(
-    form: str, file: Path, notes: list[str], split: str | None
-) -> "CsvTable | JsonTable":
-    return CsvTable(file) if form == "csv" else JsonTable.open(file, split, notes)
+def _head(records: Iterable[tuple[RowDict, Position]]) -> list[RowDict]:
+    """The first 1,000 records, or as many as fit in a few MiB."""
+    head: list[RowDict] = []
+    for record, (offset, _) in records:
+        head.append(record)
+        if len(head) == 1000 or offset > _HEAD_BYTES:
+            break
+    return head
+
+
+def _chunks(
+    records: Iterable[tuple[RowDict, Position]], start: int
+) -> Iterator[list[tuple[RowDict, Position]]]:
+    """Records, as many at a time as go into a batch; ``start`` is the offset of the first."""
+    chunk: list[tuple[RowDict, Position]] = []
+    for item in records:
+        chunk.append(item)
+        if len(chunk) == _CHUNK or item[1][0] - start > _CHUNK_BYTES:
+            yield chunk
+            start, chunk = item[1][0], []
+    if chunk:
+        yield chunk
 
 
 def _check_same(columns: Columns, names: Collection[str], file: Path, first: Path) -> None:
@@ -301,70 +323,3 @@ def _arrow(records: list[RowDict], common: Common) -> "pa.RecordBatch":
     if common.metadata:
         arrays |= common.metadata.texts(records)
     return pa.RecordBatch.from_pydict(arrays)
-
-
-class _Lines:
-    """The lines of a text file from anywhere on, parted as ``open`` parts them with newline="".
-
-    Attributes:
-        place: bytes and lines before the next one.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.seek((0, 0))
-
-    def seek(self, place: Sequence[int]) -> None:
-        """Go on at a place where a line begins."""
-        self._stream.seek(place[0])
-        self.place = list(place)
-        self._parts = iter(list[bytes]())
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._parts, None)
-        if line is None:
-            self._parts = iter(next(self._stream).splitlines(keepends=True))
-            line = next(self._parts)
-        offset, number = self.place
-        self.place = [offset + len(line), number + 1]
-        text = line.decode("utf-8", "replace")
-        return text if offset else text.removeprefix("\ufeff")
-
-
-@dataclass(frozen=True)
-class CsvTable:
-    """The records of a CSV file."""
-
-    file: Path
-
-    def using(self, _: Sequence[str]) -> Self:
-        """The same: all columns are read."""
-        return self
-
-    def records(
-        self, skipped: list[Skipped], start: Sequence[int] = (0, 0)
-    ) -> Iterator[tuple[RowDict, list[int]]]:
-        """The records from a position on, each with the position after it."""
-        with self.file.open("rb") as stream:
-            lines = _Lines(stream)
-            first = next(lines, "")
-            separator = max(
-                _SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), []))
-            )
-            lines.seek((0, 0))
-            reader = csv.reader(lines, delimiter=separator)
-            try:
-                header = [name.strip() for name in next(reader, [])]
-                if start[0]:
-                    lines.seek(start)
-                for record in reader:
-                    if len(record) == len(header):
-                        yield dict(zip(header, record, strict=True)), lines.place
-                    elif record:
-                        found = f"has {len(record)} fields, its header has {len(header)}"
-                        skipped.append(Skipped(f"{self.file.name}:{lines.place[1]}", found))
-            except csv.Error as error:
-                raise DataError(f"{self.file}:{lines.place[1]} is not CSV: {error}") from None

@@ -88,7 +88,7 @@ class Columns:
         return self.nested.plain(batch, self, notes) if self.nested else batch
 
     def metadata(
-        self, tables: Sequence[Mapping[str, "pa.DataType"]], spec: str
+        self, tables: Sequence[Mapping[str, "pa.DataType"]], spec: str, notes: list[str]
     ) -> "Metadata | None":
         """The columns of files, their Arrow types by name, that have no other use."""
         from clipkit.data.formats.metadata import find_metadata
@@ -97,7 +97,7 @@ class Columns:
         kind = tables[0].get(self.image)
         if kind is None or not _holds_bytes(kind):
             used.discard(self.key or "")  # images that are files have their paths as keys
-        return find_metadata(tables, used, spec)
+        return find_metadata(tables, used, spec, notes)
 
     def find_images(
         self, values: Iterable[Any], file: Path, wanted: Wanted, notes: list[str]

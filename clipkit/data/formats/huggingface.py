@@ -107,7 +107,7 @@ def _common(
     notes = Notes()
     columns = columns_of(known.arrow_schema, wanted, spec, notes)
     types = {part.name: part.type for part in known.arrow_schema}
-    more = columns.metadata([types], spec) if wanted.metadata else None
+    more = columns.metadata([types], spec, notes) if wanted.metadata else None
     width = len(str(max(len(rows) - 1, 0))) if held else 8
     paths = find_image_paths((), root or Path.cwd(), wanted.image_root, notes)
     common = Common(columns, paths, Skips(), width, metadata=more, notes=notes)

@@ -1,7 +1,7 @@
-"""Metadata: what a table tells of its images in columns beyond captions and labels.
+"""Metadata: the columns of a table beyond images, captions and labels.
 
-Only columns of plain values are carried, which filters and tables of hits can use: numbers, texts,
-truth values, days and times. Text files know no types, so that theirs are found by reading them.
+Only columns of plain values are kept, which filters and tables of hits can use: numbers, strings,
+booleans, dates and times. Text files have no types; theirs are inferred from all of their values.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,19 +12,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipkit.data.captions import MISSING
 from clipkit.data.source import RowDict, chunks, clean_text
-from clipkit.progress import print_status
 
 INTEGER, NUMBER, TRUTH = pa.int64(), pa.float64(), pa.bool_()
 DAY, TIME, TEXT = pa.date32(), pa.timestamp("us"), pa.string()
-"""What columns become; times are those of UTC where they say their zone."""
+"""The types of metadata. Times with a time zone are converted to UTC."""
 OWN = ("key", "image", "captions", "label", "size", "mtime_ns", "content_hash", "id")
-"""Names that records have for themselves: a table's column of such a name is called ``table_…``."""
+"""Fields that all records have; a table's column of such a name is renamed to ``table_…``."""
 MOST = 100
-"""Columns of a table that are carried, so that a table of a model's features does no harm."""
+"""Columns that are kept at most: a table may hold hundreds of a model's features."""
 _CHUNK = 4096
 _FORMS = (
-    # A leading zero tells a postcode or a number of an article, which is text.
+    # Values with a leading zero are postcodes or article numbers, which are strings.
     (INTEGER, r"^-?(0|[1-9]\d{0,17})$"),
     (NUMBER, r"^-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?$"),
     (TRUTH, r"^([Tt]rue|[Ff]alse|TRUE|FALSE)$"),
@@ -47,20 +47,23 @@ class Metadata:
 
     @property
     def schema(self) -> pa.Schema:
-        """Names and types in the records."""
+        """The names and types of the fields in records."""
         return pa.schema(
             [(_record_name(name, self.types), kind) for name, kind in self.types.items()]
         )
 
     def texts(self, records: Sequence[RowDict]) -> dict[str, pa.Array]:
-        """The columns of a text file's records, as texts that ``read`` converts."""
+        """The columns of a text file's records as strings, which ``read`` converts.
+
+        Words for a missing value, such as NA, are null unless the column holds strings.
+        """
         return {
-            name: pa.array([plain_text(record.get(name)) for record in records], TEXT)
-            for name in self.types
+            name: pa.array([_text(record.get(name), kind) for record in records], TEXT)
+            for name, kind in self.types.items()
         }
 
     def read(self, batch: pa.RecordBatch) -> pa.StructArray:
-        """The columns of a batch as one, null where the batch has none."""
+        """The columns of a batch as one struct; a column that the batch lacks is null."""
         arrays = []
         for name, kind in self.types.items():
             place = batch.schema.get_field_index(name)
@@ -70,22 +73,26 @@ class Metadata:
 
 
 def find_metadata(
-    tables: Iterable[Mapping[str, pa.DataType]], used: Collection[str], spec: str
+    tables: Iterable[Mapping[str, pa.DataType]],
+    used: Collection[str],
+    spec: str,
+    notes: list[str],
 ) -> Metadata | None:
-    """The columns of plain values that have no other use; others are told once.
+    """The columns of plain values that have no other use; the others are named in a note.
 
     Args:
-        tables: Arrow types by name, of each file of the source.
-        used: columns that are something else already.
-        spec: the source, for the telling.
+        tables: Arrow types by name, for each file of the source.
+        used: columns that have another use.
+        spec: the source.
+        notes: takes the sentence about the others.
 
     Returns:
-        None where there is none.
+        None if there is no such column.
     """
     kinds: dict[str, pa.DataType | None] = {}
     for types in tables:
         for name, given in types.items():
-            # __index_level_0__ and the like are what programs write for themselves.
+            # Programs write columns such as __index_level_0__ for their own use.
             if name in used or not name.strip("_ ") or name.startswith("__"):
                 continue
             if pa.types.is_null(given):
@@ -96,18 +103,18 @@ def find_metadata(
     carried = dict(islice(good.items(), MOST))
     if left := [name for name in kinds if name not in carried]:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        print_status(
-            f"{spec}: left out of the records: {shown}; columns of numbers, texts, truth values "
-            f"and dates are kept, {MOST} at most"
+        notes.append(
+            f"{spec}: columns that are not kept as metadata: {shown}; those of numbers, strings, "
+            f"booleans and dates are, at most {MOST}"
         )
     return Metadata(carried) if carried else None
 
 
 def kind_of(given: pa.DataType) -> pa.DataType | None:
-    """What a column of a type becomes; None where it holds no plain values."""
+    """The metadata type for a column's type; None if it does not hold plain values."""
     types = pa.types
     kind = given.value_type if types.is_dictionary(given) else given
-    if types.is_uint64(kind):  # more than an integer of Arrow's or a float can hold exactly
+    if types.is_uint64(kind):  # neither int64 nor float64 holds all of its values
         return TEXT
     for fits, found in (
         (types.is_boolean, TRUTH),
@@ -125,7 +132,7 @@ def kind_of(given: pa.DataType) -> pa.DataType | None:
 
 
 def joined(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
-    """What holds the values of two kinds: text where they have nothing in common."""
+    """The type that holds the values of two types: strings if they have nothing in common."""
     if one is None or other is None or one == other:
         return one if one == other else None
     both = {one, other}
@@ -135,11 +142,11 @@ def joined(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | 
 
 
 def infer_types(records: Iterable[RowDict], *, typed: bool) -> dict[str, pa.DataType]:
-    """Arrow types of a text file's columns, of all its records.
+    """Infer the Arrow types of a text file's columns from all of its records.
 
     Args:
         records: values by column; all strings in CSV.
-        typed: strings are meant to be strings, as in JSON, unless they are dates.
+        typed: strings are strings, as in JSON, unless they are dates.
     """
     found: dict[str, pa.DataType] = {}
     for chunk in chunks(records, _CHUNK):
@@ -154,10 +161,15 @@ def infer_types(records: Iterable[RowDict], *, typed: bool) -> dict[str, pa.Data
 
 
 def plain_text(value: Any) -> str | None:
-    """A value of a text file as text from which its type is read again; None for nothing."""
+    """A value of a text file as a string that its type can be inferred from; None if missing."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return None if value is None or value != value else clean_text(value) or None
+
+
+def _text(value: Any, kind: pa.DataType) -> str | None:
+    text = plain_text(value)
+    return None if text is None or (kind != TEXT and text.lower() in MISSING) else text
 
 
 def _type_of(values: list[Any], typed: bool) -> pa.DataType:
@@ -175,7 +187,9 @@ def _type_of(values: list[Any], typed: bool) -> pa.DataType:
         return NUMBER
     if kinds != {str}:
         return TEXT
-    texts = pa.array([plain_text(value) for value in held], TEXT)
+    texts = pa.array([_text(value, pa.null()) for value in held], TEXT).drop_null()
+    if len(texts) == 0:
+        return pa.null()
     for kind, form in _TIMES if typed else _FORMS + _TIMES:
         if pc.all(pc.match_substring_regex(texts, form)).as_py() and _is_read(texts, kind):
             return kind
@@ -183,7 +197,7 @@ def _type_of(values: list[Any], typed: bool) -> pa.DataType:
 
 
 def _is_read(texts: pa.Array, kind: pa.DataType) -> bool:
-    """Whether texts of the right form are values: the 30th of February is none."""
+    """Whether strings of the right form are values, which the 30th of February is not."""
     try:
         texts.cast(kind)
     except pa.ArrowException:
@@ -195,13 +209,13 @@ def _converted(column: pa.Array, kind: pa.DataType) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     column = column.cast(kind, safe=kind not in (TIME, NUMBER))
-    if kind == NUMBER:  # NaN equals nothing, not even itself, and JSON has none
+    if kind == NUMBER:  # NaN is not equal to itself, and JSON does not have it
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
     return _readable(column) if kind == TEXT else column
 
 
 def _readable(texts: pa.Array) -> pa.Array:
-    """The texts, with U+FFFD for bytes that are no UTF-8, which Parquet files may hold."""
+    """The strings, with U+FFFD for bytes that are not UTF-8, which Parquet files may hold."""
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:

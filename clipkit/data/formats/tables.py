@@ -138,7 +138,7 @@ class ParquetRows:
             if file is files[0]:
                 columns = columns_of(schema, wanted, str(file), notes)
             _check_same(columns, schema.names, file, files[0])
-        more = columns.metadata(types, str(files[0])) if wanted.metadata else None
+        more = columns.metadata(types, str(files[0]), notes) if wanted.metadata else None
         width = len(str(max(rows - 1, 0)))
         values = _path_values(groups, columns)
         paths = columns.find_images(values, files[0], wanted, notes)
@@ -252,7 +252,7 @@ def _text(
             infer_types((record for record, _ in table.records([])), typed=typed)
             for table in tables.values()
         ]
-        more = columns.metadata(types, str(files[0]))
+        more = columns.metadata(types, str(files[0]), notes)
     paths = columns.find_images(values, files[0], wanted, notes)
     common = Common(columns, paths, skipped, metadata=more, notes=notes)
 

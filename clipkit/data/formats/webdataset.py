@@ -478,7 +478,7 @@ def open_tars(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
     root, skipped, notes = root_of_tars(files), Skips(), Notes()
     reader = _Reader(root, files, wanted, skipped, notes)
     prints = fingerprint_of([(file.name, file) for file in files], wanted)
-    more = _find_metadata(files, wanted) if wanted.metadata else None
+    more = _find_metadata(files, wanted, notes) if wanted.metadata else None
 
     def read(shard: Path, at: Position) -> Iterator[tuple["pa.RecordBatch", Position]]:
         rows: list[RowDict] = []
@@ -602,7 +602,7 @@ def _counted(endings: Counter[str]) -> str:
     return ", ".join(shown) + (", …" if len(endings) > 8 else "")
 
 
-def _find_metadata(files: list[Path], wanted: Wanted) -> "Metadata | None":
+def _find_metadata(files: list[Path], wanted: Wanted, notes: list[str]) -> "Metadata | None":
     from clipkit.data.formats.metadata import find_metadata, infer_types
 
     types = infer_types((fields for file in files for fields in _json_of(file)), typed=True)
@@ -610,7 +610,7 @@ def _find_metadata(files: list[Path], wanted: Wanted) -> "Metadata | None":
         given or next((name for name in usual if name in types), "")
         for given, usual in ((wanted.caption, CAPTION), (wanted.label, LABEL))
     ]
-    return find_metadata([types], used, str(files[0]))
+    return find_metadata([types], used, str(files[0]), notes)
 
 
 def _json_of(shard: Path) -> Iterator[dict[str, Any]]:

@@ -125,12 +125,18 @@ def test_what_holds_no_plain_values_is_left_out_and_told_once(tmp_path, capsys):
         "kind": pa.array(["a"]).dictionary_encode(),
     }
     pa.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
-    rows = open_source(tmp_path / "t.parquet", metadata=True).rows
+    source = open_source(tmp_path / "t.parquet", metadata=True)
+    rows = source.rows
+    assert source.notes == [
+        f"{tmp_path / 't.parquet'}: columns that are not kept as metadata: thumb, tags, pose; "
+        "those of numbers, strings, booleans and dates are, at most 100"
+    ]
     assert rows[0].key == "k"  # the image has no other name
     more = {"table_id": 5, "ratio": None, "kind": "a", "when": "2023-05-01T10:00:00+02:00"}
     assert rows[0].metadata == more
     err = capsys.readouterr().err
     assert err.count("\n") == 1
+    assert err.startswith("note: ")
     assert "thumb, tags, pose;" in err
     wide = {"image": [png(square("red"))], **{f"f{n}": [n] for n in range(MOST + 7)}}
     pa.parquet.write_table(pa.table(wide), tmp_path / "w.parquet")
@@ -153,6 +159,27 @@ def test_types_are_those_of_all_rows():
     found = infer_types(rows, typed=False)
     assert list(map(str, found.values())) == ["string", "double", "timestamp[us]", "null", "string"]
     assert str(infer_types([{"a": "1"}, {"a": "2"}], typed=True)["a"]) == "string"
+
+
+def test_words_for_a_missing_value_are_null_beside_numbers_and_dates(tmp_path):
+    square("red").save(tmp_path / "a.png")
+    columns = {
+        "path": ["a.png"] * 3,
+        "year": ["NA", "2023", "nan"],
+        "score": ["0.5", "NULL", ""],
+        "day": ["2023-05-01", "NaT", "None"],
+        "good": ["N/A", "True", "false"],
+        "country": ["NA", "DE", "None"],
+        "none": ["NA", "NA", "<NA>"],
+    }
+    pd.DataFrame(columns).to_csv(tmp_path / "t.csv", index=False)
+    rows = open_source(tmp_path / "t.csv", streaming=True, metadata=True).stream.batches()
+    [found] = [batch.column("metadata").to_pylist() for batch in rows]
+    assert found == [
+        {"year": None, "score": 0.5, "day": DAY, "good": None, "country": "NA"},
+        {"year": 2023, "score": None, "day": None, "good": True, "country": "DE"},
+        {"year": None, "score": None, "day": None, "good": False, "country": "None"},
+    ]
 
 
 def test_other_metadata_are_brought_up_to_date_without_encoding(photos, tmp_path, encoder):

@@ -75,6 +75,8 @@ def open_source(
     for name, column in {"image": image, "caption": caption, "label": label}.items():
         if column is not None and not isinstance(column, str):
             raise TypeError(f"{name} is a {type(column).__name__}, expected the name of one column")
+    if encoding is not None and not isinstance(encoding, str):
+        raise TypeError(f"encoding is a {type(encoding).__name__}, expected a name such as cp1252")
     if isinstance(data, Source):
         return data
     root = None if image_root is None else os.fspath(image_root)
@@ -92,11 +94,13 @@ def open_source(
     else:
         source = _open_several(paths, wanted, streaming)
     spec = paths[0] if len(paths) == 1 else source.spec
-    if root is not None and source.kind in (*FOLDER_KINDS, "tars", "zip"):
+    if root is not None and source.kind in {*FOLDER_KINDS, "tars", "zip"} - {"metadata"}:
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
+    if encoding is not None and source.kind not in ("csv", "metadata"):
+        source.notes.append(f"{source.spec} is not a CSV table, so the encoding is not used")
     if streaming and not source.streaming:
         source = replace(source, rows=source.table.stream())
-    named = {"image": image, "caption": caption, "label": label}
+    named = {"image": image, "caption": caption, "label": label, "encoding": encoding}
     source = replace(source, columns={n: c for n, c in named.items() if c is not None})
     if next(iter(source.rows), None) is None:
         skipped = source.skipped[0] if source.skipped else None

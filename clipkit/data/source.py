@@ -87,7 +87,8 @@ class Source:
             stream, so far.
         listed: the paths and patterns that were named, if not all of a folder or a single file;
             those of images and folders are relative to ``root``, others absolute.
-        columns: the columns that were named: "image", "caption" and "label".
+        columns: the columns that were named, as "image", "caption" and "label", and the
+            "encoding".
     """
 
     spec: str

@@ -34,7 +34,7 @@ class Root:
         base: the folder that keys are relative to, if ``where`` is a table and its images are
             elsewhere.
         listed: the paths and patterns of its images, as in ``Source``; empty for all of ``where``.
-        columns: the names of its columns, as in ``Source``.
+        columns: the names of its columns and its encoding, as in ``Source``.
     """
 
     prefix: str

@@ -400,6 +400,7 @@ def _open_root(root: Root) -> Source:
         label=root.columns.get("label"),
         metadata=True,
         image_root=root.base or None,
+        encoding=root.columns.get("encoding"),
     )
 
 

@@ -369,7 +369,9 @@ def test_columns_of_any_name_can_be_named(run, colour_folder, tiny_checkpoint, t
     table = colour_folder / "t.csv"
     table.write_text("bild;worte;farbe\nred-0.png;a red one;red\nblue-0.png;a blue one;blue\n")
     _, err = run("data", "check", table, code=1)
-    assert "no image column among: bild, worte, farbe; say which is the image column" in err
+    assert (
+        "no image column among: bild, worte, farbe; choose one with --image-column (image=)" in err
+    )
     image, model = ["--image-column", "bild"], ["--model", tiny_checkpoint]
     caption, label = ["--caption-column", "worte"], ["--label-column", "farbe"]
     out, _ = run("data", "check", table, *image, *caption, *label, "--json")

@@ -1,4 +1,4 @@
-"""Find the columns of a table, and bring its batches into the common form."""
+"""Find the columns of a table, and convert its batches to the columns of every source."""
 
 import os
 import re
@@ -122,13 +122,13 @@ def is_column_name(text: str) -> bool:
 def find_columns(
     types: Mapping[str, "pa.DataType | None"], wanted: Wanted, spec: str, notes: list[str]
 ) -> Columns:
-    """Choose the columns by the names given, or else by the usual ones.
+    """Choose the columns by the names given, or by the usual names.
 
     Args:
         types: the columns found, with their Arrow types (None where a text file has none).
         wanted: the names given.
         spec: the table.
-        notes: gets a sentence if there are several caption columns.
+        notes: takes a sentence if there are several caption columns.
 
     Raises:
         DataError: there is no image column, or nothing that could be a caption or a label.
@@ -150,7 +150,7 @@ def find_columns(
         captions = [given] if given else []
     else:
         captions = _usual_captions(types)
-        # Further columns are a mistake, unless it is these that are asked for.
+        # Other columns suggest an unusual name, unless they are wanted as metadata.
         further = set() if wanted.metadata else set(types) - {image, key}
         if not captions and not label and further:
             raise DataError(
@@ -250,12 +250,14 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
 
 @dataclass(frozen=True)
 class Common:
-    """Brings record batches of one table into the common columns.
+    """Converts record batches of one table to the common columns.
 
     Attributes:
+        columns: of the table.
         paths: where the image files are.
-        width: digits of a row number where that must serve as key; ``prefix`` goes before it.
-        metadata: further columns that its rows keep.
+        skipped: takes the rows and captions that cannot be used.
+        width: digits of a row number that serves as key; ``prefix`` precedes it.
+        metadata: further columns that the rows keep.
         notes: takes sentences about how values were read.
     """
 
@@ -274,12 +276,12 @@ class Common:
         return list(dict.fromkeys([*self.columns.stored, *more]))
 
     @property
-    def told(self) -> "pa.Schema | None":
-        """Names and types of the metadata in its rows."""
+    def metadata_schema(self) -> "pa.Schema | None":
+        """Names and types of the metadata in the rows."""
         return self.metadata.schema if self.metadata else None
 
     def batch(self, batch: "pa.RecordBatch", first: int) -> "pa.RecordBatch":
-        """The rows of ``batch``, whose first is row ``first``, without those that hold no image."""
+        """The rows of ``batch`` that name or contain an image; ``first`` numbers its first row."""
         import pyarrow as pa
 
         batch = self.columns.plain(batch, self.notes)
@@ -299,17 +301,17 @@ class Common:
                 caption = [text for column in texts for text in _listed(column[index])]
                 captions = clean_captions(caption, place[0], self.skipped, self.notes)
                 rows.append((*place, captions, self._label(labels[index])))
-        # A filter copies; without one the bytes stay where they are, mapped from disk or not.
+        # A filter copies the bytes, so it is only applied if rows are left out.
         data = data if all(good) else data.filter(pa.array(good))
         more = (
             self.metadata.read(batch).filter(pa.array(good, pa.bool_())) if self.metadata else None
         )
-        return _assemble(data, rows, more, self.told)
+        return _assemble(data, rows, more, self.metadata_schema)
 
     def _place(
         self, path: str | None, has_bytes: bool, key: Any, number: str
     ) -> tuple[str, str | None] | None:
-        """Key and absolute path of a row; None, and told, where it has no usable image."""
+        """Key and absolute path of a row; None, and reported, if it has no usable image."""
         if has_bytes:
             return (number if key is None else clean_text(key), None)
         text = clean_text(path or "")

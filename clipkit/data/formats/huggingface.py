@@ -138,7 +138,7 @@ def _common(
     prints = fingerprint_of([], spec if not held else rows._fingerprint, wanted)
     result: Any = Stream(read, list(range(shard_count)))
     if held and not streaming:
-        result = in_memory(result.batches(), common.skipped, common.told)
+        result = in_memory(result.batches(), common.skipped, common.metadata_schema)
     return Source(spec, kind, result, root, prints, common.skipped, common.notes)
 
 

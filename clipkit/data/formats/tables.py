@@ -40,7 +40,7 @@ TABLES = {
     ".json": "json",
     ".parquet": "parquet",
 }
-_TEXT_GROWTH = 4  # rows of a text table take about four times its size while they are gathered
+_TEXT_GROWTH = 4  # memory for the rows of a text table while it is read, per byte of the file
 _HEAD_BYTES = 4 << 20  # of a text table read ahead
 _CHUNK = 4096  # rows of a text table in a batch
 _CHUNK_BYTES = 32 << 20  # likewise, which matters if the images are inside
@@ -78,9 +78,9 @@ def open_table(
         size = sum(file.stat().st_size for file in files) * growth
         streams = size > MEMORY_LIMIT if streaming is None else streaming
         if form == "parquet":
-            held = ParquetRows.open(files, wanted, skipped, notes)
-            common, shards = held.common, held.groups
-            read = partial(held.read, size=_STREAMED_ROWS if streams else _ROWS)
+            parquet = ParquetRows.open(files, wanted, skipped, notes)
+            common, shards = parquet.common, parquet.groups
+            read = partial(parquet.read, size=_STREAMED_ROWS if streams else _ROWS)
         else:
             (common, read), shards = _text(form, files, wanted, skipped, notes, split), files
     except OSError as error:
@@ -90,7 +90,7 @@ def open_table(
     )
     rows: Any = Stream(read, shards)
     if not streams:
-        rows = in_memory(rows.batches(), skipped, common.told)
+        rows = in_memory(rows.batches(), skipped, common.metadata_schema)
     return Source(spec, kind or form, rows, common.paths.root, prints, skipped, notes)
 
 
@@ -147,10 +147,10 @@ class ParquetRows:
     def batches(
         self, group: Group, size: int, start: int = 0
     ) -> Iterator[tuple["pa.RecordBatch", int]]:
-        """The rows of a group in the common columns, of ``size`` rows of the file at a time.
+        """The rows of a group in the common columns, ``size`` rows of the file at a time.
 
-        Each batch comes with how many rows of the group were read by then. A group can be read
-        from its start alone: the rows before ``start``, where a batch ends, are only decoded.
+        Each batch comes with the number of rows of the group read so far. A group can only be read
+        from its start: rows before ``start``, which is where a batch ends, are decoded and dropped.
         """
         import pyarrow.parquet as pq
 
@@ -165,7 +165,7 @@ class ParquetRows:
     def read(
         self, group: Group, at: Position, size: int
     ) -> Iterator[tuple["pa.RecordBatch", Position]]:
-        """The rows of a group; what cannot be read is told among what was left out."""
+        """The rows of a group; rows that cannot be read are added to the skipped items."""
         import pyarrow as pa
 
         done = at or 0

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -10,7 +11,13 @@ from clipkit.data.formats import tables
 from clipkit.data.images import Skipped
 from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
+from clipkit.tasks.check_data import check_data
+from clipkit.tasks.config import init_config
+from clipkit.tasks.index import build_index
+from clipkit.tasks.sync import sync_index
+from clipkit.training.data import open_training_data
 from tests.helpers.paths import SHARED
+from tests.helpers.toys import ColourEncoder
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 CASES = SHARED.parent / "cases" / "tables"
@@ -410,3 +417,30 @@ def test_shared_cases(name):
     assert (len(source.rows), len(captions)) == SHARED_COUNTS[name]
     assert len(set(captions)) == len(captions)
     assert source.skipped == []
+
+
+def test_the_encoding_can_be_given_wherever_columns_can(folder):
+    text = "image,caption\nimg/a.png,собака\nimg/b.png,кошка\n"
+    path = put(folder / "t.csv", text.encode("cp1251"))
+    report = check_data(path, encoding="cp1251")
+    assert (report.captions, report.notes) == (2, [])
+    config = init_config(path, encoding="cp1251", image_root=folder).config
+    assert (config.data.encoding, config.data.image_root) == ("cp1251", str(folder))
+    training, _ = open_training_data(replace(config.data, val=str(path)), 0)
+    assert pairs(training) == names("собака", "кошка")
+    source = open_source(path, encoding="cp1251", metadata=True)
+    index = build_index(source, folder / "index", ColourEncoder())
+    assert index.manifest.source["columns"] == {"encoding": "cp1251"}
+    changes = sync_index(folder / "index", encoder=ColourEncoder())
+    assert (changes.unchanged, changes.changed) == (2, 0)
+    with pytest.raises(TypeError, match="encoding is a int, expected a name such as cp1252"):
+        open_source(path, encoding=1251)
+
+
+def test_folders_say_that_they_have_no_use_for_an_encoding(folder):
+    source = open_source(folder / "img", encoding="cp1251")
+    assert source.notes == [f"{folder / 'img'} is not a CSV table, so the encoding is not used"]
+    put(folder / "img" / "metadata.csv", "file_name,text\na.png,собака\n".encode("cp1251"))
+    source = open_source(folder / "img", encoding="cp1251", image_root=folder / "img")
+    assert pairs(source) == [("a.png", ["собака"])]
+    assert not any("the encoding" in note or "the image root" in note for note in source.notes)

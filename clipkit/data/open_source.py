@@ -18,8 +18,15 @@ from clipkit.data.formats.folders import (
     open_zips,
     split_folder,
 )
-from clipkit.data.formats.huggingface import HUB, is_saved, open_hub, open_saved
-from clipkit.data.formats.pairs import open_pairs
+from clipkit.data.formats.huggingface import (
+    HUB,
+    is_in_memory,
+    is_saved,
+    open_hub,
+    open_in_memory,
+    open_saved,
+)
+from clipkit.data.formats.pairs import is_image, open_pairs
 from clipkit.data.formats.tables import TABLES, open_table
 from clipkit.data.formats.webdataset import TAR_SUFFIXES, expand, is_tar, open_tars
 from clipkit.data.images import SUFFIXES, is_utf8, printable
@@ -44,18 +51,23 @@ def open_source(
     """Open images with their captions and labels.
 
     Args:
-        data: an image; a folder of images, or a zip archive of one, with sidecar captions
-            (``a.txt``, ``a.caption`` or ``a.json`` beside ``a.jpg``), with one sub-folder per
-            class, or plain; a folder with a table of its images (``metadata.csv``, ``.jsonl`` or
-            ``.parquet``, or another one alone) or with one in each split (``path:train`` is the
-            sub-folder ``train``); a CSV, TSV, JSON lines, JSON (a list of objects, COCO captions,
-            or Karpathy's splits as ``file.json:train``) or Parquet table; WebDataset tars, plain or
-            compressed (``shards-{000..012}.tar`` or ``shards-*.tar``); a folder of tars, zip
-            archives or tables; ``hf:org/name:split``; a dataset saved to disk (``path`` or
-            ``path:split``). A pattern (``photos/*.jpg``) or a list of paths and patterns opens
-            several images and folders, tables, tars or zip archives as one source. A map-style
-            dataset or an iterable of ``(image, caption)`` pairs is read once, into memory. A Source
-            is returned as it is.
+        data: what to open.
+
+            - An image, or a folder or zip archive of images: plain, with sidecar captions
+              (``a.txt``, ``a.caption`` or ``a.json`` beside ``a.jpg``), or with one sub-folder per
+              class.
+            - A folder with a table of its images: ``metadata.csv``, ``.jsonl`` or ``.parquet``, or
+              another table alone. ``path:train`` is its sub-folder ``train``.
+            - A table: CSV, TSV, JSON lines, Parquet, or JSON (a list of objects, COCO captions, or
+              Karpathy's splits as ``file.json:train``).
+            - WebDataset tars, plain or compressed: ``shards-{000..012}.tar``.
+            - A folder of tars, zip archives or tables.
+            - ``hf:org/name:split``, or a dataset saved to disk (``path`` or ``path:split``).
+            - A pattern (``photos/*.jpg``), or a list of paths and patterns of one of these kinds.
+            - In memory: a PIL image, a uint8 array [height, width, 3] or a torch tensor; a list of
+              images or of ``(image, caption)`` pairs, or a map-style dataset of them, read once; a
+              pandas data frame, an Arrow table or a ``datasets`` dataset, which are tables.
+            - A Source, which is returned as it is.
         image: name of the image column; None looks for the usual names.
         caption: name of the caption column; "" ignores captions.
         label: name of the label column; "" ignores labels.
@@ -81,13 +93,11 @@ def open_source(
         return data
     root = None if image_root is None else os.fspath(image_root)
     wanted = Wanted(image, caption, label, metadata, root, encoding)
-    paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else []
-    if not paths:
-        first, items = _peek(data)
-        if isinstance(first, str | os.PathLike):
-            paths = [_path(item) for item in items]
+    paths, items = ([], ()) if is_in_memory(data) else _paths_or_items(data)
     paths = [split_folder(path) or path for path in paths]
-    if not paths:
+    if is_in_memory(data):
+        source = open_in_memory(data, wanted, streaming)
+    elif not paths:
         source = open_pairs(items)
     elif len(paths) == 1:
         source = _open(paths[0], wanted, streaming)
@@ -111,19 +121,30 @@ def open_source(
     return replace(source, spec=spec)
 
 
+def _paths_or_items(data: Any) -> tuple[list[str], Iterable[Any]]:
+    """The paths and patterns that were given, or else the items in memory."""
+    if isinstance(data, str | os.PathLike):
+        return [os.fspath(data)], ()
+    if is_image(data) and getattr(data, "ndim", 3) == 3:
+        return [], [data]
+    first, items = _peek(data)
+    if isinstance(first, str | os.PathLike):
+        return [_path(item) for item in items], ()
+    return [], items
+
+
 def _peek(data: Any) -> tuple[Any, Iterable[Any]]:
     """The first item of a sequence, map-style dataset or iterable, and all of its items."""
-    if isinstance(data, bytes | Mapping):
-        items: Iterator[Any] | None = None
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    items: Iterator[Any] | None = None
+    if isinstance(data, Iterable) and not isinstance(data, bytes | Mapping):
+        items = iter(data)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "keys"):
         # A map-style dataset need not raise IndexError at its end.
         items = (data[number] for number in range(len(data)))
-    else:
-        items = iter(data) if isinstance(data, Iterable) else None
     if items is None:
         raise TypeError(
-            f"data is a {type(data).__name__}, expected a path, a list of paths, a Source, or an "
-            "iterable of (image, caption) pairs"
+            f"data is a {type(data).__name__}, expected a path, a list of paths, a Source, a data "
+            "frame, or an iterable of images or (image, caption) pairs"
         )
     for first in items:
         return first, chain([first], items)

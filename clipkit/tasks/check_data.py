@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.duplicates import near_groups
-from clipkit.data.open_source import Source, open_source
+from clipkit.data.open_source import Data, Source, open_source
 from clipkit.data.statistics import EXAMPLES, Problem, Spread, Survey, survey
 from clipkit.models.tokenizer import CONTEXT, CaptionSurvey, Repeated, TruncationReport, shorten
 
@@ -100,8 +100,8 @@ class DataReport:
 
 
 def check_data(
-    spec: str | Path,
-    against: str | Path | None = None,
+    data: Data,
+    against: Data | None = None,
     *,
     image: str | None = None,
     caption: str | None = None,
@@ -112,7 +112,7 @@ def check_data(
     """Read a data source once and report its content and its problems.
 
     Args:
-        spec: any source that ``open_source`` opens.
+        data: any source that ``open_source`` opens.
         against: a second source, read in the same way; shared images and captions are reported as
             leaks.
         image, caption, label, image_root, encoding: as for ``open_source``.
@@ -125,7 +125,7 @@ def check_data(
         open_source(
             one, image=image, caption=caption, label=label, image_root=image_root, encoding=encoding
         )
-        for one in (spec, against)
+        for one in (data, against)
         if one is not None
     ]
     captions = CaptionSurvey()

@@ -9,7 +9,7 @@ from clipkit.classifiers.heads import Labels, Templates, load_classifier
 from clipkit.classifiers.predictions import Prediction, Predictions
 from clipkit.classifiers.zero_shot import ACCEPTED, Classifier, ZeroShotClassifier
 from clipkit.data.images import Skipped
-from clipkit.data.open_source import Row, Source, open_source
+from clipkit.data.open_source import Data, Row, Source, open_source
 from clipkit.data.prompts import check_labels
 from clipkit.data.workers import worker_count
 from clipkit.errors import CaptionError, DataError
@@ -19,7 +19,7 @@ from clipkit.progress import progress_bar
 
 
 def classify(
-    data: str | Path | Source | Sequence[str | Path | Source],
+    data: Data,
     labels: Labels,
     encoder: Encoder | None = None,
     *,
@@ -27,7 +27,7 @@ def classify(
     k: int = 3,
     each: bool = False,
     reject: bool = False,
-    calibrate: str | Path | Source | None = None,
+    calibrate: Data | None = None,
     batch_size: BatchSize = "auto",
     workers: int | str = "auto",
     progress: bool = True,
@@ -35,7 +35,8 @@ def classify(
     """Classify images by labels, or by a saved classifier.
 
     Args:
-        data: the images: an image, a folder, a table or any other source, or several of these.
+        data: the images: a path, a pattern, a PIL image, an array, a data frame or anything else
+            that ``open_source`` takes, or a list of these paths.
         labels: a list of labels, a file with one label per line, ``"imagenet"``, the directory of a
             saved classifier, or a classifier.
         encoder: the model; None loads the model of a saved classifier, else the default model.
@@ -62,8 +63,7 @@ def classify(
         ModelMismatchError: the classifier was built for another model.
     """
     k = require_integer("k", k)
-    several = [data] if isinstance(data, (str, Path, Source)) else data
-    sources = [_images(one) for one in several]
+    sources = [_images(one) for one in _several(data)]
     examples = None if calibrate is None else _images(calibrate)
     reject = reject or examples is not None
     encoder, classifier = load_classifier(labels, encoder, templates, background=each or reject)
@@ -203,7 +203,16 @@ def no_image(skipped: Sequence[object]) -> DataError:
     )
 
 
-def _images(data: str | Path | Source) -> Source:
+def _several(data: Data) -> Sequence[Data]:
+    """The sources in ``data``: those of a list of paths, or ``data`` itself."""
+    if isinstance(data, Sequence) and not isinstance(data, str) and data:
+        paths = [isinstance(one, str | Path | Source) for one in data]
+        if all(paths):
+            return data
+    return [data]
+
+
+def _images(data: Data) -> Source:
     # Neither captions nor labels are needed, so their columns may have any name.
     return open_source(data, caption="", label="")
 

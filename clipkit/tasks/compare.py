@@ -8,7 +8,7 @@ from typing import Any
 from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
 from clipkit.classifiers.zero_shot import Classifier
 from clipkit.data.labels import Label
-from clipkit.data.open_source import Source, open_source
+from clipkit.data.open_source import Data, open_source
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import card, table
 from clipkit.errors import DataError
@@ -118,7 +118,7 @@ class Comparison:
 def compare(
     first: Encoder | str | Path,
     second: Encoder | str | Path,
-    data: str | Path | Source,
+    data: Data,
     *,
     labels: Sequence[str | Label] | str | Path | None = None,
     templates: Templates = None,

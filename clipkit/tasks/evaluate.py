@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from clipkit.arguments import require_choice, require_encoder
@@ -12,7 +11,7 @@ from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
 from clipkit.data.formats.folders import texts_without_image
 from clipkit.data.images import Skipped
 from clipkit.data.labels import empty_classes, own_labels, targets_of
-from clipkit.data.open_source import Source, open_source
+from clipkit.data.open_source import Data, Source, open_source
 from clipkit.errors import DataError
 from clipkit.evaluation.bootstrap import Estimate
 from clipkit.evaluation.classification import measure_classification
@@ -27,7 +26,7 @@ _SHOWN = 5  # texts
 
 
 def evaluate_retrieval(
-    data: str | Path | Source,
+    data: Data,
     encoder: Encoder | None = None,
     *,
     equal_captions: EqualCaptions = "merge",
@@ -106,7 +105,7 @@ def _retrieval_notes(
 
 
 def evaluate_zero_shot(
-    data: str | Path | Source,
+    data: Data,
     encoder: Encoder | None = None,
     labels: Labels | None = None,
     templates: Templates = None,

@@ -15,7 +15,7 @@ from clipkit.classifiers.few_shot import METHODS, Labelled, accuracy, one_thread
 from clipkit.classifiers.heads import Templates, list_templates, read_labels_or_classifier
 from clipkit.classifiers.zero_shot import Classifier, ZeroShotClassifier
 from clipkit.data.labels import Label, own_labels, targets_of
-from clipkit.data.open_source import Source, open_source
+from clipkit.data.open_source import Data, Source, open_source
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import bullets, card, table
 from clipkit.errors import DataError
@@ -121,10 +121,10 @@ class ProbeReport:
 
 
 def probe(
-    data: str | Path | Source,
+    data: Data,
     encoder: Encoder | None = None,
     *,
-    test: str | Path | Source | None = None,
+    test: Data | None = None,
     labels: Sequence[str | Label] | str | Path | None = None,
     templates: Templates = None,
     shots: Sequence[int] = (1, 2, 4, 8, 16),

@@ -1,5 +1,6 @@
-"""Datasets that the ``datasets`` library knows: on the Hugging Face hub, or saved to disk."""
+"""Datasets as the ``datasets`` library has them: on the hub, saved to disk, or in memory."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.data.formats.columns import Common
 from clipkit.data.formats.image_paths import find_image_paths
+from clipkit.data.formats.pairs import is_image, stored_image
 from clipkit.data.formats.tables import columns_of
 from clipkit.data.rows import Position, Stream
 from clipkit.data.source import Notes, Skips, Source, Wanted, fingerprint_of, in_memory
@@ -86,6 +88,63 @@ def open_hub(spec: str, wanted: Wanted, streaming: bool | None) -> Source:
             "without one only a dataset in the local cache can be opened"
         ) from error
     return _common(rows, spec, "hub", None, wanted, streaming)
+
+
+def is_in_memory(data: Any) -> bool:
+    """Whether this is a ``datasets`` dataset, an Arrow table or a pandas data frame."""
+    return any(_is(data, *kind) for kind in _IN_MEMORY)
+
+
+def open_in_memory(data: Any, wanted: Wanted, streaming: bool | None) -> Source:
+    """Open a ``datasets`` dataset, an Arrow table or a pandas data frame.
+
+    Columns are found as in other tables. An image column holds paths, encoded images or, in a data
+    frame, PIL images and arrays as well.
+
+    Raises:
+        DataError: a column that is needed is missing, or several splits were given.
+        TypeError: an image in a data frame has the wrong type.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    spec = type(data).__name__
+    if _is(data, "datasets", "DatasetDict") or _is(data, "datasets", "IterableDatasetDict"):
+        names = ", ".join(data)
+        raise DataError(f"the {spec} has the splits {names}, expected one of them; pass data[…]")
+    if _is(data, "pandas", "DataFrame"):
+        columns = {str(name): data[name] for name in data.columns}
+        data = pa.Table.from_pandas(
+            data.assign(**{name: _stored(values) for name, values in columns.items()}),
+            preserve_index=False,
+        ).replace_schema_metadata(None)
+    if isinstance(data, pa.Table):
+        data = Dataset(data)
+    return _common(data, spec, "dataset", None, wanted, streaming)
+
+
+_IN_MEMORY = (
+    ("datasets", "Dataset"),
+    ("datasets", "IterableDataset"),
+    ("datasets", "DatasetDict"),
+    ("datasets", "IterableDatasetDict"),
+    ("pyarrow", "Table"),
+    ("pandas", "DataFrame"),
+)
+
+
+def _is(data: Any, module: str, name: str) -> bool:
+    """Whether an object is of a class whose module need not be imported for that."""
+    known = getattr(sys.modules.get(module), name, None)
+    return known is not None and isinstance(data, known)
+
+
+def _stored(values: Any) -> Any:
+    """A column of a data frame, its images in memory as rows store them."""
+    items = list(values)
+    if not any(is_image(item) for item in items):
+        return values
+    return [stored_image(item, number) for number, item in enumerate(items)]
 
 
 def _common(

@@ -1,4 +1,4 @@
-"""Pairs of images and captions from Python objects, such as a map-style torch Dataset."""
+"""Images and pairs from Python objects: PIL images, arrays, or a map-style torch Dataset."""
 
 import io
 import os
@@ -18,27 +18,30 @@ _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
 def open_pairs(pairs: Iterable[Any]) -> Source:
-    """Read ``(image, caption)`` pairs into memory, once.
+    """Read ``(image, caption)`` pairs, or images without captions, into memory, once.
 
     An image is a PIL image, a uint8 array ``[height, width, 3]``, a torch tensor
     ``[3, height, width]`` of uint8 or of floats from 0 to 1 (torchvision's ``ToTensor``), or a
     path; a caption is a string or a list of strings. Images other than paths are stored as PNG,
-    which loses nothing. The keys are the positions of the pairs.
+    which loses nothing. The keys are the positions of the items.
 
     Raises:
-        TypeError: an item is not a pair, or its image or caption has the wrong type.
+        TypeError: an item is neither a pair nor an image, or an image or caption has the wrong
+            type.
     """
     skipped: list[Skipped] = []
     notes = Notes()
     digest = blake2b(digest_size=16)
 
     def rows() -> Iterator[RowDict]:
-        for number, pair in enumerate(pairs):
+        for number, item in enumerate(pairs):
+            pair = (item, []) if is_image(item) else item
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(
-                    f"item {number} is a {type(pair).__name__}, expected an (image, caption) pair"
+                    f"item {number} is a {type(item).__name__}, expected an (image, caption) pair "
+                    "or an image"
                 )
-            key, image = f"{number:08}", _image(pair[0], number)
+            key, image = f"{number:08}", stored_image(pair[0], number)
             captions = clean_captions(_captions(pair[1], number), key, skipped, notes)
             digest.update(repr((image, captions)).encode("utf-8", "surrogatepass"))
             yield {"key": key, "image": image, "captions": captions, "label": None}
@@ -49,7 +52,13 @@ def open_pairs(pairs: Iterable[Any]) -> Source:
     return Source("pairs", "pairs", table, None, prints, skipped, notes)
 
 
-def _image(image: Any, number: int) -> dict[str, Any]:
+def is_image(item: Any) -> bool:
+    """Whether an object is one image in memory: a PIL image, an array or a torch tensor."""
+    return isinstance(item, Image.Image | np.ndarray) or hasattr(item, "detach")
+
+
+def stored_image(image: Any, number: int) -> dict[str, Any]:
+    """An image as rows store it, its bytes or its path; ``number`` is for messages."""
     if isinstance(image, str | os.PathLike):
         return {"bytes": None, "path": str(Path(image).absolute())}
     if hasattr(image, "detach"):  # a torch tensor, recognised without importing torch

@@ -233,7 +233,7 @@ Place = list[Any]
 class Stream:
     """Rows in the order of their shards, each of which can be read from any position on.
 
-    Consecutive rows of the same image file are merged. Other repeated keys are not noticed, which
+    Consecutive rows of the same image are merged. Other repeated keys are not noticed, which
     would take unlimited memory.
 
     Attributes:
@@ -291,11 +291,10 @@ class Stream:
 
 
 def merge_neighbours(rows: Iterable[tuple[Row, Place]]) -> Iterator[tuple[Row, Place]]:
-    """Merge consecutive rows of the same image file; the place of the last one holds."""
+    """Merge consecutive rows of the same image; the place of the last one holds."""
     last: tuple[Row, Place] | None = None
     for row, after in rows:
-        path = row.image.path
-        if last is not None and path is not None and last[0].image.path == path:
+        if last is not None and last[0].key == row.key and last[0].image == row.image:
             last[0].captions.extend(row.captions)
             merged = last[0] if last[0].label else replace(last[0], label=row.label)
             last = merged, after

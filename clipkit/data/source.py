@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -171,8 +172,8 @@ def in_memory(
 ) -> Table:
     """One table of all batches, with every key once.
 
-    Further rows of an image file add their captions to its first row, whose metadata stay. Another
-    image under a key that is taken is skipped.
+    Further rows of an image, which have the same path or the same key and bytes, add their captions
+    to its first row, whose metadata stay. Another image under a key that is taken is skipped.
     """
     import pyarrow as pa
 
@@ -180,11 +181,14 @@ def in_memory(
     place: dict[str, int] = {}
     captions: list[list[str]] = []
     labels: list[str | None] = []
-    kept, told = [], []
+    chunk_of, index_of = array("L"), array("L")  # where the image of each key is in ``kept``
+    kept: list[pa.StructArray] = []
+    told: list[pa.StructArray] = []
     for batch in batches:
         images = batch.column("image")
         has_bytes = images.field("bytes").is_valid().to_pylist()
         fresh = []
+        rows: list[int] = []  # of the batch that are kept
         texts = batch.column("captions").to_pylist()
         known = batch.column("label").to_pylist()
         for index, key in enumerate(batch.column("key").to_pylist()):
@@ -193,7 +197,13 @@ def in_memory(
             if fresh[-1]:
                 captions.append(texts[index])
                 labels.append(known[index])
-            elif has_bytes[index]:
+                chunk_of.append(len(kept))
+                index_of.append(len(rows))
+                rows.append(index)
+                continue
+            here = chunk_of[at] == len(kept)
+            first = images[rows[index_of[at]]] if here else kept[chunk_of[at]][index_of[at]]
+            if has_bytes[index] and first["bytes"] != images[index]["bytes"]:
                 skipped.append(Skipped(key, "its key is taken by an earlier image"))
             else:
                 if bool(captions[at]) != bool(texts[index]):

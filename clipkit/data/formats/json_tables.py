@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
     from clipkit.data.formats.columns import Columns
 
 _HEAD = 1000
-"""Records in which the names of fields are looked for."""
+"""Records in which the names of fields are looked for, ..."""
+_HEAD_BYTES = 4 << 20
+"""... or fewer, if they are longer: they may hold images."""
 _CHUNK = 1 << 20  # bytes
 _LIMIT = 256 << 20  # characters of one value
 _EXPECTED = (
@@ -68,19 +69,19 @@ class JsonTable:
                 in Karpathy's format and none was named.
         """
         table = _open_document(file, notes) if _is_document(file) else cls(file)
-        head = list(islice(table.records([]), _HEAD))
+        head = table._head()
         if not head:
             raise DataError(f"{file} holds no objects; {_EXPECTED}")
-        karpathy = table.offset is not None and "sentences" in head[0][0] and "split" in head[0][0]
-        if split is not None or karpathy:
+        if split is not None or (
+            table.offset is not None and {"sentences", "split"} <= set(head[0])
+        ):
             table = replace(table, splits=table._choose(split))
-        nested = Nested.find((path for record, _ in head for path in json_leaves(record)), notes)
-        return replace(table, nested=nested)
+        leaves = (path for record in head for path in json_leaves(record))
+        return replace(table, nested=Nested.find(leaves, notes))
 
     def names(self) -> list[str]:
         """The fields of the first records."""
-        head = islice(self.records([]), _HEAD)
-        return list(dict.fromkeys(name for record, _ in head for name in record))
+        return list(dict.fromkeys(name for record in self._head() for name in record))
 
     def using(self, columns: "Columns") -> "JsonTable":
         """The same, without names for other fields within objects."""
@@ -105,13 +106,19 @@ class JsonTable:
         for record, place in found:
             if self.splits is not None and record.get("split") not in self.splits:
                 continue
-            if (
-                "sentences" in record and "filepath" in record and "filename" in record
-            ):  # Karpathy's
-                record["filepath"] = f"{record['filepath']}/{record['filename']}"
+            if "sentences" in record and "filepath" in record:  # Karpathy's of COCO
+                record["filepath"] = f"{record['filepath']}/{record.get('filename', '')}"
             if self.captions is not None:
                 record["captions"] = self.captions.get(str(record.get("id")), [])
             yield self.nested.flatten(record), place
+
+    def _head(self) -> list[RowDict]:
+        head: list[RowDict] = []
+        for record, (offset, _) in self.records([]):
+            head.append(record)
+            if len(head) == _HEAD or offset - (self.offset or 0) > _HEAD_BYTES:
+                break
+        return head
 
     def _choose(self, split: str | None) -> frozenset[str] | None:
         counts = Counter(str(record.get("split")) for record, _ in self.records([]))

@@ -129,6 +129,23 @@ def test_captions_of_other_types(tmp_path):
         assert [captions for _, _, captions in found] == expected
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 100])
+def test_one_row_for_each_caption_of_an_image(tmp_path, group):
+    columns = {"id": list("aabbba"), "image": [A, A, B, B, C, A], "text": list("123456")}
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table(columns), file, row_group_size=group)
+    source = open_source(file)
+    found = [(row.key, row.image.data, row.captions) for row in source.rows]
+    assert found == [("a", A, ["1", "2", "6"]), ("b", B, ["3", "4"])]
+    assert [(item.key, item.reason) for item in source.skipped] == [
+        ("b", "its key is taken by an earlier image")
+    ]
+    stream = [(row.key, row.captions) for row in open_source(file, streaming=True).rows]
+    if group == 100:
+        assert stream == [("a", ["1", "2"]), ("b", ["3", "4"]), ("b", ["5"]), ("a", ["6"])]
+    assert [text for _, texts in stream for text in texts] == list("123456")
+
+
 def test_a_column_with_a_dot_in_its_name(tmp_path):
     columns = {"image": [A], "alt.text": ["a dog"], "alt": [{"text": "no"}]}
     found, _ = read(tmp_path / "t.parquet", columns | {"alt": [1]}, caption="alt.text")

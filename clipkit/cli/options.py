@@ -20,8 +20,9 @@ MODEL_HELP = (
     "name; or hf-hub:org/name."
 )
 DATA_HELP = (
-    "A folder (sidecar texts, metadata.csv|jsonl, or class folders), CSV/TSV, JSONL, Parquet, "
-    "JSON (COCO captions, FILE:SPLIT in Karpathy's format, or a list of objects), WebDataset tars "
+    "A folder or .zip of images (with sidecar texts, a table of them, or class folders; "
+    "FOLDER:train is one split), a folder of tars or tables, CSV/TSV, JSONL, Parquet, JSON (COCO "
+    "captions, FILE:SPLIT in Karpathy's format, or a list of objects), WebDataset tars "
     "(shards-{000..012}.tar), hf:org/name:split, or a saved datasets directory."
 )
 

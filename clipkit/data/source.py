@@ -78,8 +78,8 @@ class Source:
 
     Attributes:
         spec: what was asked for.
-        kind: image, folder, sidecars, classes, metadata, csv, json, jsonl, parquet, tars, saved
-            or hub.
+        kind: image, folder, sidecars, classes, metadata, csv, json, jsonl, parquet, tars, zip,
+            saved or hub.
         rows: a ``Table``, in memory, or a ``Stream``, which can only be read front to back.
         root: the directory that paths and keys are relative to; None for the hub.
         fingerprint: changes when the content does; made from names, sizes and times alone.

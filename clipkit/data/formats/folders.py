@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipkit.artifacts import is_complete, read_manifest
 from clipkit.data.formats.huggingface import is_saved
 from clipkit.data.formats.sidecars import ENDINGS, SIDECAR_LIMIT, Texts, is_usual, read_texts
 from clipkit.data.formats.tables import TABLES, open_table
@@ -153,6 +154,9 @@ def open_directory(path: Path, wanted: Wanted, streaming: bool | None) -> Source
         return _open_tables(path, {tables[0]: table}, found.images, found.others, streaming)
     images, skipped, notes = found.images, found.skipped, Notes()
     if not images:
+        if is_complete(path):
+            kind = read_manifest(path).kind
+            raise DataError(f"{path} is a clipkit {kind}, expected images or a table of images")
         shards = _shards_among(path, found.others)
         if shards.files:
             return shards
@@ -335,7 +339,7 @@ def _find_tables(
     path: Path, unused: Sequence[str], wanted: Wanted, notes: list[str]
 ) -> dict[str, Source]:
     """The tables at the top of a folder whose first rows name images that exist, by name."""
-    names = [key for key in unused if _may_be_table(key)]
+    names = [key for key in unused if "/" not in key and _may_be_table(key)]
     tables = {}
     for name in names if len(names) <= _MAX_TABLES else ():
         try:
@@ -352,7 +356,7 @@ def _find_tables(
 
 def _may_be_table(key: str) -> bool:
     name = key.lower()
-    if "/" in key or posixpath.splitext(name)[1] not in TABLES:
+    if posixpath.splitext(name)[1] not in TABLES:
         return False
     return not name.endswith(".txt") or "caption" in name or name.endswith(".token.txt")
 
@@ -568,6 +572,10 @@ def open_zips(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
                         yield batch, first + len(keys)
                 if not start:
                     texts.finish(str(file), content.unused)
+                    if any(map(_may_be_table, content.unused)):
+                        notes.append(
+                            f"{file}: tables in archives are not read; unpack it to use them"
+                        )
         except ZIP_DAMAGE as error:
             skipped.append(Skipped(prefix[:-1], f"is damaged or missing: {error}"))
 

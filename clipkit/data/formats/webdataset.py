@@ -548,10 +548,12 @@ class _Reader:
         """
         if len(self.seen) < len(set(self.files)):
             return
-        unused = sum((seen.unused for seen in self.seen.values()), Counter[str]())
-        names = [name for seen in self.seen.values() for name in seen.names]
-        shards = f"{len(self.seen)} tars" if len(self.seen) > 1 else str(self.files[0])
-        if not any(seen.images for seen in self.seen.values()):
+        passed = list(self.seen.values())
+        self.seen.clear()  # the next pass may meet other errors
+        unused = sum((seen.unused for seen in passed), Counter[str]())
+        names = [name for seen in passed for name in seen.names]
+        shards = f"{len(passed)} tars" if len(passed) > 1 else str(self.files[0])
+        if not any(seen.images for seen in passed):
             skipped = self.skipped[0] if self.skipped else None
             what = f"{skipped.key} {skipped.reason}" if skipped else "there are no members"
             if names:
@@ -562,7 +564,7 @@ class _Reader:
             )
         if unused:
             self.notes.append(f"{shards}: members that were not used: {_counted(unused)}")
-        if not any(seen.captions for seen in self.seen.values()) and self.wanted.caption != "":
+        if not any(seen.captions for seen in passed) and self.wanted.caption != "":
             self.notes.append(
                 f"{shards}: no captions were found; they are read from members such as 0000.txt, "
                 f"0000.caption and 0000.json beside 0000.jpg; members are named like "

@@ -371,6 +371,13 @@ def test_shards_of_several_splits_or_kinds_are_asked_about(tmp_path):
         open_source(tmp_path / "c")
 
 
+def test_a_store_is_not_taken_for_tables(tmp_path):
+    photos(tmp_path / "in")
+    build_index(tmp_path / "in", tmp_path / "index", encoder=ColourEncoder())
+    with pytest.raises(DataError, match="index is a clipkit index, expected images or a table"):
+        open_source(tmp_path / "index")
+
+
 # Zip archives
 
 
@@ -399,7 +406,8 @@ def test_a_zip_is_read_as_a_folder_is(tmp_path):
     }
     assert source.notes == [
         f"{tmp_path / 'p.zip'}: files that were not used: 1 .txt; captions are read from a.txt, "
-        "a.caption or a.json in the folder of a.jpg"
+        "a.caption or a.json in the folder of a.jpg",
+        f"{tmp_path / 'p.zip'}: tables in archives are not read; unpack it first",
     ]
     held = open_source(tmp_path / "p.zip", streaming=False)
     assert found(held) == found(source)

@@ -573,9 +573,7 @@ def open_zips(files: list[Path], wanted: Wanted, streaming: bool | None) -> Sour
                 if not start:
                     texts.finish(str(file), content.unused)
                     if any(map(_may_be_table, content.unused)):
-                        notes.append(
-                            f"{file}: tables in archives are not read; unpack it to use them"
-                        )
+                        notes.append(f"{file}: tables in archives are not read; unpack it first")
         except ZIP_DAMAGE as error:
             skipped.append(Skipped(prefix[:-1], f"is damaged or missing: {error}"))
 

@@ -74,7 +74,7 @@ def is_tar(path: str | Path) -> bool:
     return os.fspath(path).lower().endswith(TAR_SUFFIXES)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Member:
     """An image or sidecar in a tar.
 
@@ -91,7 +91,7 @@ class Member:
     ending: str
     offset: int
     header: tarfile.TarInfo
-    data: bytes | None
+    data: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -192,7 +192,7 @@ class Tar:
         """
         group: list[Member] = []
         for header in _headers(self._tar):
-            member = self._member(header, group, endings)
+            member = self._member(header)
             if member is None:
                 continue
             if group and (member.base != group[0].base or _has(group, member)):
@@ -200,18 +200,21 @@ class Tar:
                 group = []
             elif len(group) >= _MAX_MEMBERS or _is_dotted(group):
                 # Keep the members of the last name, which may have more to come.
-                last = group[-1].stem
-                cut = next(n for n, other in enumerate(group) if other.stem == last) or len(group)
+                last, cut = group[-1].stem, 0
+                if not _plain(group):
+                    cut = next(n for n, other in enumerate(group) if other.stem == last)
+                cut = cut or len(group)
                 rest = group[cut:]
                 yield self._items(group[:cut]), rest[0].offset if rest else member.offset
                 group = rest
+            # A second image of an item whose image is known is not read.
+            if member.ending in endings and not (member.is_image and _plain(group)):
+                member.data = self._read(header, member.header)
             group.append(member)
         if group:
             yield self._items(group), self._tar.offset
 
-    def _member(
-        self, header: tarfile.TarInfo, group: list[Member], endings: Collection[str]
-    ) -> Member | None:
+    def _member(self, header: tarfile.TarInfo) -> Member | None:
         """A member that may belong to an item; None for others, which are counted."""
         name = header.name
         if header.isdir() or is_junk(name):
@@ -232,10 +235,7 @@ class Tar:
         if target.size > limit:
             self.skipped.append((name, f"has {target.size} bytes, over {limit}"))
             return None
-        # A second image of an item whose image is known is not read.
-        extra = is_image and bool(group) and group[0].base == base and _plain(group) is not None
-        data = None if extra or ending not in endings else self._read(header, target)
-        return Member(base, stem, ending, header.offset, target, data)
+        return Member(base, stem, ending, header.offset, target)
 
     def _read(self, header: tarfile.TarInfo, target: tarfile.TarInfo) -> bytes:
         if target.issparse():

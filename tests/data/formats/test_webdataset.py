@@ -339,6 +339,33 @@ def test_a_damaged_header_ends_the_reading_with_a_word(tmp_path):
     assert source.skipped == [Skipped("s.tar", reason)]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_names_are_read_alike_from_anywhere_and_by_key(tmp_path, seed):
+    draw = random.Random(seed)
+    between = ["", "", ".image", ".depth", ".0.1", *(f".{n}" for n in range(20))]
+    names = [
+        draw.choice(["photo", "photo", "photo", "a", "d/x", "._j"])
+        + draw.choice(between)
+        + draw.choice([".jpg", ".png", ".JPG", ".txt", ".json", ".npy"])
+        for _ in range(120)
+    ]
+    names = sorted(names) if seed % 2 else names
+    contents = [b'{"caption": "%d"}' % n for n in range(len(names))]
+    write_tar(tmp_path / "s.tar", zip(names, contents, strict=True))
+    source = open_source(tmp_path / "s.tar")
+    (shard,) = source.rows.shards
+    passed = list(source.rows.rows(shard))
+    rows = [row for row, _ in passed]
+    assert len({row.key for row in rows}) == len(rows) > 2
+    for row in rows:
+        name = names[contents.index(row.image.data)]
+        assert row.key == f"s.tar/{name.replace('JPG', 'jpg')}"
+    for at in range(0, len(rows), 3):
+        assert [row for row, _ in source.rows.rows(shard, passed[at][1])] == rows[at + 1 :]
+    pictures = open_pictures(str(tmp_path / "s.tar"))
+    assert [pictures.read(row.key) for row in rows] == [row.image.data for row in rows]
+
+
 CASES = SHARED.parent / "cases" / "tars"
 CAPTIONS = {"cls": 0, "multi": 48, "jsonlist": 48, "jsonsent": 48, "ungrouped": 0}
 IMAGES = {"hard": 24, "dup": 1, "sym": 12, "missing": 22}

@@ -172,7 +172,8 @@ class IncrementalPass:
         known: rows that have a vector; keys are compared with the first of them.
         rewrite: write all rows. False writes only those that differ from the known row of their
             key.
-        key: gives the key of an image in the store from its key in the source.
+        key: gives the key of an image in the store from its key in the source; None leaves the
+            image out.
         skip_limit: maximum fraction of unreadable images; None for no limit.
 
     Attributes:
@@ -191,7 +192,7 @@ class IncrementalPass:
         known: Sequence[KnownRows],
         *,
         rewrite: bool = True,
-        key: Callable[[str], str] = str,
+        key: Callable[[str], str | None] = str,
         skip_limit: float | None = None,
     ) -> None:
         self.source, self.writer, self.known = source, writer, known
@@ -234,8 +235,10 @@ class IncrementalPass:
                 )
                 raise
         for item in self.source.skipped:
-            self.writer.skip(item.key, item.reason)
             key = self.key(item.key)
+            if key is None:
+                continue
+            self.writer.skip(item.key, item.reason)
             if key not in self.seen:  # otherwise the source only skipped one of its captions
                 self.absent.setdefault(key, item.reason)
         self._check_limit(len(self.seen | self.absent.keys()))
@@ -247,6 +250,9 @@ class IncrementalPass:
         first = self.known[0]
         for row in self.source.rows:
             key = self.key(row.key)
+            if key is None:
+                self._advance(1)
+                continue
             if key in self.seen:
                 reason = "its key is taken by an earlier image"
                 self.writer.skip(key, reason)
@@ -325,8 +331,7 @@ class IncrementalPass:
             self._bar.update(images)
 
     def _skip(self, key: str, reason: str) -> None:
-        del self._tasks[key]
-        key = self.key(key)
+        key = self._tasks.pop(key).record["key"]
         self.unreadable[key] = reason
         self.writer.skip(key, reason)
         self._bar.update()

@@ -139,7 +139,7 @@ class Update:
                 delta,
                 [self.indexed, leftover],
                 rewrite=False,
-                key=lambda key: self._key(key, source.spec),
+                key=lambda key: self._key_of(key, source),
             )
             work.run(encode)
             if not work.seen:
@@ -153,6 +153,15 @@ class Update:
         if self.scope == Scope(self.roots[0]):
             self._fingerprint = {"fingerprint": source.fingerprint}
         return store, work
+
+    def _key_of(self, key: str, source: Source) -> str | None:
+        """The key in the index of an image of the source; None if it is not in this scope."""
+        below = f"{self.scope.below}/"
+        if self.scope.below and source.root == Path(self.scope.root.where):
+            if not key.startswith(below):
+                return None
+            key = key.removeprefix(below)
+        return self._key(key, source.spec)
 
     def _key(self, key: str, source: str) -> str:
         """The key in the index of an image of this scope.
@@ -299,6 +308,9 @@ def sync_index(
                     data, image=image, caption=caption, metadata=True, image_root=image_root
                 )
                 source, scope, roots = _scope_of(source, roots, writer.index)
+                if scope.below and not isinstance(data, Source):
+                    # Labels and captions of a folder can come from the folders above it.
+                    source = _open_root(scope.root)
             else:
                 root = replace(roots[number], columns={**roots[number].columns, **named})
                 if image_root is not None and not root.folder:

@@ -233,15 +233,14 @@ def texts_without_image(root: Path) -> list[str]:
 def _open_content(
     root: Path, content: _Sorted, wanted: Wanted, skipped: list[Skipped], notes: list[str]
 ) -> Source:
-
-    def read(key: str) -> bytes:
+    def sidecar_bytes(key: str) -> bytes:
         file = root / key
         size = file.stat().st_size
         if size > SIDECAR_LIMIT:
             raise ValueError(f"it has {size} bytes, over {SIDECAR_LIMIT}")
         return file.read_bytes()
 
-    texts = _TextReader(read, wanted, skipped, notes)
+    texts = _TextReader(sidecar_bytes, wanted, skipped, notes)
     rows = (_file_row(root, key, texts.of(key, content)) for key in content.images)
     files = [(key, root / key) for key in content.images]
     files += [

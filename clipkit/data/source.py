@@ -184,6 +184,7 @@ def in_memory(
     chunk_of, index_of = array("L"), array("L")  # where the image of each key is in ``kept``
     kept: list[pa.StructArray] = []
     told: list[pa.StructArray] = []
+    taken: list[Skipped] = []
     for batch in batches:
         images = batch.column("image")
         has_bytes = images.field("bytes").is_valid().to_pylist()
@@ -204,7 +205,7 @@ def in_memory(
             here = chunk_of[at] == len(kept)
             first = images[rows[index_of[at]]] if here else kept[chunk_of[at]][index_of[at]]
             if has_bytes[index] and first["bytes"] != images[index]["bytes"]:
-                skipped.append(Skipped(key, "its key is taken by an earlier image"))
+                taken.append(Skipped(key, "its key is taken by an earlier image"))
             else:
                 if bool(captions[at]) != bool(texts[index]):
                     skipped.append(Skipped(key, "one of its rows has no caption"))
@@ -213,6 +214,7 @@ def in_memory(
         kept.append(images if all(fresh) else images.filter(pa.array(fresh)))
         if metadata is not None:
             told.append(batch.column("metadata").filter(pa.array(fresh, pa.bool_())))
+    skipped.extend(taken)  # every row counts, although ``Skips.append`` takes an entry once
     arrays = [
         pa.array(list(place), pa.string()),
         pa.chunked_array(kept, columns.field("image").type),

@@ -141,7 +141,7 @@ def test_embedding_a_mess(mess, tmp_path):
     assert store.keys == sorted([*good, *badly])
     expected = encoder.encode_images([read_image(folder / key) for key in store.keys])
     np.testing.assert_allclose(store.vectors(), expected, atol=1e-6)
-    assert_told(dict(store.skipped()), bad | {"latin.png": "its sidecar text is not UTF-8"})
+    assert_told(dict(store.skipped()), bad | {"latin.png": "a caption of it is not UTF-8"})
     assert store.manifest.detail["skipped"] == len(bad) + 1
 
 
@@ -181,7 +181,7 @@ def test_checking_a_mess_tells_all_of_it_beforehand(mess):
     for expected in (bad, badly, tiny, {"dot.png": "is tiny (1 x 1 pixels)"}):
         for key, reason in expected.items():
             assert any(key == found and reason in said for found, said in told), key
-    assert ("latin.png", "its sidecar text is not UTF-8") in told
+    assert ("latin.png", "a caption of it is not UTF-8 and is left out") in told
     assert {key for key, _ in told} == {*bad, *badly, *tiny, "dot.png"}
 
 

@@ -315,3 +315,41 @@ def test_captions_that_describe_nothing_are_counted(tmp_path):
     assert report.captions_per_image == {0: 3, 1: 6, 2: 1}
     [note] = report.notes
     assert note.startswith("captions printed as lists")
+
+
+MISSING = "its caption {!r} stands for a missing value"
+PRINTED = "captions printed as lists"
+
+
+@pytest.mark.parametrize(
+    ("name", "captions", "problems", "note"),
+    [
+        ("tables/list.csv", 48, {}, PRINTED),
+        ("tables/jlist.csv", 48, {}, PRINTED),
+        (
+            "tables/nan.csv",
+            12,
+            {MISSING.format(word): 2 for word in ("nan", "NaN", "NULL", "None", "N/A", "<NA>")}
+            | {"has no caption": 12},
+            None,
+        ),
+        ("parquet/cap_json.parquet", 48, {}, PRINTED),
+        ("parquet/cap_int.parquet", 24, {"its caption is mostly digits": 24}, None),
+        ("parquet/cap_float.parquet", 0, {MISSING.format("nan"): 24}, None),
+        ("parquet/bool.jsonl", 24, {"its caption is a truth value": 24}, None),
+        ("parquet/nan.jsonl", 12, {MISSING.format("nan"): 12, "has no caption": 12}, None),
+        ("parquet/five_rows.parquet", 72, {}, None),
+        ("parquet/dupkey.parquet", 1, {"its key is taken by an earlier image": 23}, None),
+        ("parquet/llava.jsonl", 24, {}, "captions are the first answer in the field conversations"),
+        ("parquet/coco.json", 24, {}, None),
+        ("parquet/nested.jsonl", 24, {}, None),
+    ],
+)
+def test_shared_cases_of_captions(name, captions, problems, note):
+    file = SHARED.parent / "cases" / name
+    if not file.exists():
+        pytest.skip("the shared cases are not here")
+    report = check_data(file)
+    assert report.captions == captions
+    assert {problem.reason: problem.count for problem in report.problems} == problems
+    assert [text.startswith(note or "") for text in report.notes] == [True] * bool(note)

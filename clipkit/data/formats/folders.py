@@ -330,8 +330,12 @@ def _note_splits(path: Path, images: Sequence[str], notes: list[str]) -> None:
 
 
 def _which_table(path: Path, names: Sequence[str]) -> str:
-    shown = " and ".join(names)
-    return f"{path} holds several tables of its images, {shown}; name one, as {path / names[0]}"
+    shown, suffixes = " and ".join(names), {Path(name).suffix for name in names}
+    all_of_them = f", or all, as '{path}/*{suffixes.pop()}'" if len(suffixes) == 1 else ""
+    return (
+        f"{path} holds several tables of its images, {shown}; name one, as {path / names[0]}"
+        f"{all_of_them}"
+    )
 
 
 def _find_tables(

@@ -212,7 +212,9 @@ def test_two_tables_of_the_images_are_asked_about(tmp_path):
     photos(tmp_path)
     put(tmp_path / "a.csv", csv("image,caption"))
     put(tmp_path / "b.csv", csv("image,caption"))
-    with pytest.raises(DataError, match=r"several tables of its images, a.csv and b.csv; name one"):
+    with pytest.raises(
+        DataError, match=r"several tables of its images, a.csv and b.csv; name one.*or all"
+    ):
         open_source(tmp_path)
     put(tmp_path / "metadata.csv", csv("file_name,text"))
     assert found(open_source(tmp_path)) == expected()

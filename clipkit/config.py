@@ -88,8 +88,13 @@ class DataConfig:
     """Where the image–caption pairs come from."""
 
     __pydantic_config__ = _STRICT
-    train: str = ""
-    """DATA to train on: folder, CSV/TSV, JSONL, Parquet, WebDataset tars, `hf:org/name:split`."""
+    train: str | tuple[str, ...] = ""
+    """DATA to train on: folder, CSV/TSV, JSONL, Parquet, WebDataset tars, `hf:org/name:split`; or a
+    list of several, which are mixed in every batch ("a.tar::b.csv" is the same list)."""
+    weights: tuple[Positive, ...] = ()
+    """How often to draw each pair per epoch, one number for each DATA in `train`, such as [1, 2.5]:
+    the ratios of open_clip's `--train-data-upsampling-factors`, but with exact counts instead of
+    sampling with replacement. Empty: once."""
     val: str = ""
     """Held-out DATA to measure retrieval on during training. Empty: hold out `val_fraction` of the
     training images."""
@@ -265,8 +270,8 @@ class LoopConfig:
     them; it differs for repeated images and with `augment.token_dropout`."""
     bucket_by_length: bool = False
     """Whether to batch captions of similar length, which reduces padding: pairs are shuffled,
-    sorted within groups of 32 batches, and the batches are shuffled. The negatives then have
-    similar lengths, too. Not for streams."""
+    sorted within groups of 32 batches (of a stream, of about 2,048 pairs, which wait in memory),
+    and the batches are shuffled. The negatives then have similar lengths, too."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, data order, caption choice and augmentation."""
     eval_every_epochs: NonNegative = 1.0
@@ -347,10 +352,10 @@ RENAMED = {
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(TrainConfig)}
 _ADAPTER = TypeAdapter(TrainConfig)
 _TEXT_FIELDS = {
-    f"{name}.{item.name}"
+    f"{name}.{item.name}": item.type
     for name, section in _SECTIONS.items()
     for item in fields(section)
-    if item.type is str
+    if item.type in (str, str | tuple[str, ...])
 }
 _EXPECTED = {
     "dataclass_type": "expected a section of keys, such as [train]",
@@ -415,7 +420,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if ".".join([*sections, key]) in _TEXT_FIELDS and not isinstance(value, str):
+    kind = _TEXT_FIELDS.get(".".join([*sections, key]))
+    if kind and not isinstance(value, str) and (kind is str or not isinstance(value, list)):
         value = text.strip()  # a folder named 2024, or true
     for section in sections:
         content = content.setdefault(section, {})

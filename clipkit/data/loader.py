@@ -21,7 +21,7 @@ from clipkit.data.images import Reduction, Skipped
 from clipkit.data.rows import Row, Table
 from clipkit.data.sampler import CaptionLengths, Sampler, first_turn, stable_hash
 from clipkit.data.source import Source, usable
-from clipkit.data.streaming import stream_batches
+from clipkit.data.streaming import Draw, stream_batches
 from clipkit.data.transforms import Pixels, as_batch
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, ImageError, SkipLimitError
@@ -68,12 +68,16 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class Pair:
-    """One of them: a picture, uint8 [height, width, 3], or its features, and one caption."""
+    """An image, uint8 [height, width, 3], or its features, and one caption.
+
+    ``part`` is the number of its source in a mixture.
+    """
 
     key: str
     image: NDArray[Any]
     caption: str
     weight: float
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Gathered:
     Attributes:
         images: as of ``PairBatch``.
         captions, keys, weights: of the same pairs.
+        parts: the number of each pair's part of a mixture.
         bad: rows that are missing.
     """
 
@@ -90,6 +95,7 @@ class Gathered:
     captions: list[str]
     keys: list[str]
     weights: list[float]
+    parts: list[int]
     bad: list[Skipped]
 
     @classmethod
@@ -114,6 +120,7 @@ class Gathered:
             [pair.caption for pair in pairs],
             [pair.key for pair in pairs],
             [pair.weight for pair in pairs],
+            [pair.part for pair in pairs],
             [row for row in rows if isinstance(row, Skipped)],
         )
 
@@ -162,7 +169,8 @@ class PairLoader:
         reduction: how much smaller pictures may be read; None: not at all.
         classes: of a table, each row's class, int64 [rows], to draw each equally often; None: all
             rows are drawn once an epoch.
-        lengths: of a table's captions, to make batches of like length; None: of any length.
+        count_tokens: the number of tokens of each caption, int64 [n], to make batches of captions
+            of similar length; None: of any length.
         weights: of the pairs of a label in the loss; 1 for labels not named.
         cache: where decoded pictures of a table are kept, if anywhere.
         features: of the images, where they are stored: then no picture is read.
@@ -171,6 +179,7 @@ class PairLoader:
             reads alone, and so is what is skipped.
         skipped: rows that were left out, key to reason.
         seen, bad: rows of this epoch up to the last batch, and those of them left out.
+        drawn: pairs drawn from each part of a mixture in all epochs, up to the last batch.
 
     Raises:
         DataError: the source has no rows.
@@ -186,7 +195,7 @@ class PairLoader:
     skip_limit: float
     reduction: Reduction | None = None
     classes: NDArray[np.int64] | None = None
-    lengths: CaptionLengths | None = None
+    count_tokens: Callable[[Sequence[str]], NDArray[np.int64]] | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     cache: ImageCache | None = None
     features: Features | None = None
@@ -195,8 +204,11 @@ class PairLoader:
     skipped: dict[str, str] = field(default_factory=dict, init=False)
     seen: int = field(default=0, init=False)
     bad: int = field(default=0, init=False)
+    drawn: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        parts = self.source.parts
+        self.drawn = [0] * len(parts)
         self._table: Table | None = None
         self._sampler: Sampler | None = None
         self._place: dict[str, Any] | None = None
@@ -205,7 +217,16 @@ class PairLoader:
         self._table, rows = self.source.table, self.source.count or 0
         if not rows:
             raise DataError(f"{self.source.spec} has no images, expected at least one; add some")
-        self._sampler = Sampler(rows, self.batch_size, self.seed, self.classes, self.lengths)
+        lengths, classes, quotas = None, self.classes, None
+        if self.count_tokens is not None:
+            lengths = CaptionLengths.of(self.source, self.seed, self.count_tokens)
+        sizes = [part.source.count or 0 for part in parts]
+        self._ends = np.cumsum(sizes)
+        if any(part.weight != 1 for part in parts):
+            classes = np.repeat(np.arange(len(parts)), sizes)
+            draws = [max(1, round(part.weight * n)) for part, n in zip(parts, sizes, strict=True)]
+            quotas = np.array(draws, np.int64)
+        self._sampler = Sampler(rows, self.batch_size, self.seed, classes, lengths, quotas)
 
     @property
     def batches_per_epoch(self) -> int | None:
@@ -214,13 +235,14 @@ class PairLoader:
 
     def state(self) -> dict[str, Any]:
         """What the rest of an epoch needs to know of the batches before, for a checkpoint."""
-        told = {"skipped": self.skipped, "seen": self.seen, "bad": self.bad}
+        told = {"skipped": self.skipped, "seen": self.seen, "bad": self.bad, "drawn": self.drawn}
         return told | ({"place": self._place} if self._place else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave."""
         self.skipped.update(state["skipped"])
         self.seen, self.bad = state["seen"], state["bad"]
+        self.drawn = [*state.get("drawn", self.drawn)]
         self._place = state.get("place")  # not there: of a table, or of an earlier version
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
@@ -238,7 +260,7 @@ class PairLoader:
         # One whole batch ahead, so that decoding goes on while the step of the last one runs.
         ahead = -(-self.batch_size // _CHUNK) + 2 * self.workers
         work = map_ordered(
-            lambda chunk: (self._read(chunk, epoch), chunk),
+            lambda chunk: (self._read(chunk), chunk),
             chunks,
             workers=self.workers,
             ahead=ahead,
@@ -253,7 +275,7 @@ class PairLoader:
             ahead=2,
         )
         for batch, place in ready:
-            self._count(len(batch.keys), batch.bad)
+            self._count(batch.parts, batch.bad)
             self._place = place
             yield batch.read(self.tokenize, weighted=bool(self.weights))
 
@@ -263,7 +285,13 @@ class PairLoader:
             plan = self._plan(epoch, start)
         else:
             plan = stream_batches(
-                self.source, self.batch_size, self.seed, epoch, start, self._place
+                self.source,
+                self.batch_size,
+                self.seed,
+                epoch,
+                start,
+                self._place,
+                self._lengths if self.count_tokens is not None else None,
             )
         for rows, place in plan:
             own: Sequence[Any] = rows[self.share.rank :: self.share.size]
@@ -275,12 +303,16 @@ class PairLoader:
         for draws in self._sampler.plan(epoch)[start:] if self._sampler else ():
             yield [(row, before) for row, before in draws.tolist()], None
 
-    def _read(self, chunk: _Chunk, epoch: int) -> list[Pair | Skipped]:
+    def _read(self, chunk: _Chunk) -> list[Pair | Skipped]:
         if self._table is None:
-            return [self._pair(row, None, epoch) for row in chunk.rows]
-        return [self._pair(self._table.text(n), n, before) for n, before in chunk.rows]
+            return [self._pair(row, None, before, part) for row, before, part in chunk.rows]
+        parts = np.searchsorted(self._ends, [n for n, _ in chunk.rows], side="right").tolist()
+        return [
+            self._pair(self._table.text(n), n, before, part)
+            for (n, before), part in zip(chunk.rows, parts, strict=True)
+        ]
 
-    def _pair(self, row: Row, number: int | None, before: int) -> Pair | Skipped:
+    def _pair(self, row: Row, number: int | None, before: int, part: int) -> Pair | Skipped:
         key, captions = row.key, usable(row.captions)
         if not captions:
             return Skipped(key, "has no caption")
@@ -293,7 +325,7 @@ class PairLoader:
         except ImageError as error:
             return Skipped(key, str(error))
         weight = self.weights.get(row.label or "", 1.0)
-        return Pair(key, image, self._caption(key, captions, before), weight)
+        return Pair(key, image, self._caption(key, captions, before), weight, part)
 
     def _picture(self, row: Row, number: int | None) -> Pixels:
         if number is None or self._table is None:
@@ -316,6 +348,15 @@ class PairLoader:
         pieces = self.split(caption)
         return pieces[turn // len(captions) % len(pieces)]
 
+    def _lengths(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
+        """Tokens of the caption that each draw of a stream reads, int64 [n]; 0 if it has none."""
+        assert self.count_tokens is not None
+        texts = []
+        for row, before, _ in draws:
+            captions = usable(row.captions) or [""]
+            texts.append(captions[(first_turn(self.seed, row.key) + before) % len(captions)])
+        return self.count_tokens(texts)
+
     def _nothing(self) -> NDArray[Any]:
         """What has the form of an image, for a share of a batch without any."""
         if self.features is not None:
@@ -323,14 +364,16 @@ class PairLoader:
             return features
         return np.empty((1, 1, 3), np.uint8)
 
-    def _count(self, good: int, bad: Sequence[Skipped]) -> None:
-        """Count the rows of a batch, with those that others read of it."""
-        told = self.share.exchange((good, [(row.key, row.reason) for row in bad]))
-        for _, rows in told:
+    def _count(self, parts: Sequence[int], bad: Sequence[Skipped]) -> None:
+        """Count the pairs of a batch by their parts, with those that other processes read of it."""
+        counts = np.bincount(parts, minlength=len(self.drawn) or 1).tolist()
+        told = self.share.exchange((counts, [(row.key, row.reason) for row in bad]))
+        for counts, rows in told:
             self.skipped.update(rows)
             self.bad += len(rows)
-        self.seen += sum(count + len(rows) for count, rows in told)
-        self._check_limit(sum(count for count, _ in told))
+            self.seen += sum(counts) + len(rows)
+            self.drawn = [n + more for n, more in zip(self.drawn, counts, strict=False)]
+        self._check_limit(sum(sum(counts) for counts, _ in told))
 
     def _check_limit(self, good_in_batch: int) -> None:
         few = _FEW if self.source.count is None else min(_FEW, self.source.count)

@@ -31,7 +31,7 @@ from clipkit.data.formats.tables import TABLES, open_table
 from clipkit.data.formats.webdataset import TAR_SUFFIXES, expand, is_tar, open_tars
 from clipkit.data.images import SUFFIXES, is_utf8, printable
 from clipkit.data.rows import Row
-from clipkit.data.source import Data, Source, Wanted, no_captions
+from clipkit.data.source import Data, Source, Wanted, mix, no_captions
 from clipkit.errors import DataError
 
 __all__ = ["Data", "Row", "Source", "no_captions", "open_source"]
@@ -63,7 +63,8 @@ def open_source(
             - WebDataset tars, plain or compressed: ``shards-{000..012}.tar``.
             - A folder of tars, zip archives or tables.
             - ``hf:org/name:split``, or a dataset saved to disk (``path`` or ``path:split``).
-            - A pattern (``photos/*.jpg``), or a list of paths and patterns of one of these kinds.
+            - A pattern (``photos/*.jpg``), or a list of paths and patterns. Those of different
+              kinds become a mixture, and so does a list of Sources; ``a::b`` is a list, too.
             - In memory: a PIL image, a uint8 array [height, width, 3] or a torch tensor; a list of
               images or of ``(image, caption)`` pairs, or a map-style dataset of them, read once; a
               pandas data frame, an Arrow table or a ``datasets`` dataset, which are tables.
@@ -91,10 +92,12 @@ def open_source(
         raise TypeError(f"encoding is a {type(encoding).__name__}, expected a name such as cp1252")
     if isinstance(data, Source):
         return data
+    if isinstance(data, list | tuple) and data and isinstance(data[0], Source):
+        return mix([_source(item) for item in data])
     root = None if image_root is None else os.fspath(image_root)
     wanted = Wanted(image, caption, label, metadata, root, encoding)
     paths, items = ([], ()) if is_in_memory(data) else _paths_or_items(data)
-    paths = [split_folder(path) or path for path in paths]
+    paths = [split_folder(part) or part for path in paths for part in split_data(path)]
     if is_in_memory(data):
         source = open_in_memory(data, wanted, streaming)
     elif not paths:
@@ -106,7 +109,7 @@ def open_source(
     spec = paths[0] if len(paths) == 1 else source.spec
     if root is not None and source.kind in {*FOLDER_KINDS, "tars", "zip"} - {"metadata"}:
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
-    if encoding is not None and source.kind not in ("csv", "metadata"):
+    if encoding is not None and source.kind not in ("csv", "metadata", "mixture"):
         source.notes.append(f"{source.spec} is not a CSV table, so the encoding is not used")
     if streaming and not source.streaming:
         source = replace(source, rows=source.table.stream())
@@ -116,6 +119,8 @@ def open_source(
         skipped = source.skipped[0] if source.skipped else None
         why = f"{skipped.key} {skipped.reason}" if skipped else "it has no rows"
         raise DataError(f"{spec} holds no image that can be used: {why}")
+    if source.parts:
+        return source
     if source.kind in FOLDER_KINDS and not os.path.isdir(spec):
         return source  # several images: their common folder is a path that can be opened again
     return replace(source, spec=spec)
@@ -154,6 +159,17 @@ def _peek(data: Any) -> tuple[Any, Iterable[Any]]:
     )
 
 
+def split_data(data: str) -> list[str]:
+    """The parts of ``a::b``, open_clip's way to name several DATA; else the text itself."""
+    return [data] if "::" not in data or os.path.exists(data) else data.split("::")
+
+
+def _source(item: Any) -> Source:
+    if isinstance(item, Source):
+        return item
+    raise TypeError(f"a list of sources holds a {type(item).__name__}, expected Source")
+
+
 def _path(item: Any) -> str:
     if isinstance(item, str | os.PathLike):
         return str(item)
@@ -161,18 +177,22 @@ def _path(item: Any) -> str:
 
 
 def _open_several(texts: Sequence[str], wanted: Wanted, streaming: bool | None) -> Source:
-    places: list[Path] = []
-    named: list[Path] = []
-    for text in texts:
-        if text.startswith(HUB):
-            raise DataError(f"{text} cannot be combined with other data; open it alone")
-        path = _absolute(text)
-        found = find_files(path)
-        if not found:
-            raise DataError(_nothing_there(text, path))
-        places += found
-        named.append(path)
-    return _open_files(list(dict.fromkeys(places)), wanted, streaming, named)
+    named = [_absolute(text) for text in texts if not text.startswith(HUB)]
+    found = [find_files(path) for path in named]
+    places = list(dict.fromkeys(place for some in found for place in some))
+    if len(named) == len(texts) and all(found) and _is_one_kind(places):
+        return _open_files(places, wanted, streaming, named)
+    return mix([_open(text, wanted, streaming) for text in texts])
+
+
+def _is_one_kind(files: Sequence[Path]) -> bool:
+    """Whether files and folders can be opened as one source that is not a mixture."""
+    suffixes = {file.suffix.lower() for file in files}
+    return (
+        all(map(is_tar, files))
+        or (len(suffixes) == 1 and suffixes <= {".zip", *TABLES})
+        or all(file.is_dir() or file.suffix.lower() in SUFFIXES for file in files)
+    )
 
 
 def _absolute(text: str) -> Path:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -169,6 +169,13 @@ class Table:
         labels: list[str | None] = self._values(self._labels)
         return labels
 
+    def with_prefix(self, prefix: str) -> "Table":
+        """The same rows, with ``prefix`` before each key."""
+        import pyarrow as pa
+
+        keys = pa.array([prefix + key for key in self._keys.to_pylist()], pa.string())
+        return Table(self._table.set_column(0, "key", keys), self._numbers)
+
     def image_sizes(self) -> NDArray[np.int64]:
         """Bytes of each image inside the table, int64 [rows]; -1 for images that are files."""
         import pyarrow.compute as pc
@@ -181,6 +188,21 @@ class Table:
         """The rows of these numbers, in this order."""
         chosen = np.asarray(numbers, np.int64)
         return Table(self._table, chosen if self._numbers is None else self._numbers[chosen])
+
+    @classmethod
+    def concat(cls, tables: "Sequence[Table]") -> "Table":
+        """The rows of several tables, one after the other; metadata only if all have the same."""
+        import pyarrow as pa
+
+        whole = [table._table for table in tables]
+        if any(table.schema != whole[0].schema for table in whole):
+            whole = [table.select(schema().names) for table in whole]
+        starts = np.cumsum([0, *map(len, whole)])
+        numbers = None
+        if any(table._numbers is not None for table in tables):
+            chosen = (np.arange(len(t)) if t._numbers is None else t._numbers for t in tables)
+            numbers = np.concatenate([n + at for n, at in zip(chosen, starts, strict=False)])
+        return cls(pa.concat_tables(whole), numbers)
 
     def map(self, change: Callable[[Row], Row]) -> "Table":
         """The rows as ``change`` returns them."""
@@ -256,6 +278,10 @@ class Stream:
         """The rows in order; a stream reads their images all the same."""
         return iter(self)
 
+    def with_prefix(self, prefix: str) -> Self:
+        """The same rows, with ``prefix`` before each key."""
+        return self.map(lambda row: replace(row, key=prefix + row.key))
+
     def filter(self, keep: Callable[[Row], bool]) -> Self:
         """The rows for which ``keep`` is true."""
         return replace(self, steps=(*self.steps, lambda row: row if keep(row) else None))
@@ -288,6 +314,27 @@ class Stream:
                     # After its last row, a batch need not be read again.
                     yield row, [start, number] if number < len(batch) else [after, 0]
             start, before = after, 0
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows of several tables and streams, at least one of them a stream.
+
+    They are read one after the other; ``streaming.stream_batches`` mixes them.
+    """
+
+    parts: list[Table | Stream]
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self.parts)
+
+    def texts(self) -> Iterator[Row]:
+        """The rows in order, those of tables without their images."""
+        return chain.from_iterable(part.texts() for part in self.parts)
+
+    def map(self, change: Callable[[Row], Row]) -> "Mixture":
+        """The rows as ``change`` returns them."""
+        return Mixture([part.map(change) for part in self.parts])
 
 
 def merge_neighbours(rows: Iterable[tuple[Row, Place]]) -> Iterator[tuple[Row, Place]]:

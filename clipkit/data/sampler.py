@@ -5,15 +5,16 @@ What the labels of a table of pairs decide: how often a row is drawn, and what i
 Keep a part of the training pairs aside, to measure on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.open_source import Source
+from clipkit.data.source import Source, chunks, mix, usable
 from clipkit.errors import ConfigError, DataError
 
 Draws = NDArray[np.int64]
@@ -39,6 +40,30 @@ class CaptionLengths:
     count: NDArray[np.int64]
     turn: NDArray[np.int64]
 
+    @classmethod
+    def of(
+        cls, source: Source, seed: int, count_tokens: Callable[[Sequence[str]], NDArray[np.int64]]
+    ) -> Self:
+        """Count the tokens of all captions of a table.
+
+        Args:
+            source: a table of pairs.
+            seed: of the run; selects the caption with which each image starts.
+            count_tokens: the number of tokens of each caption, int64 [n].
+        """
+        tokens, counts, turns = [np.empty(0, np.int64)], [], []
+        for rows in chunks(source.table.texts(), 1000):
+            texts = [usable(row.captions) for row in rows]
+            counts += [len(captions) for captions in texts]
+            turns += [
+                first_turn(seed, row.key) % max(len(captions), 1)
+                for row, captions in zip(rows, texts, strict=True)
+            ]
+            tokens.append(count_tokens([text for captions in texts for text in captions]))
+        count = np.array(counts, np.int64)
+        first = np.cumsum(count) - count
+        return cls(np.concatenate(tokens), first, count, np.array(turns, np.int64))
+
     def drawn(self, draws: Draws) -> NDArray[np.int64]:
         """Length of the caption that each draw reads, int64 [n]; 0 for a row without captions."""
         rows, before = draws.T
@@ -58,6 +83,7 @@ class Sampler:
         classes: each row's class, counted from 0, int64 [rows]: every class is equally likely;
             None: every row is.
         lengths: batches are made of captions of like length; None: of any.
+        quotas: draws of each class in an epoch, int64 [classes]; None: equally many.
     """
 
     rows: int
@@ -65,16 +91,22 @@ class Sampler:
     seed: int
     classes: NDArray[np.int64] | None
     lengths: CaptionLengths | None
+    quotas: NDArray[np.int64] | None = None
+
+    @property
+    def draws(self) -> int:
+        """Rows drawn in an epoch, each as often as it is drawn."""
+        return self.rows if self.quotas is None else int(self.quotas.sum())
 
     @property
     def batches(self) -> int:
         """Batches in an epoch; an incomplete last one is dropped, unless it is the only one."""
-        return max(1, self.rows // self.batch_size)
+        return max(1, self.draws // self.batch_size)
 
     def plan(self, epoch: int) -> list[Draws]:
         """The batches of an epoch, in order."""
         random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(self.rows)
+        order = random.permutation(self.draws)
         draws = np.stack([order, np.full_like(order, epoch)], axis=1)
         if self.classes is not None:
             draws = self._balanced(self.classes, epoch)[order]
@@ -91,7 +123,7 @@ class Sampler:
         return [batches[place] for place in places]
 
     def _balanced(self, classes: NDArray[np.int64], epoch: int) -> Draws:
-        """As many draws as there are rows, equally many of each class, in no order.
+        """The draws of an epoch, as many of each class as it has to have, in no order.
 
         Each class goes through its own rows in one endless sequence of permutations, of which an
         epoch takes the next piece: no row is drawn twice before all others of its class were.
@@ -99,10 +131,13 @@ class Sampler:
         ends = np.cumsum(np.bincount(classes))
         members = np.split(np.argsort(classes, kind="stable"), ends[:-1])
         each, left = divmod(self.rows, len(members))
+        quotas = [each] * len(members) if self.quotas is None else self.quotas.tolist()
         parts = [
-            self._piece(rows, number, epoch * each, (epoch + 1) * each)
-            for number, rows in enumerate(members)
+            self._piece(rows, number, epoch * quota, (epoch + 1) * quota)
+            for number, (rows, quota) in enumerate(zip(members, quotas, strict=True))
         ]
+        if self.quotas is not None:
+            return np.concatenate(parts)
         # What the classes cannot share equally goes to some of them, by lot.
         random = np.random.default_rng([self.seed, epoch, _LAST_DRAW])
         lucky = random.permutation(len(members))[:left]
@@ -141,13 +176,18 @@ def class_numbers(source: Source) -> NDArray[np.int64]:
     """Each row's label as a number counted from 0, int64 [rows].
 
     Raises:
-        ConfigError: the source streams.
+        ConfigError: the source streams, or is a mixture with weights.
         DataError: a row has no label.
     """
     if source.streaming:
         raise ConfigError(
             f"data.balance draws rows at random, but {source.spec} streams; set "
             'data.streaming = "no", or leave data.balance empty'
+        )
+    if any(part.weight != 1 for part in source.parts):
+        raise ConfigError(
+            "data.balance and data.weights both say how often a pair is drawn; leave one of them "
+            "empty"
         )
     labels = source.table.labels
     bare = [number for number, label in enumerate(labels) if not label]
@@ -188,35 +228,45 @@ HELD_OUT_MOST = 1000
 """Most images held out: enough to tell models apart, few enough to measure often."""
 
 
-def split_held_out(source: Source, share: float, seed: int) -> tuple[Source, Source | None]:
+def split_held_out(
+    source: Source, share: float, seed: int, most: int = HELD_OUT_MOST
+) -> tuple[Source, Source | None]:
     """Split a source into pairs to train on and pairs held out.
 
     Args:
         source: all pairs.
-        share: share of the images to hold out, in [0, 1), at most ``HELD_OUT_MOST`` images. Of a
-            stream, whose length is not known, a hash of the key decides, and of those held out the
-            first ``HELD_OUT_MOST`` are measured on.
+        share: share of the images to hold out, in [0, 1), at most ``most`` images. Of a stream,
+            whose length is not known, a hash of the key decides, and of those held out the first
+            ``most`` are measured on. Each part of a mixture is split.
         seed: decides which.
+        most: maximum number of images held out.
 
     Returns:
         the pairs to train on, and those held out (None if the share comes to nothing).
     """
     if not share:
         return source, None
+    if source.parts:
+        each = max(1, most // len(source.parts))
+        split = [split_held_out(part.source, share, seed, each) for part in source.parts]
+        weights = [part.weight for part in source.parts]
+        kept = mix([training for training, _ in split], weights)
+        held = [held for _, held in split if held is not None]
+        return replace(kept, spec=source.spec), mix(held) if held else None
     if source.streaming:
         stream = source.stream
         rest = stream.filter(lambda row: not _is_held(row.key, share, seed))
-        some = stream.filter(lambda row: _is_held(row.key, share, seed)).take(HELD_OUT_MOST)
+        some = stream.filter(lambda row: _is_held(row.key, share, seed)).take(most)
         if next(iter(some), None) is None:  # a short stream, of which chance held out nothing
             return source, None
         return replace(source, rows=rest), replace(source, rows=some)
     rows = source.table
-    count = min(HELD_OUT_MOST, round(share * len(rows)))
+    count = min(most, round(share * len(rows)))
     if not count:
         return source, None
     order = np.random.default_rng(seed).permutation(len(rows))
-    kept, held = rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
-    return replace(source, rows=kept), replace(source, rows=held)
+    training, held_out = np.sort(order[count:]), np.sort(order[:count])
+    return replace(source, rows=rows.select(training)), replace(source, rows=rows.select(held_out))
 
 
 def _is_held(key: str, share: float, seed: int) -> bool:

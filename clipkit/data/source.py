@@ -3,15 +3,15 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipkit.data.images import Skipped
-from clipkit.data.rows import Rows, Stream, Table, schema
-from clipkit.errors import DataError
+from clipkit.data.rows import Mixture, Rows, Stream, Table, schema
+from clipkit.errors import ConfigError, DataError
 from clipkit.progress import is_main_process, print_status
 
 if TYPE_CHECKING:
@@ -72,6 +72,48 @@ class Notes(list[str]):
                 print_status(f"note: {sentence}")
 
 
+class _JoinedSkips(list[Skipped]):
+    """What the parts of a mixture have left out; streams among them still add to it."""
+
+    def __init__(self, parts: "Sequence[Part]") -> None:
+        super().__init__()
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(part.source.skipped) for part in self._parts)
+
+    def __iter__(self) -> Iterator[Skipped]:
+        for part in self._parts:
+            for item in part.source.skipped:
+                yield Skipped(part.prefix + item.key, item.reason)
+
+    def __getitem__(self, number: Any) -> Any:
+        return list(self)[number]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source in a mixture.
+
+    Attributes:
+        name: a short name, which no other part has.
+        source: the source by itself.
+        weight: how often each of its pairs is drawn in an epoch of training.
+        prefix: what its keys start with in the mixture; empty if no keys clash.
+    """
+
+    name: str
+    source: "Source"
+    weight: float
+    prefix: str = ""
+
+    @property
+    def rows(self) -> "Table | Stream":
+        """Its rows, with the keys of the mixture."""
+        rows = self.source.table if self.source.count is not None else self.source.stream
+        return rows.with_prefix(self.prefix) if self.prefix else rows
+
+
 @dataclass(frozen=True)
 class Source:
     """A data source, opened.
@@ -79,8 +121,9 @@ class Source:
     Attributes:
         spec: what was asked for.
         kind: image, folder, sidecars, classes, metadata, csv, json, jsonl, parquet, tars, zip,
-            saved or hub.
-        rows: a ``Table``, in memory, or a ``Stream``, which can only be read front to back.
+            saved, hub or mixture.
+        rows: a ``Table``, in memory, or a ``Stream`` (or ``Mixture``), which can only be read front
+            to back.
         root: the directory that paths and keys are relative to; None for the hub.
         fingerprint: changes when the content does; made from names, sizes and times alone.
         skipped: items that were left out; of a stream, so far.
@@ -90,6 +133,7 @@ class Source:
             those of images and folders are relative to ``root``, others absolute.
         columns: the columns that were named, as "image", "caption" and "label", and the
             "encoding".
+        parts: the sources of a mixture.
     """
 
     spec: str
@@ -101,6 +145,7 @@ class Source:
     notes: list[str] = field(default_factory=Notes)
     listed: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -133,10 +178,89 @@ class Source:
 
     @property
     def stream(self) -> Stream:
-        """The rows, front to back; raises TypeError for a table."""
+        """The rows, front to back; raises TypeError for a table or a mixture."""
         if not isinstance(self.rows, Stream):
-            raise TypeError(f"{self.spec} is a table, expected a stream")
+            raise TypeError(f"{self.spec} is not a single stream, expected one")
         return self.rows
+
+
+def mix(sources: Sequence[Source], weights: Sequence[float] = ()) -> Source:
+    """Several sources as one.
+
+    A key keeps its form if it is certain that no two sources have the same; otherwise all keys
+    start with the name of their source and a slash.
+
+    Args:
+        sources: at least one; the parts of mixtures become parts of this one.
+        weights: how often to draw each pair of a source in an epoch of training, one for each
+            source; empty: all once.
+
+    Raises:
+        ConfigError: there is not one weight for each source.
+    """
+    if weights and len(weights) != len(sources):
+        specs = ", ".join(source.spec for source in sources)
+        raise ConfigError(
+            f"there are {len(weights)} weights for {len(sources)} sources ({specs}), expected one "
+            "for each; set data.weights accordingly"
+        )
+    parts: list[Part] = []
+    for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
+        for part in source.parts or [Part("", source, 1.0)]:
+            parts.append(Part("", part.source, part.weight * weight))
+    names = _names([part.source for part in parts])
+    clash = _may_clash([part.source for part in parts])
+    named = tuple(
+        replace(part, name=name, prefix=f"{name}/" if clash else "")
+        for name, part in zip(names, parts, strict=True)
+    )
+    rows = [part.rows for part in named]
+    tables = [part for part in rows if isinstance(part, Table)]
+    notes = Notes()
+    for part in named:
+        list.extend(notes, [note for note in part.source.notes if note not in notes])  # printed
+    return Source(
+        "::".join(source.spec for source in sources),
+        "mixture",
+        Table.concat(tables) if len(tables) == len(rows) else Mixture(rows),
+        None,
+        fingerprint_of([], *((part.source.fingerprint, part.weight) for part in named)),
+        _JoinedSkips(named),
+        notes,
+        parts=named,
+    )
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """Short names: the last part of the path, with a number if two are the same."""
+    names: list[str] = []
+    for source in sources:
+        name = free = PurePath(source.spec).name or source.spec
+        number = 1
+        while free in names:
+            number += 1
+            free = f"{name}-{number}"
+        names.append(free)
+    return names
+
+
+def _may_clash(sources: Sequence[Source]) -> bool:
+    """Whether two sources may have the same key. The keys of streams are not known, but those of
+    tars start with the name of a tar.
+    """
+    seen: set[str] = set()
+    tables = [source for source in sources if not source.streaming]
+    for source in tables:
+        keys = set(source.table.keys)
+        if seen & keys:
+            return True
+        seen |= keys
+    streams = [source for source in sources if source.streaming]
+    tars = [Path(shard).name for s in streams if s.kind == "tars" for shard in s.stream.shards]
+    if any(source.kind != "tars" for source in streams):
+        return len(sources) > 1
+    heads = {key.partition("/")[0] for key in seen} if streams else set()
+    return len(set(tars)) < len(tars) or not heads.isdisjoint(tars)
 
 
 Data = str | Path | Source | Iterable[Any]

@@ -290,8 +290,13 @@ def _lead(config: TrainConfig, summary: RunSummary, batch: int, pairs: int | Non
     amount = "a stream" if pairs is None else f"{pairs:,} images"
     return (
         f"{summary.state.capitalize()} after {summary.step:,} steps of {batch:,} pairs in "
-        f"{_duration(summary.seconds)}, on {amount} of {config.data.train}."
+        f"{_duration(summary.seconds)}, on {amount} of {_spec(config)}."
     )
+
+
+def _spec(config: TrainConfig) -> str:
+    train = config.data.train
+    return train if isinstance(train, str) else ", ".join(train)
 
 
 def _duration(seconds: float) -> str:
@@ -350,7 +355,17 @@ def _data(
 ) -> list[str]:
     cut = summary.cut
     amount = "a stream of unknown length" if pairs is None else f"{pairs:,} images"
-    facts = [f"Trained on {config.data.train}: {amount}."]
+    facts = [f"Trained on {_spec(config)}: {amount}."]
+    if summary.drawn:
+        weights = config.data.weights or [1] * len(summary.drawn)
+        facts.append(
+            "Pairs drawn: "
+            + ", ".join(
+                f"{count:,} of {name} (weight {weight:g})"
+                for (name, count), weight in zip(summary.drawn.items(), weights, strict=False)
+            )
+            + "."
+        )
     if held_out is None:
         facts.append("There is no held-out set, so recall was not measured.")
     else:

@@ -21,7 +21,7 @@ from clipkit.artifacts import is_complete
 from clipkit.data.images import Skipped, content_hash
 from clipkit.data.rows import Row
 from clipkit.data.source import Source
-from clipkit.errors import SkipLimitError
+from clipkit.errors import DataError, SkipLimitError
 from clipkit.progress import print_status, progress_bar
 from clipkit.store.embedding_store import EmbeddingStore, Owner, StoreWriter, require_decode
 from clipkit.store.shards import SCHEMA, Record, Vectors, digest
@@ -195,6 +195,11 @@ class IncrementalPass:
         key: Callable[[str], str | None] = str,
         skip_limit: float | None = None,
     ) -> None:
+        if source.parts:
+            raise DataError(
+                f"{source.spec} mixes several kinds of data, whose images have no common root; "
+                "embed or index each by itself, and join them with `clipkit index add`"
+            )
         self.source, self.writer, self.known = source, writer, known
         self.rewrite, self.key, self.skip_limit = rewrite, key, skip_limit
         self.seen: set[str] = set()

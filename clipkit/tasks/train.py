@@ -49,6 +49,7 @@ class TrainResult:
             empty if there is none.
         cut: captions truncated at 77 tokens.
         skipped: why images were skipped, by key.
+        drawn: pairs drawn from each source of a mixture, by name; empty for a single source.
         findings: preflight warnings.
     """
 
@@ -59,6 +60,7 @@ class TrainResult:
     best: dict[str, Any]
     cut: TruncationReport
     skipped: dict[str, str]
+    drawn: dict[str, int]
     findings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class TrainResult:
             "best": self.best,
             "captions_cut": self.cut.cut,
             "skipped": self.skipped,
+            "drawn": self.drawn,
             "findings": self.findings,
         }
 
@@ -78,6 +81,7 @@ class TrainResult:
         state = "finished" if self.finished else "interrupted; continue with resume=True"
         facts: list[tuple[str, object]] = [("steps", f"{self.step:,}"), ("state", state)]
         facts += [(name, f"{value:.3f}") for name, value in self.held_out.items()]
+        facts += [(f"pairs of {name}", f"{count:,}") for name, count in self.drawn.items()]
         facts += [("captions truncated", self.cut.cut), ("images skipped", len(self.skipped))]
         return card(f"run {self.run}", facts) + bullets(self.findings)
 
@@ -99,7 +103,8 @@ def train(
         out: run directory.
         data: image–caption pairs to train on, instead of ``data.train``: whatever ``open_source``
             opens, or a map-style torch Dataset or another iterable of ``(image, caption)`` pairs.
-            Pairs are read into memory once, and to resume you pass them again.
+            Pairs are read into memory once, and to resume you pass them again. A list of paths is a
+            mixture, as in ``data.train``.
         resume: continue from the last checkpoint, step for step as if never interrupted.
 
     Raises:
@@ -117,9 +122,15 @@ def train(
             f"config is a {type(config).__name__}, expected a TOML file, a dictionary or a "
             "TrainConfig"
         )
-    source = None if data is None or isinstance(data, str | Path) else open_source(data)
+    source = None
     if data is not None:
-        spec = str(data) if source is None else source.spec
+        paths = [data] if isinstance(data, str | Path) else data
+        spec: str | tuple[str, ...]
+        if isinstance(paths, list | tuple) and all(isinstance(one, str | Path) for one in paths):
+            spec = str(paths[0]) if len(paths) == 1 else tuple(map(str, paths))
+        else:
+            source = open_source(data)
+            spec = source.spec
         config = replace(config, data=replace(config.data, train=spec))
     if not config.data.train:
         raise ConfigError("data.train is empty; name the image–caption pairs to train on")
@@ -197,6 +208,7 @@ def _train(
         best=loop.best,
         cut=loop.cut_by_all,
         skipped=loop.skipped(),
+        drawn=loop.drawn(),
         findings=findings,
     )
 

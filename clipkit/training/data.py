@@ -7,36 +7,37 @@ validation set is encoded with the present model, from cached features if a towe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clipkit.config import DataConfig, TrainConfig
 from clipkit.data.feature_cache import Features
 from clipkit.data.image_cache import ImageCache, open_cache
 from clipkit.data.loader import PairLoader, Share
-from clipkit.data.open_source import open_source
+from clipkit.data.open_source import open_source, split_data
 from clipkit.data.rows import Row
 from clipkit.data.sampler import (
-    CaptionLengths,
     class_numbers,
-    first_turn,
     require_labels,
     split_held_out,
 )
-from clipkit.data.source import Source, chunks, no_captions, usable
+from clipkit.data.source import Source, chunks, mix, no_captions
 from clipkit.data.transforms import augmentation, reduction
 from clipkit.data.workers import worker_count
-from clipkit.errors import ConfigError, DataError, ImageError
+from clipkit.errors import DataError, ImageError
 from clipkit.models.embed_source import EncodedPairs, encode_pairs
 from clipkit.models.encoder import Encoder, Vectors
 from clipkit.models.tokenizer import TruncationReport, split_caption, tokenize
 from clipkit.training.distributed import World
 from clipkit.training.frozen_towers import CaptionFeatures
+
+MOST_PARTS = 16
+"""More DATA without weights are opened as one source, if they are of one kind."""
 
 
 def open_training_data(
@@ -50,6 +51,7 @@ def open_training_data(
         source: training pairs, instead of ``data.train``.
 
     Raises:
+        ConfigError: there is not one weight for each source.
         DataError: there are fewer than two training pairs.
     """
     streaming = {"auto": None, "yes": True, "no": False}[config.streaming]
@@ -61,7 +63,20 @@ def open_training_data(
         encoding=config.encoding or None,
     )
     label = config.label_column or None
-    training = source or open_data(config.train, label=label, streaming=streaming)
+    given = (config.train,) if isinstance(config.train, str) else config.train
+    specs = [part for spec in given for part in split_data(spec)]
+    opened: list[Source] = []
+    if source:
+        opened = [part.source for part in source.parts] if config.weights else []
+        opened = opened or [source]
+    else:
+        # Each stream in a mixture holds files open and rows in memory: many are read as one source.
+        apart = len(specs) <= MOST_PARTS or config.weights
+        opened = [
+            open_data(one, label=label, streaming=streaming)
+            for one in (specs if apart else [specs])
+        ]
+    training = opened[0] if len(opened) == 1 and not config.weights else mix(opened, config.weights)
     validation: Source | None
     if config.val:
         validation = open_data(config.val)
@@ -69,7 +84,7 @@ def open_training_data(
         training, validation = split_held_out(training, config.val_fraction, seed)
     if training.count is not None and training.count < 2:
         raise DataError(
-            f"{config.train} leaves {'one pair' if training.count else 'no pair'} to train on, "
+            f"{training.spec} leaves {'one pair' if training.count else 'no pair'} to train on, "
             "expected at least 2; add pairs, or lower data.val_fraction"
         )
     return training, validation
@@ -127,15 +142,12 @@ def pair_loader(
         world: the processes that share each batch.
 
     Raises:
-        ConfigError: balancing or length bucketing is set for a stream.
+        ConfigError: balancing is set for a stream, or for a mixture with weights.
         DataError: the configuration needs labels, and the source has none.
     """
     require_labels(source, config.data.caption_weights)
     # The captions of a table have been counted by count_truncated_captions.
     report = cut if source.streaming else TruncationReport()
-    lengths = None
-    if config.train.bucket_by_length:
-        lengths = caption_lengths(source, config.train.seed)
     return PairLoader(
         source,
         preprocess=augmentation(config.augment, image_size, config.data.decode),
@@ -147,41 +159,18 @@ def pair_loader(
         skip_limit=config.data.max_skipped_fraction,
         reduction=reduction(config.augment, image_size, config.data.decode),
         classes=class_numbers(source) if config.data.balance == "label" else None,
-        lengths=lengths,
+        count_tokens=count_tokens if config.train.bucket_by_length else None,
         weights=config.data.caption_weights,
         pinned=world.device.type == "cuda",
         share=Share(world.rank, world.size, world.all_gather_object),
     )
 
 
-def caption_lengths(source: Source, seed: int) -> CaptionLengths:
-    """The length in tokens, at most 77, of each caption of a table, before any splitting.
-
-    Args:
-        source: a table of pairs.
-        seed: of the run; selects the caption with which each image starts.
-
-    Raises:
-        ConfigError: the source is a stream.
-    """
-    if source.streaming:
-        raise ConfigError(
-            f"train.bucket_by_length needs the length of every caption, but {source.spec} is a "
-            'stream; set data.streaming = "no", or train.bucket_by_length = false'
-        )
-    tokens, counts, turns = [np.empty(0, np.int64)], [], []
-    for rows in chunks(source.rows.texts(), 1000):
-        texts = [usable(row.captions) for row in rows]
-        counts += [len(captions) for captions in texts]
-        turns += [
-            first_turn(seed, row.key) % max(len(captions), 1)
-            for row, captions in zip(rows, texts, strict=True)
-        ]
-        read = tokenize(list(chain.from_iterable(texts)), report=TruncationReport())
-        tokens.append(read.argmax(axis=1) + 1)  # the end token has the largest id
-    count = np.array(counts, np.int64)
-    first = np.cumsum(count) - count
-    return CaptionLengths(np.concatenate(tokens), first, count, np.array(turns, np.int64))
+def count_tokens(captions: Sequence[str]) -> NDArray[np.int64]:
+    """The length of each caption in tokens, at most 77, int64 [n]."""
+    # The end token has the largest id.
+    lengths: NDArray[np.int64] = tokenize(captions, report=TruncationReport()).argmax(axis=1) + 1
+    return lengths
 
 
 def image_cache(config: TrainConfig, loader: PairLoader, folder: Path) -> ImageCache | None:

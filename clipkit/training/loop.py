@@ -63,6 +63,7 @@ class RunSummary:
         lines: training log.
         cut: captions truncated at 77 tokens.
         skipped: reason by key for each image that was not used.
+        drawn: pairs drawn from each source of a mixture, by name.
         skipped_steps: steps skipped for a non-finite loss or gradient.
     """
 
@@ -76,6 +77,7 @@ class RunSummary:
     lines: Sequence[dict[str, Any]]
     cut: TruncationReport
     skipped: dict[str, str]
+    drawn: dict[str, int]
     skipped_steps: int
 
 
@@ -230,7 +232,7 @@ class TrainingLoop:
                 yield batch
             if not self.batch:
                 raise DataError(
-                    f"{self.config.data.train} has no pairs left to train on (a fraction of "
+                    f"{self.loader.source.spec} has no pairs left to train on (a fraction of "
                     f"{self.config.data.val_fraction:g} is held out); run clipkit data check"
                 )
             self.epoch, self.batch = self.epoch + 1, 0
@@ -268,6 +270,8 @@ class TrainingLoop:
             "samples_per_second": round(speed, 1),
             "waiting_for_data": round(waited, 4),
         }
+        if self.loader.drawn:
+            line["drawn"] = self.drawn()
         self.run.log(line)
         for kind, warning in self.monitor.update(line):
             self._warn(kind, warning)
@@ -378,6 +382,11 @@ class TrainingLoop:
         found = {s.key: s.reason for s in self.loader.source.skipped} | self.loader.skipped
         return dict(sorted(found.items()))
 
+    def drawn(self) -> dict[str, int]:
+        """Pairs drawn from each source of a mixture, by name; empty for a single source."""
+        names = [part.name for part in self.loader.source.parts]
+        return dict(zip(names, self.loader.drawn, strict=True))
+
     def summary(self, state: str, findings: Sequence[str]) -> RunSummary:
         """The state of the run, for its report.
 
@@ -396,6 +405,7 @@ class TrainingLoop:
             lines=self.run.lines(),
             cut=self.cut_by_all,
             skipped=self.skipped(),
+            drawn=self.drawn(),
             skipped_steps=self.trainer.recovery.skipped_steps,
         )
 
@@ -405,7 +415,7 @@ class TrainingLoop:
 
     def finish(self, model: ModelRef) -> None:
         """Write the manifest of a finished run."""
-        source = {"data": self.config.data.train, "fingerprint": self.loader.source.fingerprint}
+        source = {"data": self.loader.source.spec, "fingerprint": self.loader.source.fingerprint}
         detail = {
             "held_out": self.recall,
             "best": self.best,
@@ -413,5 +423,6 @@ class TrainingLoop:
             "skipped_steps": self.trainer.recovery.skipped_steps,
             "skipped_images": len(self.skipped()),
             "cut_captions": asdict(self.cut_by_all),
+            **({"drawn": self.drawn()} if self.loader.drawn else {}),
         }
         self.run.finish(Manifest("run", model, self.step, source, detail))

@@ -83,6 +83,7 @@ def summary(folder, **changes):
         "lines": lines,
         "cut": TruncationReport(),
         "skipped": {EVIL: EVIL},
+        "drawn": {},
         "skipped_steps": 7,
     }
     facts["cut"].add(f"{EVIL} " * 90, range(1000))

@@ -84,6 +84,12 @@ def tars(path):
     return path / "{0..2}.tar"
 
 
+def mixed(path):
+    for name in ("a", "b", "c"):
+        (path / name).mkdir()
+    return f"{csv(path / 'a')}::{tars(path / 'b')}::{parquet(path / 'c')}"
+
+
 TABLES, STREAMS = (folder, csv, parquet, saved), (tars, parquet)
 PLAIN, PARTS = {}, {"train": {"micro_batch_size": 2}}
 LIKE = {"train": {"bucket_by_length": True}}
@@ -94,6 +100,7 @@ UNKEPT = {"data": {"image_cache": "no", "decode": "exact", "long_captions": "spl
 # One after the other, so that every source, number of workers and way to draw has its turn.
 FEW = [(folder, PARTS, 0), (csv, BALANCED, 2), (parquet, LIKE, 0), (saved, BOTH, 2)]
 FEW += [(tars, PARTS, 2), (parquet, {"data": {"streaming": "yes"}}, 0)]
+FEW += [(mixed, {"data": {"weights": [1, 2, 0.5]}}, 2), (tars, LIKE, 0)]
 ALL = [
     (source, kind, workers)
     for source in TABLES
@@ -106,6 +113,12 @@ ALL += [
     for source in STREAMS
     for data in ({}, UNKEPT["data"])
     for parts in ({}, PARTS["train"])
+    for workers in (0, 2)
+]
+ALL += [
+    (mixed, {"data": {"weights": weights}, "train": parts}, workers)
+    for weights in ([], [1, 2, 0.5])
+    for parts in ({}, LIKE["train"])
     for workers in (0, 2)
 ]
 
@@ -131,7 +144,7 @@ def killed_at(owner, method, time, action):
 
 def check(source, kind, workers, tmp_path, monkeypatch):
     # So small that a short stream lets rows go before its end, and wait for later ones.
-    for setting, value in {"PART": 3, "WAITS": 3, "LANES": 2}.items():
+    for setting, value in {"PART": 3, "WAITS": 3, "LANES": 2, "_SORTED_ROWS": 12}.items():
         monkeypatch.setattr(f"clipkit.data.streaming.{setting}", value)
     (tmp_path / "data").mkdir()
     config = configured(

@@ -160,7 +160,8 @@ def read_dialect(file: Path, notes: list[str], encoding: str | None = None) -> D
             raise DataError(f"{file} holds no rows, expected a table of images")
         separator = separator or _find_separator(body)
         first = _split(body[0], separator)
-        quoting, spaces = _find_quoting(file, encoding, body, separator, len(first))
+        cut = next(lines, None) is not None
+        quoting, spaces = _find_quoting(file, encoding, body, cut, separator, len(first))
         dialect = Dialect(encoding, separator, quoting, spaces, (), (0, 0))
         if comments and body is not texts:
             named = _split(texts[comments - 1].lstrip("# "), separator)
@@ -309,64 +310,86 @@ def _find_separator(lines: list[str]) -> str:
 
 
 def _find_quoting(
-    file: Path, encoding: str, head: list[str], separator: str, count: int
+    file: Path, encoding: str, head: list[str], cut: bool, separator: str, count: int
 ) -> tuple[Quoting, bool]:
-    """How quotes are used, judged by lines with a field that begins with one.
+    """How quotes are used: as the first lines are intact records, or as most lines are that have a
+    field beginning with a quote.
 
-    In tables separated by tabs or bars, quotes are plain characters unless every quoted field is
-    closed before the next separator or the end of the line.
+    In tables separated by tabs or bars, quotes are plain characters unless the first lines show
+    that they are not.
+
+    Args:
+        file, encoding, separator: of the table.
+        head: its first lines.
+        cut: whether further lines follow.
+        count: of its columns.
     """
     begins = re.compile(rf'(^|{re.escape(separator)}) *"')
-    lines = [line for line in [*head, *_quote_lines(file, encoding)] if begins.search(line)]
+    first = [line for line in head if begins.search(line)]
+    lines = first + [line for line in _quote_lines(file, encoding) if begins.search(line)]
     plain = separator in "\t|"
-    best: tuple[int, Quoting, bool] = (-1, "doubled", False)
-    ways: list[tuple[Quoting, bool]] = [("doubled", False), ("doubled", True)]
-    ways += [("escaped", False), ("escaped", True)]
-    for quoting, spaces in ways:
-        options = _options(separator, quoting, spaces)
-        good = sum(_strict_count(line, options) == count for line in lines)
-        if good > best[0]:
-            best = (good, quoting, spaces)
-    good, quoting, spaces = best
-    if good == len(lines):
-        return ("none", False) if plain and not lines else (quoting, spaces)
-    options = _options(separator, quoting, spaces)
-    if plain:
-        return (quoting, spaces) if _spans_lines(head, options, separator) else ("none", False)
-    # Text after a closing quote in every line: these quote words, not fields.
-    if not good and all(_strict_count(line, options) == _BROKEN for line in lines):
-        return "none", False
-    return quoting, spaces
+    if not lines:
+        return "none" if plain else "doubled", False
+    ways = [_Way(separator, count, quoting, n) for quoting in _QUOTED for n in (False, True)]
+    intact = next((way for way in ways if first and way.reads(head, cut)), None)
+    best = intact or max(ways, key=lambda way: sum(way.fields(line) == count for line in lines))
+    found = [best.fields(line) for line in lines]
+    good, broken = found.count(count), found.count(_BROKEN)
+    if intact is not None:  # inside records that span lines, lines may seem broken
+        none = plain and cut and broken > good
+    elif plain:
+        none = good < len(lines)
+    else:
+        none = broken == len(lines)
+    # Programs that quote every field quote the header, too.
+    names = head[0].strip().split(separator)
+    none = none and not all(re.fullmatch('".+"', name) for name in names)
+    return ("none", False) if none else (best.quoting, best.spaces)
 
 
+_QUOTED: tuple[Quoting, ...] = ("doubled", "escaped")
 _OPEN, _BROKEN = -1, -2
 
 
-def _strict_count(line: str, options: dict[str, Any]) -> int:
-    """The number of fields of a line; _OPEN if a quote is not closed, _BROKEN if text follows."""
-    if options["escapechar"]:  # csv.reader is not strict then
-        line = re.sub(r"\\.", "x", line)
-        options = {**options, "doublequote": True, "escapechar": None}
-    try:
-        return len(next(csv.reader([line], strict=True, **options), []))
-    except csv.Error as error:
-        return _OPEN if "unexpected end" in str(error) else _BROKEN
+@dataclass(frozen=True)
+class _Way:
+    """A way to quote, with which lines may agree or not."""
 
+    separator: str
+    count: int
+    quoting: Quoting
+    spaces: bool
 
-def _spans_lines(lines: list[str], options: dict[str, Any], separator: str) -> bool:
-    """Whether lines are good records of which some span lines, none of them a row itself."""
-    reader = csv.reader(lines, strict=True, **options)
-    done, count = 0, None
-    try:
-        for record in reader:
-            inside = lines[done + 1 : reader.line_num]
-            count = len(record) if count is None else count
-            if len(record) != count or any(separator in line for line in inside[:-1]):
+    def _strict(self, lines: Iterable[str]) -> Any:
+        if self.quoting == "escaped":  # csv.reader is not strict then
+            lines = (re.sub(r"\\.", "x", line) for line in lines)
+        options = _options(self.separator, "doubled", self.spaces)
+        return csv.reader(lines, strict=True, **options)
+
+    def fields(self, line: str) -> int:
+        """The number of fields; _OPEN if a quote is not closed, _BROKEN if text follows one."""
+        try:
+            return len(next(self._strict([line]), []))
+        except csv.Error as error:
+            return _OPEN if "unexpected end" in str(error) else _BROKEN
+
+    def reads(self, lines: list[str], cut: bool) -> bool:
+        """Whether all lines are records with as many fields, none of which spans a row; if ``cut``,
+        the last may be incomplete."""
+        reader, done = self._strict(lines), 0
+        try:
+            for record in reader:
+                inside = lines[done + 1 : reader.line_num - 1]
+                if len(record) != self.count or any(map(self._is_row, inside)):
+                    return False
+                done = reader.line_num
+        except csv.Error as error:
+            if not cut or "unexpected end" not in str(error):
                 return False
-            done = reader.line_num
-    except csv.Error:
-        return done > len(lines) // 2  # the head may end inside a record
-    return True
+        return not any(map(self._is_row, lines[done + 1 :]))
+
+    def _is_row(self, line: str) -> bool:
+        return line.count(self.separator) >= self.count - 1
 
 
 def _quote_lines(file: Path, encoding: str) -> list[str]:
@@ -505,18 +528,22 @@ class CsvTable:
         end = lines.position
         lines.seek(start)
         plain = _options(self.dialect.separator, "none")
+        if record:
+            # The line that the image of the record is in says nothing: the first, if the image
+            # comes before the text that spans lines, or else the last.
+            later = any("\n" in text or "\r" in text for text in record[self.image :])
+            own = islice(lines, int(later), end[1] - start[1] - int(not later))
+            if not self._has_row(record, own, plain):
+                lines.seek(end)
+                return record
+            lines.seek(start)
         first = next(csv.reader([next(lines)], **plain), [])
-        after = lines.position
-        if record and not self._has_row(record, islice(lines, end[1] - after[1]), plain):
-            lines.seek(end)
-            return record
-        lines.seek(after)
         self.notes.append(f"{self.file.name}: quotes that are not closed are plain characters")
         return first
 
     def _has_row(self, record: list[str], lines: Iterable[str], plain: dict[str, Any]) -> bool:
-        """Whether a line within a record is a row itself: it has as many fields, and names an image
-        as the record does."""
+        """Whether one of the lines is a row: it has as many fields, and names an image as the
+        record does."""
         suffixes = self.image < len(record) and _is_image(record[self.image].strip(' "'))
         for fields in csv.reader(lines, **plain):
             if len(fields) >= len(self.dialect.columns):

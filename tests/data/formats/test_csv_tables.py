@@ -1,9 +1,11 @@
 """Text tables as people have them: every row is read, or named."""
 
 import base64
+import csv
 import io
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -372,6 +374,37 @@ def test_columns_in_other_languages_are_named(folder):
     )
     source = open_source(folder / "t.csv", image="Bild", caption="Beschreibung")
     assert pairs(source) == names("eins")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_what_the_csv_module_writes_is_read_again(folder, separator, quoting):
+    draw = np.random.default_rng(7)
+    parts = [
+        "a dog",
+        '"',
+        '""',
+        ",",
+        ";",
+        "\n",
+        "\r\n",
+        " ",
+        "#",
+        '5" pipe',
+        "fast, away",
+        "ä",
+        "'",
+    ]
+    for trial in range(40):
+        texts = ["".join(draw.choice(parts, 4)).strip() or "x" for _ in range(20)]
+        rows = [[f"img/{number}.png", text, "cat"] for number, text in enumerate(texts)]
+        order = [[0, 1, 2], [1, 0, 2], [0, 1]][trial % 3]
+        with (folder / "t.csv").open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, delimiter=separator, quoting=quoting)
+            writer.writerow([["image", "caption", "label"][number] for number in order])
+            writer.writerows([row[number] for number in order] for row in rows)
+        source = open_source(folder / "t.csv")
+        assert pairs(source) == [(key, [text]) for key, text, _ in rows]
 
 
 SHARED_COUNTS = {

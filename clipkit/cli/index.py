@@ -207,8 +207,7 @@ def build(
             tuning = {name: detail["tuning"][name] for name in names}
             plain["tuning"] = tuning | {"target": detail["tuning"]["wanted"]}
         if calibration is not None:
-            figures = ("informative", "auroc", "error", "captions", "source")
-            plain["calibration"] = {name: getattr(calibration, name) for name in figures}
+            plain["calibration"] = calibration.figures()
         print_json(plain)
     else:
         print_facts(facts)
@@ -422,7 +421,10 @@ def calibrate(
 ) -> None:
     """Calibrate the scores of an index as probabilities.
 
-    Measures searches with the captions of its images, or with generic captions if it has too few.
+    Searches for captions of its images, with and without the image they describe. Text queries then
+    show the probability that a hit matches, and the probability that any of the ten best hits does.
+    An index with captions of fewer than 50 images gets no probabilities, only "no good match" for
+    queries that score like random words.
     """
     from clipkit.tasks.index import calibrate_index
 

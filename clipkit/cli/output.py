@@ -199,14 +199,26 @@ def describe_calibration(found: "Calibration | None") -> list[tuple[str, str]]:
     """What is known of an index's probabilities, as facts."""
     if found is None:
         return []
+    evidence = ("evidence", f"{found.captions} {found.source}")
+    auroc = f"AUROC {found.auroc:.3f} of captions against random words"
     if not found.informative:
         note(
-            "the scores of this model do not tell what is there from what is not "
-            f"(AUROC {found.auroc:.2f}, guessing is 0.5): a search shows no probabilities"
+            f"the scores of this model say too little ({auroc}, chance is 0.5): a search shows no "
+            "probabilities"
         )
-        return [("probabilities", "none")]
-    figures = f"AUROC {found.auroc:.3f}, calibration error {found.error:.3f}"
-    return [("probabilities", f"{figures} on {found.captions} {found.source}")]
+        return [("probabilities", "none"), evidence]
+    if found.hit is None or found.any_match is None:
+        note(
+            "too few images have captions to calibrate probabilities with: a search only says "
+            'whether random words score as high ("no good match")'
+        )
+        return [("probabilities", "none"), evidence, ("scores", auroc)]
+    return [
+        ("evidence", evidence[1]),
+        ("scores", auroc),
+        ("probability of a hit", f"calibration error {found.hit.error:.3f}"),
+        ("probability of any match", f"calibration error {found.any_match.error:.3f}"),
+    ]
 
 
 def describe_tuning(detail: dict[str, Any]) -> list[tuple[str, str]]:
@@ -224,7 +236,7 @@ def describe_tuning(detail: dict[str, Any]) -> list[tuple[str, str]]:
 def print_hits(hits: "Sequence[Hit]") -> None:
     """A table of hits, with their probabilities where they have any."""
     calibrated = any(hit.probability is not None for hit in hits)
-    header = ("rank", *(("match",) if calibrated else ()), "score", "key")
+    header = ("rank", *(("probability",) if calibrated else ()), "score", "key")
     rows = [
         (
             str(rank),

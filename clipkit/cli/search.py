@@ -107,8 +107,10 @@ def _print(query: str | None, hits: "Hits", show: bool) -> None:
 
 
 def _note_no_match(hits: "Hits") -> None:
-    from clipkit.index.calibration import GOOD
-
-    best = hits[0].probability if hits else None
-    if best is not None and best < GOOD:
-        note(f"no good match: the best hit is what was asked for with a probability of {best:.0%}")
+    if hits.matched is not False:
+        return
+    if hits.any_match is None:
+        note("no good match: random words score as high")
+    else:
+        chance = f"{hits.any_match:.0%}"
+        note(f"no good match: the ten best hits hold one with a probability of {chance}")

@@ -14,7 +14,10 @@ _ENOUGH = 1e-9
 
 @dataclass(frozen=True)
 class Bin:
-    """Items with a confidence in ``(low, high]``: their number, mean confidence and accuracy."""
+    """Items with a confidence in ``(low, high]``: their number, mean confidence and accuracy.
+
+    If items have weights, the means are weighted; the number is that of the items.
+    """
 
     low: float
     high: float
@@ -29,13 +32,13 @@ def bin_numbers(confidence: Numbers) -> NDArray[np.int64]:
 
 
 def expected_calibration_error(
-    confidence: Numbers, correct: NDArray[np.bool_], weights: Numbers
+    confidence: Numbers, correct: NDArray[np.bool_] | Numbers, weights: Numbers
 ) -> Numbers:
     """The mean gap between accuracy and confidence over the bins (Guo et al. 2017): float64 [b].
 
     Args:
         confidence: float64 [n], the probability of the predicted class.
-        correct: bool [n], whether the prediction is correct.
+        correct: bool [n], whether the prediction is correct, or float64 [n], how probably.
         weights: float64 [b, n], how often each item counts.
     """
     # One column per bin, with the gaps of its items.
@@ -45,16 +48,25 @@ def expected_calibration_error(
     return errors
 
 
-def reliability(confidence: Numbers, correct: NDArray[np.bool_]) -> list[Bin]:
-    """The non-empty bins of a reliability diagram."""
+def reliability(
+    confidence: Numbers, correct: NDArray[np.bool_] | Numbers, weights: Numbers | None = None
+) -> list[Bin]:
+    """The non-empty bins of a reliability diagram.
+
+    Args:
+        confidence: float64 [n].
+        correct: bool [n], or float64 [n], how probably.
+        weights: float64 [n], above 0; None: all items count the same.
+    """
     numbers = bin_numbers(confidence)
+    weights = np.ones(len(confidence)) if weights is None else weights
     return [
         Bin(
             number / BINS,
             (number + 1) / BINS,
             int(inside.sum()),
-            float(confidence[inside].mean()),
-            float(correct[inside].mean()),
+            float(np.average(confidence[inside], weights=weights[inside])),
+            float(np.average(correct[inside], weights=weights[inside])),
         )
         for number in range(BINS)
         if (inside := numbers == number).any()

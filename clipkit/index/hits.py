@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -13,7 +13,6 @@ from clipkit.display.dataframe import data_frame
 from clipkit.display.html import gallery
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import DataError, ImageError
-from clipkit.index.calibration import GOOD
 from clipkit.index.roots import Root, file_of, owner
 
 
@@ -25,7 +24,8 @@ class Hit:
         key: the item's key.
         score: inner product with the query, -1 to 1; higher is better.
         id: the item's number, which stays the same if the key changes.
-        probability: probability that the image matches the query text; None without calibration.
+        probability: probability that the image matches the query text; None unless the index is
+            calibrated with captions of its images.
     """
 
     key: str
@@ -47,6 +47,11 @@ class Hits(Sequence[Hit]):
         query: a description of the query.
         roots: the roots of the index, to find the images.
         read_records: reads the records of hits; None for hits without an index.
+        any_match: probability that any of the ten best hits matches the query text; None as for
+            ``Hit.probability``.
+        matched: False if there is no good match: ``any_match`` is below 0.5, or, in an index
+            calibrated without captions, random words score as high. True if ``any_match`` is at
+            least 0.5; else None.
     """
 
     items: tuple[Hit, ...]
@@ -55,6 +60,8 @@ class Hits(Sequence[Hit]):
     read_records: Callable[[Sequence[Hit]], list[Record]] | None = field(
         default=None, compare=False, repr=False
     )
+    any_match: float | None = field(default=None, compare=False)
+    matched: bool | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -65,7 +72,7 @@ class Hits(Sequence[Hit]):
     def __getitem__(self, place: slice) -> "Hits": ...
     def __getitem__(self, place: int | slice) -> "Hit | Hits":
         if isinstance(place, slice):
-            return Hits(self.items[place], self.query, self.roots, self.read_records)
+            return replace(self, items=self.items[place])
         return self.items[place]
 
     def records(self) -> list[Record]:
@@ -111,8 +118,7 @@ class Hits(Sequence[Hit]):
     def _repr_html_(self) -> str:
         items = ((self.picture(hit), _score(hit), hit.key) for hit in self)
         title = f"“{self.query}”" if self.query else f"{len(self)} hits"
-        best = max((hit.probability for hit in self if hit.probability is not None), default=None)
-        if best is not None and best < GOOD:
+        if self.matched is False:
             title += ": no good match"
         return gallery(title, items, len(self))
 

@@ -39,12 +39,14 @@ class SampleQueries:
     """Sample queries as vectors.
 
     Attributes:
-        captions: float32 [m, dim].
+        texts: the m captions.
+        captions: float32 [m, dim], their vectors.
         rows: int64 [m], for each the row of its image; empty for generic captions.
         nonsense: float32 [g, dim], queries that nothing should match.
         source: where the captions come from.
     """
 
+    texts: list[str]
     captions: Floats
     rows: Integers
     nonsense: Floats
@@ -57,7 +59,7 @@ def encode_sample_queries(tables: Iterable[pa.Table], encode: Encode) -> SampleQ
     vectors = encode([*drawn.captions, *random_words])
     rows = np.array(drawn.rows, np.int64)
     count = len(drawn.captions)
-    return SampleQueries(vectors[:count], rows, vectors[count:], drawn.source)
+    return SampleQueries(drawn.captions, vectors[:count], rows, vectors[count:], drawn.source)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from clipkit.artifacts import MANIFEST, ArtifactWriter, Manifest, ModelRef, read
 from clipkit.data.images import SUFFIXES, Decode, read_image
 from clipkit.errors import ArtifactError, CaptionError, DataError, ImageError, ModelError
 from clipkit.index.build import Built, Rows, cannot_write, write_segment
-from clipkit.index.calibration import Calibration
+from clipkit.index.calibration import Assessment, Calibration
 from clipkit.index.faiss_factory import default_search_parameters, set_search_parameters
 from clipkit.index.filters import rows_where
 from clipkit.index.hits import Hit, Hits, Record
@@ -248,9 +248,13 @@ class VectorIndex:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """How scores become probabilities; None if the index is not calibrated."""
+        """How scores become probabilities; None if the index is not calibrated.
+
+        Raises:
+            ArtifactError: it is damaged, or an older clipkit made it.
+        """
         raw = self.manifest.detail.get("calibration")
-        return None if raw is None else Calibration.from_dict(raw, self.dim)
+        return None if raw is None else Calibration.from_dict(raw, self.dim, str(self.path))
 
     @cached_property
     def keys(self) -> list[str]:
@@ -364,7 +368,8 @@ class VectorIndex:
         """The ``k`` items nearest to a query, best first.
 
         Query, ``image``, ``like`` and ``minus`` add up as unit vectors; the sum is scaled to unit
-        length. Hits of a text alone have a probability if the index is calibrated.
+        length. Hits of a text alone have a probability if the index is calibrated with captions of
+        its images.
 
         Args:
             query: text (a ``str`` is always text), an image (``Path``, PIL image, or uint8 array
@@ -413,10 +418,12 @@ class VectorIndex:
         results = []
         for one, vector, hits in zip(queries, vectors, found, strict=True):
             words = [*([] if one is None else [_describe(one)]), *(text for text, _ in terms)]
-            if isinstance(one, str) and not terms:
-                hits = self._with_probabilities(hits, vector)
             roots = tuple(roots_of(self.manifest))
-            results.append(Hits(tuple(hits), ", ".join(words), roots, self.read_records))
+            result = Hits(tuple(hits), ", ".join(words), roots, self.read_records)
+            # Of texts alone: an image scores far above any text, its hits would all be certain.
+            if isinstance(one, str) and not terms:
+                result = self._assessed(result, vector)
+            results.append(result)
         return results if several else results[0]
 
     def _terms(
@@ -556,14 +563,28 @@ class VectorIndex:
                 kept.append(number)
         return [hits[number] for number in kept]
 
-    def _with_probabilities(self, hits: list[Hit], vector: Vectors) -> list[Hit]:
-        # Of texts alone: an image scores far above any text, its hits would all be certain.
-        scores = np.array([hit.score for hit in hits], np.float32)
-        chances = self.calibration.probabilities(vector, scores) if self.calibration else None
-        if chances is None:
-            return hits
-        pairs = zip(hits, chances.tolist(), strict=True)
-        return [replace(hit, probability=chance) for hit, chance in pairs]
+    def _assessed(self, hits: Hits, vector: Vectors) -> Hits:
+        """The hits of a text with what the calibration says of them."""
+        found = self.assess(vector, hits)
+        items = hits.items
+        if found.probabilities is not None:
+            pairs = zip(hits, found.probabilities.tolist(), strict=True)
+            items = tuple(replace(hit, probability=chance) for hit, chance in pairs)
+        return replace(hits, items=items, any_match=found.any_match, matched=found.matched)
+
+    def assess(self, query: Vectors, hits: Sequence[Hit]) -> Assessment:
+        """What the calibration says of the scores of a text's hits; nothing if there is none.
+
+        Args:
+            query: the text's vector, float32 [dim].
+            hits: its hits, from the best one on.
+
+        Raises:
+            ArtifactError: the calibration is damaged, or an older clipkit made it.
+        """
+        if self.calibration is None:
+            return Assessment()
+        return self.calibration.assess(query, np.array([hit.score for hit in hits], np.float32))
 
     def search_vectors(
         self, queries: Float32[NDArray[np.float32], "n dim"], k: int, mask: Mask | None = None

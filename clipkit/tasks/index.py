@@ -6,6 +6,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from clipkit.arguments import require_items
 from clipkit.artifacts import (
     MANIFEST,
@@ -196,7 +200,7 @@ class Calibrated:
 
     Attributes:
         measured: recall and time of text queries, compared with exact search.
-        calibration: maps scores to probabilities.
+        calibration: maps scores to probabilities, and says how far these can be trusted.
     """
 
     measured: Measured
@@ -209,8 +213,7 @@ class Calibrated:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data for JSON."""
-        facts = {name: getattr(self.calibration, name) for name in ("auroc", "error", "captions")}
-        return {**self.measured.to_dict(), **facts, "source": self.source}
+        return {**self.measured.to_dict(), **self.calibration.figures()}
 
 
 def calibrate_index(
@@ -238,6 +241,18 @@ def calibrate_index(
     return Calibrated(measured, write_calibration(path, queries, measured))
 
 
+def _captions_of(index: VectorIndex, rows: NDArray[np.int64]) -> dict[int, list[str]]:
+    """The captions of ascending rows."""
+    found: dict[int, list[str]] = {}
+    start = 0
+    for _, table in index.shards():
+        inside = rows[(rows >= start) & (rows < start + len(table))]
+        lists = table["captions"].take(pa.array(inside - start)).to_pylist()
+        found |= {int(row): captions or [] for row, captions in zip(inside, lists, strict=True)}
+        start += len(table)
+    return found
+
+
 def write_calibration(
     path: str | Path, queries: SampleQueries, measured: Measured | None = None
 ) -> Calibration:
@@ -256,11 +271,9 @@ def write_calibration(
     with ArtifactWriter(path, "index", replace=True):
         index = VectorIndex.open(path)
         calibration = calibrate(
-            queries.captions,
-            queries.rows,
-            queries.nonsense,
+            queries,
             lambda: (vectors for vectors, _ in index.shards()),
-            queries.source,
+            lambda rows: _captions_of(index, rows),
         )
         manifest = read_manifest(path, "index")
         manifest.detail["calibration"] = calibration.to_dict()

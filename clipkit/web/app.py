@@ -189,7 +189,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             created=manifest.created,
             clipkit=__version__,
             missing=missing,
-            calibrated=calibration is not None and calibration.informative,
+            calibrated=calibration is not None and calibration.gives_probabilities,
             columns=collection.columns,
             max_hits=MAX_HITS,
             max_upload=MAX_UPLOAD,

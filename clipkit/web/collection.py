@@ -111,18 +111,6 @@ class Collection:
         segment, row = self.index.locate(int(self.index.places[self.row(key)]))
         return None if segment.vectors is None else np.asarray(segment.vectors[row], np.float32)
 
-    def probabilities(self, query: Vector, hits: Sequence[Hit]) -> list[float] | None:
-        """The probability that each hit matches the caption; None without calibration.
-
-        Args:
-            query: the caption's vector, float32 [dim].
-            hits: the hits of the caption.
-        """
-        calibration = self.index.calibration
-        scores = np.array([hit.score for hit in hits], np.float32)
-        found = calibration.probabilities(query, scores) if calibration else None
-        return None if found is None else found.tolist()
-
     def records_of(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """The records of the given keys."""
         rows = pa.array([self.rows[key] for key in keys], pa.int64())

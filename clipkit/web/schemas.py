@@ -85,7 +85,7 @@ class SearchHit(BaseModel):
     )
     probability: float | None = Field(
         description="Probability that the image matches the text, from 0 to 1; null unless the "
-        "index is calibrated and the query is only text."
+        "index is calibrated with captions of its images and the query is only text."
     )
     captions: list[str]
     label: str | None
@@ -97,8 +97,14 @@ class SearchResponse(BaseModel):
 
     hits: list[SearchHit]
     total: int = Field(description="Number of images that satisfy `where`.")
+    any_match: float | None = Field(
+        description="Probability that any of the ten best hits matches the text; null as for the "
+        "probability of a hit."
+    )
     matched: bool | None = Field(
-        description="False if no hit is a good match; null without probabilities."
+        description="False if there is no good match: `any_match` is below 0.5, or, in an index "
+        "calibrated without captions, random words score as high. True if `any_match` is at least "
+        "0.5; else null."
     )
     image: str | None = Field(description="Name of the uploaded image.")
     notes: list[str] = Field(description="Warnings, such as words beyond the context length.")

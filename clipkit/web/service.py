@@ -15,7 +15,7 @@ from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.formats.metadata import OWN
 from clipkit.data.labels import Label, parse_label
 from clipkit.data.prompts import DEFAULT_TEMPLATES
-from clipkit.index.calibration import GOOD
+from clipkit.index.calibration import Assessment
 from clipkit.index.filters import FOLDER
 from clipkit.index.hits import Hit
 from clipkit.index.vector_index import combine
@@ -111,7 +111,7 @@ class Service:
         total = len(collection) if mask is None else int(np.count_nonzero(mask))
         vector = await self._query_vector(collection, query)
         stop = min(query.offset + query.k, MAX_HITS)
-        chances = None
+        assessment = Assessment()
         if vector is None:
             hits = _listed(collection, mask, query.offset, stop)
         else:
@@ -119,12 +119,13 @@ class Service:
             if query.offset < stop and total:
                 found = await self._hits(collection, query, vector, mask, stop)
             if _is_caption(query):
-                chances = collection.probabilities(vector, found)
+                assessment = collection.index.assess(vector, found)
             hits = [(hit.key, hit.score) for hit in found[query.offset : stop]]
         return SearchResponse(
-            hits=_describe(collection, hits, chances, query.offset),
+            hits=_describe(collection, hits, assessment, query.offset),
             total=total,
-            matched=max(chances) >= GOOD if chances else None,
+            any_match=assessment.any_match,
+            matched=assessment.matched,
             image=query.image,
             notes=_truncation_notes(query),
             milliseconds=1000 * (time.perf_counter() - start),
@@ -267,19 +268,20 @@ def _listed(
 def _describe(
     collection: Collection,
     hits: Sequence[tuple[str, float | None]],
-    chances: Sequence[float] | None,
+    assessment: Assessment,
     offset: int,
 ) -> list[SearchHit]:
     hidden = {*OWN}
     if FOLDER not in {column.name for column in collection.columns}:
         hidden.add(FOLDER)  # all images are in one folder
     records = collection.records_of([key for key, _ in hits])
+    chances = assessment.probabilities
     return [
         SearchHit(
             rank=offset + n,
             key=key,
             score=score,
-            probability=chances[offset + n - 1] if chances else None,
+            probability=None if chances is None else float(chances[offset + n - 1]),
             captions=[text[:MAX_TEXT] for text in record["captions"] or []],
             label=record["label"],
             more={name: _as_json(value) for name, value in record.items() if name not in hidden},

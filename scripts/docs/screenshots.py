@@ -41,7 +41,7 @@ def index_demo(demo: Path, folder: Path) -> Path:
     index = folder / "emoji-index"
     encoder = clipkit.load_model(demo / "run")
     clipkit.build_index(photos, index, encoder=encoder)
-    calibrate_index(index, lambda *_: encoder)
+    calibrate_index(index, encoder)
     return index
 
 

@@ -88,10 +88,12 @@ def test_many_hits_are_cut_and_counted():
 
 
 def test_probabilities_are_shown_where_they_are_known():
-    hits = Hits([Hit("a", 0.3, probability=0.91), Hit("b", 0.2, probability=0.2)], "fox", HUB)
+    items = Hit("a", 0.3, probability=0.91), Hit("b", 0.2, probability=0.2)
+    hits = Hits(items, "fox", HUB, matched=True)
     assert "91%" in hits._repr_html_()
     assert "no good match" not in hits._repr_html_()
-    assert "“fox”: no good match" in Hits(hits[1:], "fox", HUB)._repr_html_()
+    assert "no good match" not in hits[1:]._repr_html_()
+    assert "“fox”: no good match" in Hits(items, "fox", HUB, matched=False)._repr_html_()
 
 
 def test_an_encoder_answers_and_a_report_show_themselves(tiny_checkpoint, tmp_path):

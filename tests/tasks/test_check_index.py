@@ -130,7 +130,7 @@ def tuned(tmp_path, monkeypatch):
         writer.append(images, records(len(images)))
         store = writer.finish({})
     nothing = np.empty(0, np.int64)
-    queries = SampleQueries(texts, nothing, texts[:5], "captions")
+    queries = SampleQueries([], texts, nothing, texts[:5], "captions")
     build_tuned(store, tmp_path / "tuned", queries, TuningTarget(recall=0.9))
     return tmp_path / "tuned", images, texts[1::2]
 

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +8,10 @@ import pytest
 from clipkit.artifacts import MANIFEST, ModelRef
 from clipkit.cli import main
 from clipkit.errors import ArtifactError
-from clipkit.index.calibration import calibrate
+from clipkit.index.calibration import Logistic, calibrate
 from clipkit.index.sample_queries import encode_sample_queries, generic_captions
 from clipkit.index.vector_index import VectorIndex
+from clipkit.index.writer import IndexWriter
 from clipkit.store.embedding_store import EmbeddingStore
 from clipkit.tasks.index import calibrate_index
 from tests.helpers.gap import gap
@@ -46,24 +48,87 @@ def index(tmp_path):
         return VectorIndex.build(writer.finish({}), tmp_path / "index").path
 
 
-def test_a_calibrated_index_tells_probabilities(index):
+def test_a_calibrated_index_states_probabilities(index):
     assert VectorIndex.open(index).calibration is None
     before = json.loads((index / MANIFEST).read_text())
     found = calibrate_index(index, Told())
-    assert found.calibration.informative
-    assert (found.source, found.measured.recall) == ("captions of the images", 1)
+    assert found.calibration.gives_probabilities
+    assert found.source == "captions of the images, other images rarely match"
+    assert found.measured.recall == 1
     after = json.loads((index / MANIFEST).read_text())
     assert after["detail"].pop("calibration") == found.calibration.to_dict()
     assert after["detail"].pop("measured") == found.measured.to_dict()
     assert after == before
     opened = VectorIndex.open(index)
     hits = opened.with_encoder(Told()).search("caption 8", k=5)
-    chances = opened.calibration.probabilities(
-        Told().encode_text(["caption 8"])[0], np.array([hit.score for hit in hits], np.float32)
-    )
-    assert [hit.probability for hit in hits] == pytest.approx(chances.tolist())
-    assert hits[0].probability > 0.5 > opened.with_encoder(Told()).search("?")[0].probability
+    query = Told().encode_text(["caption 8"])[0]
+    expected = opened.calibration.assess(query, np.array([hit.score for hit in hits], np.float32))
+    assert [hit.probability for hit in hits] == pytest.approx(expected.probabilities.tolist())
+    assert (hits.any_match, hits.matched) == (expected.any_match, True)
+    assert hits[0].probability > 0.4
+    assert (hits[1:].any_match, hits[1:].matched) == (hits.any_match, True)
+    other = opened.with_encoder(Told()).search("?")
+    assert other[0].probability < 0.2
+    assert other.any_match < 0.5
+    assert other.matched is False
+    image = opened.search(IMAGES[0])
+    assert (image[0].probability, image.any_match, image.matched) == (None, None, None)
+
+
+def test_the_captions_of_hits_grade_them(tmp_path):
+    # Images 2n and 2n + 1 have the same captions, and almost the same vector.
+    twins = IMAGES.repeat(2, axis=0)[: len(IMAGES)] + np.float32(0.001) * IMAGES
+    twins /= np.linalg.norm(twins, axis=1, keepdims=True)
+    rows = records(len(twins))
+    for number, record in enumerate(rows):
+        record["captions"] = [f"caption {number // 2}", f"caption {number // 2} again"]
+    with EmbeddingStore.create(tmp_path / "store", MODEL) as writer:
+        writer.append(twins[:500], rows[:500])
+        writer.append(twins[500:], rows[500:])
+        path = VectorIndex.build(writer.finish({}), tmp_path / "index").path
+    with IndexWriter(path) as writer:  # rows are counted without the removed ones
+        writer.remove([record["key"] for record in rows[:100]])
+        writer.commit()
+    found = calibrate_index(path, Told())
+    assert found.source == "captions of the images, other images graded by their captions"
+    hits = VectorIndex.open(path, encoder=Told()).search("caption 80", k=10)
+    assert {hit.key for hit in hits[:2]} == {"item-00160.png", "item-00161.png"}
+    assert min(hit.probability for hit in hits[:2]) > 0.5
+    assert max(hit.probability for hit in hits[2:]) < 0.2
+
+
+def test_without_captions_only_no_good_match_is_said(tmp_path):
+    bare = [record | {"captions": []} for record in records(len(IMAGES))]
+    with EmbeddingStore.create(tmp_path / "store", MODEL) as writer:
+        writer.append(IMAGES, bare)
+        path = VectorIndex.build(writer.finish({}), tmp_path / "index").path
+
+    class Generic(Told):
+        def encode_text(self, captions):
+            known = {text: f"caption {n}" for n, text in enumerate(generic_captions())}
+            return super().encode_text([known.get(text, text) for text in captions])
+
+    found = calibrate_index(path, Generic())
+    assert found.source == "generic captions"
+    assert found.to_dict()["hit"] is None
+    opened = VectorIndex.open(path, encoder=Generic())
+    hits = opened.search("caption 8")
+    assert (hits[0].probability, hits.any_match, hits.matched) == (None, None, None)
+    hits = opened.search("?")
+    assert (hits[0].probability, hits.any_match, hits.matched) == (None, None, False)
+
+
+def test_an_older_calibration_is_refused_until_the_index_is_calibrated_again(index):
+    file = index / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["detail"]["calibration"] = {"background": "", "weights": [9, -5], "auroc": 0.9}
+    file.write_text(json.dumps(manifest))
+    opened = VectorIndex.open(index, encoder=Told())
     assert opened.search(IMAGES[0])[0].probability is None
+    with pytest.raises(ArtifactError, match=f"`clipkit index calibrate {index}`"):
+        opened.search("caption 8")
+    calibrate_index(index, Told())
+    assert VectorIndex.open(index, encoder=Told()).search("caption 8")[0].probability > 0
 
 
 def test_scores_that_say_nothing_give_no_probability(index):
@@ -93,27 +158,49 @@ def test_the_commands(monkeypatch, capsys, colour_folder, tiny_checkpoint, tmp_p
     words = ("--out", tmp_path / "index", "--model", tiny_checkpoint)
     command(monkeypatch, capsys, "index", "build", colour_folder, *words)
     out, _ = command(monkeypatch, capsys, "index", "calibrate", tmp_path / "index", "--json")
-    assert set(json.loads(out)) == {
-        *("recall", "milliseconds", "queries", "auroc", "error", "captions", "source")
+    told = json.loads(out)
+    assert set(told) == {
+        *("recall", "milliseconds", "queries", "informative", "auroc", "captions", "source"),
+        *("hit", "any_match"),
     }
+    assert (told["source"], told["hit"], told["any_match"]) == ("generic captions", None, None)
     out, _ = command(monkeypatch, capsys, "index", "calibrate", tmp_path / "index")
     assert "recall@10      1.000 of 240 generic captions" in out
+    assert "probabilities  none" in out
 
-    # Weights that make every hit certain, then none.
-    for constant, said in ((50, "100%"), (-50, "0%")):
+    # Constants that make every hit certain, then none.
+    for constant, shown in ((50, "100%"), (-50, "0%")):
         file = tmp_path / "index" / MANIFEST
         manifest = json.loads(file.read_text())
-        manifest["detail"]["calibration"] |= {"weights": [1, constant], "auroc": 0.9}
+        sure = Logistic(1.0, constant, 0.02, ()).to_dict()
+        manifest["detail"]["calibration"] |= {"auroc": 0.9, "hit": sure, "any_match": sure}
         file.write_text(json.dumps(manifest))
         out, err = command(monkeypatch, capsys, "search", tmp_path / "index", "red", "-k", "2")
         header, *rows = (line.split() for line in out.splitlines())
-        assert header == ["rank", "match", "score", "key"]
-        assert [row[1] for row in rows] == [said, said]
-        assert ("no good match" in err) == (constant < 0)
+        assert header == ["rank", "probability", "score", "key"]
+        assert [row[1] for row in rows] == [shown, shown]
+        said = "no good match: the ten best hits hold one with a probability of 0%"
+        assert (said in err) == (constant < 0)
         out, _ = command(monkeypatch, capsys, "search", tmp_path / "index", "red", "--json")
-        assert json.loads(out.splitlines()[0])["probability"] == pytest.approx(
-            float(constant > 0), abs=1e-6
-        )
+        hit = json.loads(out.splitlines()[0])
+        assert hit["probability"] == pytest.approx(float(constant > 0), abs=1e-6)
+
+    manifest["detail"]["calibration"] |= {"noise": 2.0, "hit": None, "any_match": None}
+    file.write_text(json.dumps(manifest))
+    _, err = command(monkeypatch, capsys, "search", tmp_path / "index", "red")
+    assert "no good match: random words score as high" in err
+
+
+def test_the_command_says_how_well_the_probabilities_hold(monkeypatch, capsys, index):
+    monkeypatch.setattr("clipkit.index.vector_index.VectorIndex.text_encoder", Told())
+    out, _ = command(monkeypatch, capsys, "index", "calibrate", index)
+    shown = dict(line.split("  ", 1) for line in out.splitlines())
+    calibration = VectorIndex.open(index).calibration
+    assert shown["evidence"].strip() == ("600 captions of the images, other images rarely match")
+    error = f"calibration error {calibration.hit.error:.3f}"
+    assert shown["probability of a hit"].strip() == error
+    error = f"calibration error {calibration.any_match.error:.3f}"
+    assert shown["probability of any match"].strip() == error
 
 
 def test_an_untrained_network_gives_no_probability(tiny_checkpoint):
@@ -124,7 +211,10 @@ def test_an_untrained_network_gives_no_probability(tiny_checkpoint):
     encoder = load_model(tiny_checkpoint)
     images = encoder.encode_images([Image.fromarray(soft(40, 30, seed)) for seed in range(100)])
     told = encode_sample_queries([], encoder.encode_text)
-    asked = told.captions, told.rows, told.nonsense
-    assert not calibrate(*asked, lambda: [images], told.source).informative
-    own = encoder.encode_text([f"{text} and more" for text in generic_captions()[:100]])
-    assert not calibrate(own, np.arange(100), told.nonsense, lambda: [images], "").informative
+    assert not calibrate(told, lambda: [images], lambda rows: {}).informative
+    texts = [f"{text} and more" for text in generic_captions()[:100]]
+    own = replace(
+        told, texts=texts, captions=encoder.encode_text(texts), rows=np.arange(len(texts))
+    )
+    found = calibrate(own, lambda: [images], lambda rows: {int(n): [texts[n]] for n in rows})
+    assert not found.informative

@@ -437,7 +437,7 @@ def test_no_good_match_is_said_plainly(page, address):
     def none(route):
         answer = route.fetch()
         body = answer.json()
-        body["matched"] = False
+        body |= {"matched": False, "any_match": 0.21}
         for hit in body["hits"]:
             hit["probability"] = 0.034
         route.fulfill(response=answer, json=body)
@@ -445,9 +445,10 @@ def test_no_good_match_is_said_plainly(page, address):
     page.route("**/search?*", none)
     page.goto(f"{address}/?q=red")
     wait_for(page, "red", 3)
-    expect(page.locator("#status")).to_contain_text("No good match for “red”.")
+    said = "No good match for “red”: the ten best hits hold one with a probability of 21 %."
+    expect(page.locator("#status")).to_contain_text(said)
     expect(page.locator(".match b").first).to_have_text("3 %")
-    assert "3 % match" in page.get_attribute(".open", "aria-label")
+    assert "matches with a probability of 3 %" in page.get_attribute(".open", "aria-label")
 
 
 def test_script_in_names_captions_and_columns_is_shown_as_text(page, tmp_path):

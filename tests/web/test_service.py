@@ -12,7 +12,7 @@ from PIL import Image
 from clipkit.artifacts import MANIFEST
 from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.labels import parse_label
-from clipkit.index.calibration import Calibration
+from clipkit.index.calibration import Calibration, Logistic
 from clipkit.index.vector_index import MINUS_WEIGHT, VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.tasks.embed import embed
@@ -85,18 +85,19 @@ def test_minus_moves_away_from_text(ask):
 
 @pytest.fixture
 def calibrated(tmp_path):
-    """An index whose scores are probabilities: above 0.5 from a margin of 0.6 on."""
+    """An index whose scores are probabilities: above 0.5 from a margin of 0.6 on, any from 0.5."""
     path = build(tmp_path)
     index = VectorIndex.open(path)
     background = np.mean([index_vector for index_vector, _ in index.shards()], axis=(0, 1))
-    calibration = Calibration(background, (10.0, -6.0), 0.9, 0.05, 100, "captions")
+    hit, any_match = (Logistic(10.0, constant, 0.05, ()) for constant in (-6.0, -5.0))
+    calibration = Calibration(background, 0.9, 0.2, 100, "captions", hit, any_match)
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["detail"]["calibration"] = calibration.to_dict()
     (path / MANIFEST).write_text(json.dumps(manifest))
     return path
 
 
-def test_hits_of_words_have_a_probability_and_no_good_match_is_said(calibrated, monkeypatch):
+def test_hits_of_words_have_a_probability_and_no_good_match_is_said(calibrated):
     searcher = VectorIndex.open(calibrated, encoder=ServedEncoder())
     with client(calibrated) as ask:
         assert ask.get("/info").json()["calibrated"] is True
@@ -106,11 +107,15 @@ def test_hits_of_words_have_a_probability_and_no_good_match_is_said(calibrated, 
             found = [hit["probability"] for hit in body["hits"]]
             np.testing.assert_allclose(found, expected[offset : offset + 5], atol=1e-6)
             assert body["matched"] is True
-        monkeypatch.setattr("clipkit.web.service.GOOD", 0.999)
-        assert ask.get("/search", params={"q": "red"}).json()["matched"] is False
+            assert body["any_match"] == pytest.approx(searcher.search("red").any_match, abs=1e-6)
+        words = {"q": "red", "where": "folder = 'blue'"}
+        body = ask.get("/search", params=words).json()
+        assert body["any_match"] < 0.5
+        assert body["matched"] is False
         for other in ({"like": "red/red-0.png"}, {"q": "red", "minus": "blue"}, {}):
             body = ask.get("/search", params=other).json()
-            assert (body["matched"], body["hits"][0]["probability"]) == (None, None)
+            assert (body["any_match"], body["matched"]) == (None, None)
+            assert body["hits"][0]["probability"] is None
 
 
 def test_opposites_are_refused(ask):

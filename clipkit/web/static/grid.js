@@ -112,7 +112,7 @@ export class Grid {
 }
 
 function matchText(hit) {
-  if (hit.probability !== null) return `${percent(hit.probability)} match`;
+  if (hit.probability !== null) return `matches with a probability of ${percent(hit.probability)}`;
   return hit.score === null ? "" : `score ${hit.score.toFixed(3)}`;
 }
 
@@ -121,7 +121,8 @@ function matchLine(hit) {
   const shown = calibrated ? percent(hit.probability) : hit.score.toFixed(3);
   return make("div", {
     className: "match",
-    title: calibrated ? `score ${hit.score.toFixed(3)}` : "inner product with the query",
+    title: calibrated ? `probability that this image matches the text; score ${hit.score.toFixed(3)}`
+      : "inner product with the query",
     children: [make("b", { text: shown }), bar(calibrated ? hit.probability : hit.score)],
   });
 }
@@ -190,7 +191,7 @@ export class Details {
     $("details-name").textContent = hit.key;
     const score = hit.score === null ? "" : `score ${hit.score.toFixed(3)}`;
     const match = hit.probability === null ? score
-      : `${percent(hit.probability)} match, ${score}`;
+      : `probability of a match ${percent(hit.probability)}, ${score}`;
     $("details-match").textContent = [match, `number ${hit.rank}`].filter(Boolean).join(" · ");
     $("details-captions").replaceChildren(...hit.captions.map((text) => make("li", { text })));
     const facts = Object.entries({ label: hit.label, ...hit.more });

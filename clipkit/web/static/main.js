@@ -2,7 +2,7 @@
 
 import { request, thumb, uploaded } from "./api.js";
 import { Classify } from "./classify.js";
-import { $, count, debounced, images, make } from "./dom.js";
+import { $, count, debounced, images, make, percent } from "./dom.js";
 import { fillFilters, join, split } from "./filters.js";
 import { Details, Grid } from "./grid.js";
 import { inWords, isSearch, read, terms, write } from "./state.js";
@@ -129,7 +129,10 @@ function showResponse() {
 
 function summary(far) {
   if (far) {
-    return `No good match for ${inWords(state)}. The nearest of ${images(response.total)} follow.`;
+    const chance = response.any_match === null ? "random words score as high"
+      : `the ten best hits hold one with a probability of ${percent(response.any_match)}`;
+    return `No good match for ${inWords(state)}: ${chance}. `
+      + `The nearest of ${images(response.total)} follow.`;
   }
   const among = state.where ? " with this filter" : "";
   if (!response.total) return among ? `No image${among}.` : "This index has no images yet.";

@@ -26,6 +26,8 @@ NONSENSE = 200
 """Queries of random words."""
 FILE = "sample_queries.bin"
 """In NumPy's format, but not named .npy like the vectors of images."""
+OLD_FILE = "questions.npy"
+"""Its name in indexes of older versions."""
 _SYLLABLES = [
     *("ba", "ke", "lo", "mi", "tu", "ra", "ze", "no", "shi", "pla"),
     *("gru", "vex", "qua", "fro", "zy", "dwi", "olp", "urk", "snee", "thab"),
@@ -133,6 +135,7 @@ def write_sample_queries(folder: Path, captions: Floats) -> None:
     index's content, so that they fit any state of it.
     """
     write_file(folder / FILE, lambda stream: np.save(stream, captions))
+    (folder / OLD_FILE).unlink(missing_ok=True)
 
 
 def read_sample_queries(folder: Path, dim: int) -> Floats | None:

@@ -7,8 +7,11 @@ An index is a directory of one or more segments, named by its ``manifest.json``:
                            id, a number that an item keeps through every change of the index
     vectors.npy            its exact vectors, if the FAISS index does not store them
     index-000003.faiss     a later segment: items added since, exact (Flat), beside its records
-    dead-000004-0.npy      one bit per row: the removed rows of the first segment
+    dead-000004-0.bin      one bit per row: the removed rows of the first segment
     sample_queries.bin     caption vectors used for tuning and calibration (``sample_queries``)
+
+The last two are in NumPy's format. Tools such as ``embedding-reader`` take every ``*.npy`` file of
+a directory for vectors of images, so only those have that name.
 
 **Why segments.** Adding ten photos to an index of a million writes a file of ten rows instead of a
 copy of the whole index. HNSW cannot remove items, and the trained lists of an IVF fit later

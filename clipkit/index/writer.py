@@ -37,7 +37,8 @@ from clipkit.store.shards import Vectors, check_vectors
 Live = NDArray[np.bool_] | None
 """bool [rows], False for removed rows; None if no row is removed."""
 _OURS = re.compile(
-    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy)|\.(manifest\.json|sample_queries\.bin)\.tmp"
+    r"(index|records|vectors|dead)(-\d+)*\.(faiss|parquet|npy|bin)"
+    r"|\.(manifest\.json|sample_queries\.bin)\.tmp|questions\.npy"
 )
 GROWTH = 2
 """Later segments with at most this many times the added rows are merged with them."""
@@ -179,7 +180,7 @@ class IndexWriter:
         segments = list(zip(self.index.segments, self._live, strict=True))
         first = 0 if compact else self._first_joined()
         parts = [
-            self._with_dead(segment, live, f"dead-{detail['generation']:06d}-{number}.npy")
+            self._with_dead(segment, live, f"dead-{detail['generation']:06d}-{number}.bin")
             for number, (segment, live) in enumerate(segments[:first])
         ]
         rows = _Joined(self.index.dim, self.path, segments[first:], self._added)
@@ -214,7 +215,8 @@ class IndexWriter:
         if live is segment.live:
             return segment.parts
         files = {n: f for n, f in segment.parts.files.items() if n != segment.parts.dead}
-        np.save(self.path / name, np.packbits(~np.asarray(live), bitorder="little"))
+        with (self.path / name).open("wb") as stream:
+            np.save(stream, np.packbits(~np.asarray(live), bitorder="little"))
         removed = segment.rows - _count(segment, live)
         return replace(
             segment.parts,
@@ -241,7 +243,7 @@ class IndexWriter:
         return ArtifactError(f"{self.path} has no item {key!r}, nothing was removed; {hint}")
 
     def _sweep(self) -> None:
-        """Delete files of earlier states and of killed writers."""
+        """Delete files of earlier states, of killed writers and of older versions."""
         with suppress(ArtifactError, OSError):
             parts = parts_of(read_manifest(self.path, "index"), self.path)
             named = {MANIFEST, *(name for one in parts for name in one.names)}

@@ -10,7 +10,7 @@ import numpy as np
 from clipkit.errors import ArtifactError
 from clipkit.index.build import sealed
 from clipkit.index.exact import search_exact, take_rows
-from clipkit.index.sample_queries import read_sample_queries
+from clipkit.index.sample_queries import OLD_FILE, read_sample_queries
 from clipkit.index.tuning import exact_milliseconds, remeasure
 from clipkit.index.vector_index import VectorIndex
 from clipkit.store.shards import UNIT_TOLERANCE, Vectors
@@ -180,6 +180,11 @@ def _ask(index: VectorIndex, report: IndexReport) -> None:
 
 def _advice(index: VectorIndex, report: IndexReport, behind: int) -> Iterator[str]:
     compact = f"`clipkit index compact {index.path}`"
+    if (index.path / OLD_FILE).exists():
+        yield (
+            f"{OLD_FILE} holds captions, but other tools take it for vectors of images: "
+            f"`clipkit index calibrate {index.path}` replaces it"
+        )
     if report.removed > MOST_REMOVED:
         yield f"{report.removed:.0%} of its rows are removed: {compact} makes it smaller and faster"
     if index.spec != "Flat" and report.later > MOST_LATER and behind > FEWEST_LATER:

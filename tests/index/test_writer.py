@@ -344,7 +344,7 @@ def test_what_changes_while_it_is_opened_is_opened_as_it_is_then(tmp_path, monke
     np.testing.assert_array_equal(np.concatenate([rows for rows, _ in index.shards()]), wanted)
 
 
-@pytest.mark.parametrize("name", ["vectors.npy", "dead-000001-0.npy", "index-000002.faiss"])
+@pytest.mark.parametrize("name", ["vectors.npy", "dead-000001-0.bin", "index-000002.faiss"])
 @pytest.mark.parametrize("damage", ["remove", "cut", "empty"])
 def test_damaged_parts_are_a_sentence(tmp_path, name, damage):
     path = tmp_path / "index"
@@ -372,3 +372,32 @@ def test_a_manifest_that_was_tampered_with_is_a_sentence(tmp_path, segments):
     (path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="build the index again"):
         VectorIndex.open(path)
+
+
+def test_only_vectors_of_images_are_named_npy(tmp_path):
+    path = tmp_path / "index"
+    VectorIndex.build(make_store(tmp_path / "store", unit_rows(40, DIM)), path, "SQ8")
+    np.save(path / "questions.npy", unit_rows(5, DIM))  # captions, by an older version
+    with IndexWriter(path) as writer:
+        writer.remove(["item-00000.png"])
+        writer.commit()
+    assert (path / "dead-000001-0.bin").is_file()
+    assert [file.name for file in path.glob("*.npy")] == ["vectors.npy"]
+    assert np.load(path / "vectors.npy").shape == (40, DIM)
+
+
+def test_removed_rows_of_an_older_version_are_read(tmp_path):
+    path = tmp_path / "index"
+    VectorIndex.build(make_store(tmp_path / "store", unit_rows(40, DIM)), path, "SQ8")
+    with IndexWriter(path) as writer:
+        writer.remove(["item-00007.png"])
+        writer.commit()
+    new, old = "dead-000001-0.bin", "dead-000001-0.npy"
+    (path / new).rename(path / old)
+    (path / MANIFEST).write_text((path / MANIFEST).read_text().replace(new, old))
+    assert "item-00007.png" not in VectorIndex.open(path).keys
+    with IndexWriter(path) as writer:
+        writer.remove(["item-00008.png"])
+        writer.commit()
+    assert not (path / old).exists()
+    assert len(VectorIndex.open(path)) == 38

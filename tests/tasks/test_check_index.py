@@ -11,7 +11,7 @@ import pytest
 from clipkit.artifacts import ModelRef
 from clipkit.cli import main
 from clipkit.index import tuning as tune
-from clipkit.index.sample_queries import SampleQueries
+from clipkit.index.sample_queries import SampleQueries, write_sample_queries
 from clipkit.index.tuning import TuningTarget, build_tuned
 from clipkit.index.vector_index import VectorIndex
 from clipkit.index.writer import IndexWriter
@@ -191,6 +191,15 @@ def test_why_captions_are_not_asked_is_said(index, tuned):
     assert (report.text_recall, report.problems) == (None, [])
     assert "sample_queries.bin" in report.not_measured
     assert report.recorded_recall is not None
+
+
+def test_captions_that_other_tools_take_for_vectors_are_replaced(tuned):
+    path, _, texts = tuned
+    np.save(path / "questions.npy", texts)
+    assert any("questions.npy" in advice for advice in check_index(path).advice)
+    write_sample_queries(path, texts)
+    assert not (path / "questions.npy").exists()
+    assert not any("questions.npy" in advice for advice in check_index(path).advice)
 
 
 def test_no_torch_is_needed(tuned):

@@ -50,7 +50,9 @@ def _column(what: str, more: str = "") -> Any:
 
 
 ImageColumn = Annotated[str | None, _column("images")]
-CaptionColumn = Annotated[str | None, _column("captions", "; '' for none")]
+CaptionColumn = Annotated[
+    str | None, _column("captions", "; sentences.raw for a nested field; '' for none")
+]
 LabelColumn = Annotated[str | None, _column("labels", "; '' for none")]
 ImageRoot = Annotated[
     str | None,

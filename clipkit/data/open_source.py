@@ -70,7 +70,8 @@ def open_source(
               pandas data frame, an Arrow table or a ``datasets`` dataset, which are tables.
             - A Source, which is returned as it is.
         image: name of the image column; None looks for the usual names.
-        caption: name of the caption column; "" ignores captions.
+        caption: name of the caption column, with dots for a field of nested objects or lists
+            (``sentences.raw``); "" ignores captions.
         label: name of the label column; "" ignores labels.
         streaming: read rows in order instead of holding them in memory; None streams tars,
             zip archives, and tables larger than 2 GiB.
@@ -214,7 +215,7 @@ def _open(text: str, wanted: Wanted, streaming: bool | None) -> Source:
     stem, _, split = str(path).rpartition(":")
     if stem and is_saved(Path(stem)):
         return open_saved(Path(stem), split, wanted, streaming)
-    if Path(stem).suffix.lower() in (".json", ".jsonl") and os.path.isfile(stem):
+    if TABLES.get(Path(stem).suffix.lower()) in ("json", "jsonl") and os.path.isfile(stem):
         return open_table([Path(stem)], wanted, streaming, split=split)
     raise DataError(_nothing_there(text, path))
 

@@ -298,6 +298,17 @@ def test_a_folder_with_metadata(tmp_path, name):
     assert colours(source) == [COLOURS["a"]]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.csv", "image,text\n,lost"), ("t.jsonl", '{"image": "", "text": "lost"}')],
+)
+def test_a_source_without_one_image_is_refused(tmp_path, streaming, name, content):
+    put(tmp_path / name, content)
+    found = refusal(tmp_path / name, streaming=streaming)
+    assert f"{name} holds no image that can be used: row 0 names no image" in found
+
+
 # Parquet
 
 
@@ -498,7 +509,7 @@ def test_what_a_tar_may_hold(tmp_path):
     assert reasons == [
         ("t.tar/2.png", "the JSON beside it is damaged and left out"),
         ("t.tar/2.png", "a caption of it is not UTF-8 and is left out"),
-        ("t.tar/3", "has no image right beside it in the tar"),
+        ("t.tar/3", "has no image right beside it in the tar; sort its members by name"),
         ("t.tar/2.png", "repeats the name of an earlier image in the tar (at byte 9216)"),
         ("t.tar/2.png", "repeats the name of an earlier image in the tar (at byte 10752)"),
     ]

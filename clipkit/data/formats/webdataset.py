@@ -281,7 +281,9 @@ class Tar:
                     stems.setdefault(member.stem, member)
             images = list(stems.values())
         if not images:
-            self.skipped.append((group[0].base, "has no image right beside it in the tar"))
+            self.skipped.append(
+                (group[0].base, "has no image right beside it in the tar; sort its members by name")
+            )
             return []
         used = {id(image) for image in images}
         items = []

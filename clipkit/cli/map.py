@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import OUTPUT, Json
-from clipkit.cli.output import note, print_facts, print_json
+from clipkit.cli.options import OUTPUT, IndexModel, Json
+from clipkit.cli.output import load_encoder, note, print_facts, print_json
 
 
 def draw(
@@ -20,6 +20,7 @@ def draw(
     clusters: Annotated[
         int, typer.Option(min=0, help="Number of clusters; 0 chooses it from the number of items.")
     ] = 0,
+    model: IndexModel = None,
     as_json: Json = False,
     html: Annotated[
         Path,
@@ -36,8 +37,9 @@ def draw(
     from clipkit.tasks.map import draw_map
 
     names = EVERYDAY if labels is None else read_labels(labels) if labels else ()
+    encoder = load_encoder(model, None) if model else None
     note("computing the layout; 50,000 items take a few minutes")
-    drawn = draw_map(collection, html, labels=names, clusters=clusters)
+    drawn = draw_map(collection, html, labels=names, encoder=encoder, clusters=clusters)
     if drawn.items < drawn.total:
         note(f"drew a sample of {drawn.items:,} of {drawn.total:,} items")
     if drawn.without_image:

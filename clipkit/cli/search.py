@@ -5,8 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, Json, Precision
-from clipkit.cli.output import load_maker, note, print_described, print_hits, print_pictures
+from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, IndexModel, Json, Precision
+from clipkit.cli.output import (
+    load_encoder,
+    load_maker,
+    note,
+    print_described,
+    print_hits,
+    print_pictures,
+)
 
 if TYPE_CHECKING:
     from clipkit.index.hits import Hits
@@ -42,6 +49,7 @@ def search(
         typer.Option("--from", help="A file of queries, one a line; - reads stdin."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    model: IndexModel = None,
     precision: Precision = None,
     device: Device = None,
     as_json: Json = False,
@@ -70,7 +78,9 @@ def search(
 
     from clipkit.tasks.search import write_page
 
-    if precision is not None or device is not None:
+    if model is not None:
+        opened = opened.with_encoder(load_encoder(model, precision or "fp32", device))
+    elif precision is not None or device is not None:
         encoder = load_maker(opened.model, f"the index {index}", precision or "fp32", device)
         opened = opened.with_encoder(encoder)
     found: list[tuple[str | None, Hits]] = []

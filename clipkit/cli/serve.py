@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import Device, Index, Precision
-from clipkit.cli.output import note
+from clipkit.cli.options import Device, Index, IndexModel, Precision
+from clipkit.cli.output import load_encoder, note
 
 
 def serve(
@@ -25,6 +25,7 @@ def serve(
     cache: Annotated[
         Path | None, typer.Option(help="Thumbnail folder; default: the user's cache.")
     ] = None,
+    model: IndexModel = None,
     precision: Precision = None,
     device: Device = None,
 ) -> None:
@@ -39,6 +40,7 @@ def serve(
 
     run(
         index,
+        encoder=load_encoder(model, precision, device) if model else None,
         host=host,
         port=port,
         token=token,

@@ -197,6 +197,8 @@ def _is_one_kind(files: Sequence[Path]) -> bool:
 
 
 def _absolute(text: str) -> Path:
+    if not text:  # which would mean the current directory
+        raise DataError("the path is empty, expected data such as a folder; write . for this one")
     path = os.path.abspath(text)
     if not is_utf8(path):
         raise DataError(f"the path {printable(text)} is not UTF-8; rename it")

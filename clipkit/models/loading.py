@@ -145,7 +145,7 @@ def load_model_ref(
     if model.external:
         raise ModelError(
             f"the vectors of {what} came from outside clipkit, so the model for texts and images "
-            "is unknown; pass encoder=..., or search with a vector"
+            "is unknown; name it (--model, or encoder= in Python), or search with a vector"
         )
     if model.weights == OBJECT:
         raise ModelError(

@@ -221,8 +221,10 @@ def _embedded(manifest: Manifest, keys: Sequence[str]) -> list[str]:
     step = -(-len(keys) // MAX_EMBEDDED)
     found = dict.fromkeys(keys[::step], "")
     # The source may have been deleted, and a damaged image must not affect the others.
+    if "spec" not in manifest.source:  # vectors from outside have no images
+        return [""] * len(keys)
     with suppress(DataError):
-        for row in open_source(manifest.source.get("spec", ""), caption="", label="").rows:
+        for row in open_source(manifest.source["spec"], caption="", label="").rows:
             if row.key in found:
                 with suppress(ImageError):
                     found[row.key] = data_uri(thumbnail(row.read_image()))

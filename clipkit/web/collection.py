@@ -190,6 +190,7 @@ class ServedIndex:
     Raises:
         ArtifactError: the index does not exist or is damaged.
         ModelError: its model cannot be loaded.
+        ModelMismatchError: ``encoder`` is another model than the index's.
     """
 
     def __init__(
@@ -204,6 +205,8 @@ class ServedIndex:
         self._precision, self._device = precision or DEFAULT_PRECISION, device
         self._refreshing = threading.Lock()
         self._state = self._manifest_state()
+        if encoder is not None:
+            VectorIndex.open(path, encoder=encoder)  # refuses the wrong model
         self.collection = self._open(encoder)
 
     def refresh(self) -> bool:
@@ -229,7 +232,8 @@ class ServedIndex:
 
     def _open(self, encoder: Encoder | None) -> Collection:
         index = VectorIndex.open(self.path)
-        if encoder is None or encoder.model.fingerprint != index.model.fingerprint:
+        changed = encoder is not None and encoder.model.fingerprint != index.model.fingerprint
+        if encoder is None or (changed and not index.model.external):
             encoder = load_model_ref(
                 index.model,
                 f"the index {self.path}",

@@ -1,6 +1,7 @@
 """The HTTP API against what the same searches give in Python."""
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,17 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clipkit
 from clipkit.artifacts import MANIFEST
 from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.labels import parse_label
+from clipkit.errors import ModelError, ModelMismatchError
 from clipkit.index.calibration import Calibration, Logistic
 from clipkit.index.vector_index import MINUS_WEIGHT, VectorIndex
 from clipkit.index.writer import IndexWriter
 from clipkit.tasks.embed import embed
 from clipkit.tasks.index import build_index
 from clipkit.web import batching as vectors
-from clipkit.web.collection import Collection
+from clipkit.web.collection import Collection, ServedIndex
 from clipkit.web.schemas import RequestError
+from tests.helpers.models import save_tiny
 from tests.helpers.toys import COLOURS, png, soft, square, write_squares
 from tests.helpers.web_toys import ServedEncoder, build, client, keys, scores
 
@@ -417,3 +421,28 @@ def test_an_image_is_read_as_those_of_the_index_were(tmp_path):
             expected = searcher.search(image=tmp_path / "other.jpg", k=17)
             assert keys(answer) == [hit.key for hit in expected]
             np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-6)
+
+
+def test_vectors_from_outside_are_served_with_the_model_that_is_named(tiny_checkpoint, tmp_path):
+    encoder = clipkit.load_model(tiny_checkpoint)
+    words = ["red", "green", "blue"]
+    vectors = encoder.encode_text(words)
+    clipkit.VectorIndex.from_vectors(vectors, words, path=tmp_path / "index")
+    served = ServedIndex(tmp_path / "index", encoder=encoder)
+    assert served.collection.encoder is encoder
+    clipkit.VectorIndex.from_vectors(vectors[:2], words[:2], path=tmp_path / "other")
+    shutil.rmtree(tmp_path / "index")
+    (tmp_path / "other").rename(tmp_path / "index")
+    assert served.refresh()
+    assert served.collection.keys == words[:2]
+    assert served.collection.encoder is encoder
+    with pytest.raises(ModelError, match="--model, or encoder="):
+        ServedIndex(tmp_path / "index")
+
+
+def test_a_model_named_for_another_index_is_refused(tiny_checkpoint, colour_folder, tmp_path):
+    encoder = clipkit.load_model(tiny_checkpoint)
+    clipkit.build_index(colour_folder, tmp_path / "index", encoder)
+    other = clipkit.load_model(save_tiny(tmp_path / "other", seed=1))
+    with pytest.raises(ModelMismatchError):
+        ServedIndex(tmp_path / "index", encoder=other)

@@ -29,7 +29,8 @@ class Root:
 
     Attributes:
         prefix: the prefix of its keys, without the slash; empty for the first root.
-        where: the absolute path of a directory or file, or the name of a hub dataset.
+        where: the absolute path of a directory or file, or the name of a hub dataset; empty for
+            what was given as Python objects.
         folder: whether it is a folder of images.
         base: the folder that keys are relative to, if ``where`` is a table and its images are
             elsewhere.
@@ -53,7 +54,8 @@ class Root:
         return key[len(self.prefix) + 1 :] if self.prefix else key
 
     def __str__(self) -> str:
-        return f"{self.where} (as {self.prefix}/)" if self.prefix else self.where
+        where = self.where or "objects in memory"
+        return f"{where} (as {self.prefix}/)" if self.prefix else where
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def root_of(source: dict[str, Any], prefix: str = "") -> Root:
         return Root(prefix, str(root), True, listed=(os.path.basename(spec),))
     if kind in FOLDERS and root:
         return Root(prefix, str(root), True, listed=listed, columns=columns)
+    if kind == "pairs":
+        return Root(prefix, "", False)
     if kind in ("hub", None):
         return Root(prefix, spec, False, columns=columns)
     if kind == "saved" and root:

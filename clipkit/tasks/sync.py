@@ -260,7 +260,7 @@ class Update:
 
 def sync_index(
     index: str | Path | VectorIndex,
-    data: str | Path | Source | None = None,
+    data: Data | None = None,
     encoder: "Encoder | None" = None,
     *,
     image: str | None = None,
@@ -295,11 +295,11 @@ def sync_index(
     """
     columns = {"image": image, "caption": caption}
     named = {name: column for name, column in columns.items() if column is not None}
-    data = data if data is None or isinstance(data, Source) else str(data)
+    data = str(data) if isinstance(data, Path) else data
     with IndexWriter(index) as writer:
         roots = roots_of(writer.index.manifest)
         if data is None:
-            _require_folders(roots, writer.path)
+            _require_sources(roots, writer.path)
         total = Changes()
         for number in range(len(roots)) if data is None else [_number(data, roots)]:
             if number is None:
@@ -308,7 +308,7 @@ def sync_index(
                     data, image=image, caption=caption, metadata=True, image_root=image_root
                 )
                 source, scope, roots = _scope_of(source, roots, writer.index)
-                if scope.below and not isinstance(data, Source):
+                if scope.below and isinstance(data, str):
                     # Labels and captions of a folder can come from the folders above it.
                     source = _open_root(scope.root)
             else:
@@ -396,9 +396,9 @@ def _root(source: Source) -> Root:
     return root_of({**source.origin, "spec": spec})
 
 
-def _number(data: str | Source, roots: Sequence[Root]) -> int | None:
+def _number(data: Data, roots: Sequence[Root]) -> int | None:
     """The number of the root that a path or name is; None if it is none of them."""
-    names = () if isinstance(data, Source) else (data, os.path.abspath(data))
+    names = (data, os.path.abspath(data)) if isinstance(data, str) else ()
     return next((number for number, root in enumerate(roots) if root.where in names), None)
 
 
@@ -416,9 +416,14 @@ def _open_root(root: Root) -> Source:
     )
 
 
-def _require_folders(roots: Sequence[Root], index: Path) -> None:
-    """Raise DataError if a folder of the index no longer exists."""
+def _require_sources(roots: Sequence[Root], index: Path) -> None:
+    """Raise DataError if a source of the index cannot be read again or a folder is gone."""
     for root in roots:
+        if not root.where:
+            raise DataError(
+                f"items of {index} were given as Python objects, which cannot be read again, "
+                "nothing was changed; name one of its folders, or build the index again"
+            )
         if root.folder and not os.path.isdir(root.where):
             command = f"clipkit index sync {shlex.quote(str(index))} NEWFOLDER"
             raise DataError(

@@ -504,3 +504,19 @@ def test_the_columns_of_a_table_are_remembered_and_can_be_changed(photos, tmp_pa
     assert counts(sync_index(index)) == {"unchanged": 2}
     with pytest.raises(DataError, match="no column 'none'"):
         sync_index(index, caption="none")
+
+
+def test_what_was_in_memory_is_not_read_again(tmp_path, photos, encoder):
+    pairs = [(square("red", shade=shade), f"caption {shade}") for shade in range(3)]
+    index = build_index(pairs, tmp_path / "index", encoder).path
+    with pytest.raises(DataError, match="given as Python objects, which cannot be read again"):
+        sync_index(index, encoder=encoder)
+    with pytest.raises(ArtifactError, match="not part of .*expected one of objects in memory"):
+        sync_index(index, pairs, encoder)
+    assert counts(add_images(index, pairs, encoder)) == {"added": 3}
+    changes = add_images(index, photos, encoder)
+    assert (changes.added, changes.prefix) == (16, "photos")
+    assert counts(sync_index(index, photos, encoder)) == {"unchanged": 16}
+    external = VectorIndex.from_vectors(np.eye(3), ["a", "b", "c"], path=tmp_path / "external")
+    with pytest.raises(DataError, match="given as Python objects"):
+        sync_index(external)

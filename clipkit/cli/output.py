@@ -199,7 +199,8 @@ def describe_calibration(found: "Calibration | None") -> list[tuple[str, str]]:
     """What is known of an index's probabilities, as facts."""
     if found is None:
         return []
-    evidence = ("evidence", f"{found.captions} {found.source}")
+    grading = f", {found.grading}" if found.grading else ""
+    evidence = ("evidence", f"{found.captions} {found.source}{grading}")
     auroc = f"AUROC {found.auroc:.3f} of captions against random words"
     if not found.informative:
         note(

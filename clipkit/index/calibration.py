@@ -119,9 +119,10 @@ class Calibration:
             chance.
         noise: margin that the best hits of 95 % of random-word queries stay below.
         captions: how many captions were searched for.
-        source: the evidence: which captions, and how other images than their own were graded.
+        source: where those come from.
         hit: the probability that a hit matches; None if the captions are not those of the images.
         any_match: the probability that any of the ten best hits matches; None likewise.
+        grading: how images other than a caption's own were graded; None likewise.
     """
 
     background: Floats
@@ -131,6 +132,7 @@ class Calibration:
     source: str
     hit: Logistic | None = None
     any_match: Logistic | None = None
+    grading: str | None = None
 
     @property
     def informative(self) -> bool:
@@ -168,6 +170,7 @@ class Calibration:
             "auroc": round(self.auroc, 4),
             "captions": self.captions,
             "source": self.source,
+            "grading": self.grading,
             **{name: None if one is None else one.to_dict() for name, one in fitted.items()},
         }
 
@@ -198,12 +201,12 @@ class Calibration:
             background = np.frombuffer(base64.b64decode(raw["background"]), "<f4")
             if background.shape != (dim,):
                 raise ValueError(f"a background of {len(background)} numbers")
-            fitted = [
+            hit, any_match = (
                 None if raw[name] is None else Logistic.from_dict(raw[name])
                 for name in ("hit", "any_match")
-            ]
+            )
             figures = float(raw["auroc"]), float(raw["noise"]), int(raw["captions"])
-            return cls(background, *figures, str(raw["source"]), *fitted)
+            return cls(background, *figures, str(raw["source"]), hit, any_match, raw["grading"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"the calibration in the manifest of {path} cannot be read ({error}), expected "
@@ -234,7 +237,7 @@ def calibrate(queries: SampleQueries, blocks: Blocks, captions_of: CaptionsOf) -
     )
     if not len(queries.rows):
         return Calibration(*facts, queries.source)
-    grades, graded = grade_hits(
+    grades, grading = grade_hits(
         queries.texts, queries.rows, hits, captions_of(np.union1d(hits, queries.rows))
     )
     own = hits == queries.rows[:, None]
@@ -246,9 +249,10 @@ def calibrate(queries: SampleQueries, blocks: Blocks, captions_of: CaptionsOf) -
     margins, grades = (np.stack(one) for one in zip(with_own, without, strict=True))
     return Calibration(
         *facts,
-        f"{queries.source}, {graded}",
+        queries.source,
         _fit_hits(margins, grades),
         _fit_any_match(margins, grades, noise.astype(np.float64)),
+        grading,
     )
 
 

@@ -53,7 +53,8 @@ def test_a_calibrated_index_states_probabilities(index):
     before = json.loads((index / MANIFEST).read_text())
     found = calibrate_index(index, Told())
     assert found.calibration.gives_probabilities
-    assert found.source == "captions of the images, other images rarely match"
+    assert found.source == "captions of the images"
+    assert found.calibration.grading == "other images rarely match"
     assert found.measured.recall == 1
     after = json.loads((index / MANIFEST).read_text())
     assert after["detail"].pop("calibration") == found.calibration.to_dict()
@@ -90,7 +91,7 @@ def test_the_captions_of_hits_grade_them(tmp_path):
         writer.remove([record["key"] for record in rows[:100]])
         writer.commit()
     found = calibrate_index(path, Told())
-    assert found.source == "captions of the images, other images graded by their captions"
+    assert found.calibration.grading == "other images graded by their captions"
     hits = VectorIndex.open(path, encoder=Told()).search("caption 80", k=10)
     assert {hit.key for hit in hits[:2]} == {"item-00160.png", "item-00161.png"}
     assert min(hit.probability for hit in hits[:2]) > 0.5
@@ -161,7 +162,7 @@ def test_the_commands(monkeypatch, capsys, colour_folder, tiny_checkpoint, tmp_p
     told = json.loads(out)
     assert set(told) == {
         *("recall", "milliseconds", "queries", "informative", "auroc", "captions", "source"),
-        *("hit", "any_match"),
+        *("grading", "hit", "any_match"),
     }
     assert (told["source"], told["hit"], told["any_match"]) == ("generic captions", None, None)
     out, _ = command(monkeypatch, capsys, "index", "calibrate", tmp_path / "index")

@@ -12,7 +12,9 @@ import os
 import shlex
 import shutil
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -276,10 +278,30 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Replace a UTF-8 text file atomically; on failure the old content remains."""
-    temp = file.with_name(f".{file.name}.tmp")
-    try:
+    with replacing(file) as temp:
         temp.write_text(text, encoding="utf-8")
-        _sync(temp)
+
+
+@contextmanager
+def replacing(file: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
+    """A temporary path; what is written there replaces ``file`` at the end of the ``with`` block.
+
+    On failure the old content remains, and the partial file is deleted.
+
+    Args:
+        file: the file to replace or create.
+        durable: flush to disk first, so that a power failure cannot leave an empty file.
+        shared: several processes may write the file at once, so the temporary name is random.
+    """
+    temp = file.with_name(f".{file.name}.tmp")
+    if shared:
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        os.close(handle)
+        temp = Path(name)
+    try:
+        yield temp
+        if durable:
+            _sync(temp)
         temp.replace(file)
     finally:
         temp.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ file has a folder of its own: ``vectors``, ``models``, ``thumbnails``.
 """
 
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from clipkit.artifacts import replacing
 
 PLACE = "CLIPKIT_CACHE"
 """Environment variable with the path of the cache directory, or ``off`` to disable caching."""
@@ -80,14 +81,8 @@ class VectorCache:
         content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, texts)
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temp = tempfile.mkstemp(prefix=".", dir=self.folder)
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(content)
-                os.replace(temp, self._file(key))
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temp)
+            with replacing(self._file(key), durable=False, shared=True) as temp:
+                temp.write_bytes(content)
             self._tidy()
 
     def _file(self, key: str) -> Path:

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -25,12 +24,11 @@ def encode_jpeg(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def contact_sheet(images: Sequence[tuple[str, bytes]], file: Path) -> None:
-    """Write one image of many, those of one name together under it.
+def contact_sheet(images: Sequence[tuple[str, bytes]]) -> Image.Image:
+    """One image of many, those of one name together under it.
 
     Args:
         images: name and JPEG of each, sorted by name.
-        file: the PNG or JPEG to write, atomically.
     """
     groups = [(name, list(part)) for name, part in groupby(images, key=lambda one: one[0])]
     cell = SIDE + _GAP
@@ -47,9 +45,4 @@ def contact_sheet(images: Sequence[tuple[str, bytes]], file: Path) -> None:
                 down = top + place // _ACROSS * cell + (SIDE - small.height) // 2
                 sheet.paste(small, (left, down))
         top += -(-len(part) // _ACROSS) * cell
-    temp = file.with_name(f".{file.name}.tmp")
-    try:
-        sheet.save(temp, "PNG" if file.suffix.lower() == ".png" else "JPEG")
-        temp.replace(file)
-    finally:
-        temp.unlink(missing_ok=True)
+    return sheet

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Self
 
-from clipkit.artifacts import move_into_place, partial_path, write_text
+from clipkit.artifacts import move_into_place, partial_path, replacing, write_text
 from clipkit.classifiers.predictions import Prediction
 from clipkit.data.rows import StoredImage
 from clipkit.display.html import bar, data_uri, document
@@ -75,7 +75,6 @@ class PredictionFiles:
         self._shown: list[tuple[Prediction, bytes]] = []
         self._counts: Counter[str] = Counter()
         self._folder = self._stack.enter_context(SortedFolder(folder, link)) if folder else None
-        self._table: tuple[IO[str], Path, Path] | None = None
         self._write: Callable[[Prediction], None] | None = None
         if csv:
             with self._stack:  # closes what is open if the table cannot be
@@ -86,15 +85,11 @@ class PredictionFiles:
         """A stream whose content replaces ``file`` at the end of the ``with`` statement."""
         if file == STDOUT:
             return sys.stdout
-        temp = file.with_name(f".{file.name}.tmp")
+        temp = self._stack.enter_context(replacing(file))
         try:
-            stream = temp.open("w", encoding="utf-8", newline="")
+            return self._stack.enter_context(temp.open("w", encoding="utf-8", newline=""))
         except OSError as error:
             raise ArtifactError(f"cannot write to {file} ({error.strerror})") from None
-        self._table = stream, temp, file
-        self._stack.callback(temp.unlink, missing_ok=True)
-        self._stack.enter_context(stream)
-        return stream
 
     def __enter__(self) -> Self:
         return self
@@ -122,21 +117,21 @@ class PredictionFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
         with self._stack:
-            if kind is None:
-                self._finish()
+            self._finish()
 
     def _finish(self) -> None:
-        if self._table:
-            stream, temp, file = self._table
-            stream.close()
-            temp.replace(file)
         if self._html:
             page = render_predictions(self._shown, self._counts.most_common(), self._lead)
             write_text(self._html, page)
         if self._sheet:
             images = [(prediction.label, jpeg) for prediction, jpeg in self._shown]
-            contact_sheet(sorted(images, key=lambda one: one[0]), self._sheet)
+            sheet = contact_sheet(sorted(images, key=lambda one: one[0]))
+            with replacing(self._sheet) as temp:
+                sheet.save(temp, "PNG" if self._sheet.suffix.lower() == ".png" else "JPEG")
         if self._folder:
             self._folder.finish()
 

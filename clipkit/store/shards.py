@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from clipkit.artifacts import replacing
 from clipkit.data.formats.metadata import joined, kind_of
 from clipkit.errors import ArtifactError
 
@@ -226,16 +227,8 @@ def remove_shard(folder: Path, number: int) -> None:
 
 def write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file atomically through a stream and flush it to disk; raises OSError."""
-    temp = file.with_name(f".{file.name}.tmp")
-    try:
-        with temp.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except BaseException:
-        temp.unlink(missing_ok=True)  # on a full disk, free the space of the partial file
-        raise
-    temp.replace(file)
+    with replacing(file) as temp, temp.open("wb") as stream:
+        write(stream)
 
 
 def _damaged(file: Path, found: str) -> ArtifactError:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, overload
 
 from clipkit import __version__
 from clipkit.arguments import require_encoder
-from clipkit.artifacts import write_text
+from clipkit.artifacts import replacing, write_text
 from clipkit.classifiers.heads import list_templates
 from clipkit.data.formats.huggingface import HUB
 from clipkit.data.labels import Label, own_labels
@@ -343,6 +343,5 @@ def _write_tables(out: Path) -> None:
     schema = pa.schema([(name, numbers.get(name, pa.string())) for name in COLUMNS])
     results = pa.Table.from_pylist(_rows(records), schema)
     for name, write in (("results.csv", pc.write_csv), ("results.parquet", pq.write_table)):
-        temp = out / f".{name}.tmp"
-        write(results, temp)
-        os.replace(temp, out / name)
+        with replacing(out / name) as temp:
+            write(results, temp)

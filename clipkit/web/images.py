@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import os
 import stat
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from clipkit.artifacts import replacing
 from clipkit.data.formats.huggingface import HUB
 from clipkit.data.images import Reduction, content_hash, read_image
 from clipkit.display.thumbnails import encode_jpeg, thumbnail
@@ -313,14 +313,8 @@ class ThumbnailCache:
                 self._write(self._folder, _file_name(version), data)
 
     def _write(self, folder: Path, name: str, data: bytes) -> None:
-        number, temp = tempfile.mkstemp(prefix=".new-", dir=folder)
-        try:
-            with os.fdopen(number, "wb") as stream:
-                stream.write(data)
-            os.replace(temp, folder / name)
-        except BaseException:
-            os.unlink(temp)
-            raise
+        with replacing(folder / name, durable=False, shared=True) as temp:
+            temp.write_bytes(data)
         with self._lock:
             self.used += len(data) - self._sizes.pop(name, 0)
             self._sizes[name] = len(data)

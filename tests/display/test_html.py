@@ -10,6 +10,7 @@ import clipkit
 from clipkit.classifiers.predictions import LabelScore, Prediction, Predictions
 from clipkit.config import parse_config
 from clipkit.data.open_source import open_source
+from clipkit.data.rows import StoredImage
 from clipkit.errors import DataError
 from clipkit.index.hits import Hit, Hits
 from clipkit.index.roots import Root, file_of
@@ -74,7 +75,7 @@ def test_a_key_is_looked_for_in_its_own_root(tmp_path):
 
 def test_what_is_shown_is_escaped():
     hits = Hits([Hit(NASTY, 1.0)], NASTY, HUB)
-    picture = {"bytes": None, "path": None}
+    picture = StoredImage()
     predictions = Predictions((Prediction(NASTY, (LabelScore(NASTY, 0.9),), image=picture),))
     for page in (hits._repr_html_(), predictions._repr_html_()):
         assert "<img src=x" not in page

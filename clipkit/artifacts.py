@@ -186,14 +186,14 @@ class ArtifactWriter:
     ) -> None:
         self.path = Path(os.path.abspath(path))
         self.kind, self.resume = kind, resume
-        self._refuse_strangers(replace)
+        self._refuse_foreign(replace)
         self.temp = partial_path(self.path)
         self._lock = DirectoryLock(self.temp.with_suffix(".lock"), self.path)
         if not resume:
             shutil.rmtree(self.temp, ignore_errors=True)
         self.temp.mkdir(exist_ok=True)
 
-    def _refuse_strangers(self, replace: bool) -> None:
+    def _refuse_foreign(self, replace: bool) -> None:
         if not self.path.exists():
             return
         if is_complete(self.path):

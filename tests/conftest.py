@@ -13,10 +13,10 @@ import pytest
 import clipkit.cli
 from tests.helpers import shapes
 from tests.helpers.browser import missing
+from tests.helpers.colours import write_colours
 from tests.helpers.faults import SmallDisk
 from tests.helpers.models import tiny_model
 from tests.helpers.paths import SHARED
-from tests.helpers.pictures import write_colours
 
 shapes.install()
 

@@ -250,7 +250,7 @@ def print_hits(hits: "Sequence[Hit]") -> None:
     print_table(header, rows)
 
 
-def print_pictures(hits: "Hits") -> None:
+def print_images(hits: "Hits") -> None:
     """The images of hits, each below its key, if the terminal can show images."""
     from clipkit.display.terminal import find_drawer
 
@@ -262,10 +262,10 @@ def print_pictures(hits: "Hits") -> None:
         )
         return
     for rank, hit in enumerate(hits, 1):
-        picture = hits.picture(hit)
+        image = hits.image_bytes(hit)
         print(f"\n{rank:4}  {printable(hit.key)}")
         print(
-            draw(picture) if picture else "      the image cannot be read\n",
+            draw(image) if image else "      the image cannot be read\n",
             end="",
         )
 

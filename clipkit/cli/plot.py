@@ -24,4 +24,4 @@ def plot(
     from clipkit.tasks.plot import plot_runs
 
     plot_runs(runs, out, by)
-    print_result({"picture": str(out)}, as_json)
+    print_result({"image": str(out)}, as_json)

@@ -12,7 +12,7 @@ from clipkit.cli.output import (
     note,
     print_described,
     print_hits,
-    print_pictures,
+    print_images,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _print(query: str | None, hits: "Hits", show: bool) -> None:
         print(f"{query}:")
     print_hits(hits)
     if show:
-        print_pictures(hits)
+        print_images(hits)
 
 
 def _note_no_match(hits: "Hits") -> None:

@@ -34,7 +34,7 @@ class ImageCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.limit, self.used = limit, 0
-        file, name = tempfile.mkstemp(prefix=".pictures-", dir=folder)
+        file, name = tempfile.mkstemp(prefix=".images-", dir=folder)
         os.unlink(name)
         self._file = file
         self._close = weakref.finalize(self, os.close, file)
@@ -51,19 +51,19 @@ class ImageCache:
         size = shape[0] * shape[1] * shape[2]
         return np.frombuffer(self._segments[segment], np.uint8, size, start).reshape(shape)
 
-    def put(self, row: int, picture: Pixels) -> None:
+    def put(self, row: int, pixels: Pixels) -> None:
         """Store an image, uint8 [h, w, 3], if there is room for it."""
         with self._lock:
-            start = self._reserve(picture.nbytes)
+            start = self._reserve(pixels.nbytes)
         if start is None:
             return
         try:
             # Not through the memory map, where a full disk kills the process with SIGBUS.
-            written = os.pwrite(self._file, np.ascontiguousarray(picture).data, start)
+            written = os.pwrite(self._file, np.ascontiguousarray(pixels).data, start)
         except OSError:
             written = 0
-        if written == picture.nbytes:
-            self._places[row] = (start // _SEGMENT, start % _SEGMENT, picture.shape)
+        if written == pixels.nbytes:
+            self._places[row] = (start // _SEGMENT, start % _SEGMENT, pixels.shape)
         else:
             self.limit = 0  # the disk is full: keep what is cached and add nothing more
 

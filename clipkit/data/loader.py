@@ -107,7 +107,7 @@ class Gathered:
         Args:
             rows: of a batch.
             nothing: what has the form of an image, for a batch without any.
-            pinned: pictures into memory that a CUDA device can fetch by itself.
+            pinned: images into memory that a CUDA device can fetch by itself.
         """
         pairs = [row for row in rows if isinstance(row, Pair)]
         arrays = [pair.image for pair in pairs] or [nothing]
@@ -160,21 +160,21 @@ class PairLoader:
     alone, never on workers, timing or what is cached, so that a run resumes exactly.
 
     Attributes:
-        preprocess: a picture, uint8 [h, w, 3], and its random generator to uint8
+        preprocess: an image, uint8 [h, w, 3], and its random generator to uint8
             [height, width, 3], of one size for all; called from several threads.
         tokenize: captions to ``int64 [n, 77]``; called from the thread that asks for batches.
         split: parts a caption that is too long into several; None leaves captions whole.
         workers: threads that decode and preprocess; 0 does it in the thread that asks.
         skip_limit: the share of the rows seen, 0 to 1, that may be bad.
-        reduction: how much smaller pictures may be read; None: not at all.
+        reduction: how much smaller images may be read; None: not at all.
         classes: of a table, each row's class, int64 [rows], to draw each equally often; None: all
             rows are drawn once an epoch.
         count_tokens: the number of tokens of each caption, int64 [n], to make batches of captions
             of similar length; None: of any length.
         weights: of the pairs of a label in the loss; 1 for labels not named.
-        cache: where decoded pictures of a table are kept, if anywhere.
-        features: of the images, where they are stored: then no picture is read.
-        pinned: put pictures into memory that a CUDA device can fetch by itself.
+        cache: where decoded images of a table are kept, if anywhere.
+        features: of the images, where they are stored: then no image is read.
+        pinned: put images into memory that a CUDA device can fetch by itself.
         share: the part of each batch that this process reads; the batches are those of one that
             reads alone, and so is what is skipped.
         skipped: rows that were left out, key to reason.
@@ -235,8 +235,13 @@ class PairLoader:
 
     def state(self) -> dict[str, Any]:
         """What the rest of an epoch needs to know of the batches before, for a checkpoint."""
-        told = {"skipped": self.skipped, "seen": self.seen, "bad": self.bad, "drawn": self.drawn}
-        return told | ({"place": self._place} if self._place else {})
+        state = {
+            "skipped": self.skipped,
+            "seen": self.seen,
+            "bad": self.bad,
+            "drawn": self.drawn,
+        }
+        return state | ({"place": self._place} if self._place else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave."""
@@ -319,7 +324,7 @@ class PairLoader:
         generator = random.Random(stable_hash(self.seed, before, key))
         try:
             if self.features is None:
-                image: NDArray[Any] = self.preprocess(self._picture(row, number), generator)
+                image: NDArray[Any] = self.preprocess(self._pixels(row, number), generator)
             else:
                 image = self.features.draw(key, generator)
         except ImageError as error:
@@ -327,16 +332,16 @@ class PairLoader:
         weight = self.weights.get(row.label or "", 1.0)
         return Pair(key, image, self._caption(key, captions, before), weight, part)
 
-    def _picture(self, row: Row, number: int | None) -> Pixels:
+    def _pixels(self, row: Row, number: int | None) -> Pixels:
         if number is None or self._table is None:
             return np.asarray(row.read_image(self.reduction))
         kept = self.cache.get(number) if self.cache else None
         if kept is not None:
             return kept
-        picture = np.asarray(self._table.image(number).read(self.reduction))
+        pixels = np.asarray(self._table.image(number).read(self.reduction))
         if self.cache:
-            self.cache.put(number, picture)
-        return picture
+            self.cache.put(number, pixels)
+        return pixels
 
     def _caption(self, key: str, captions: list[str], before: int) -> str:
         # In turn from a random first one: n draws read each of n captions once, which leaves none
@@ -367,13 +372,13 @@ class PairLoader:
     def _count(self, parts: Sequence[int], bad: Sequence[Skipped]) -> None:
         """Count the pairs of a batch by their parts, with those that other processes read of it."""
         counts = np.bincount(parts, minlength=len(self.drawn) or 1).tolist()
-        told = self.share.exchange((counts, [(row.key, row.reason) for row in bad]))
-        for counts, rows in told:
+        gathered = self.share.exchange((counts, [(row.key, row.reason) for row in bad]))
+        for counts, rows in gathered:
             self.skipped.update(rows)
             self.bad += len(rows)
             self.seen += sum(counts) + len(rows)
             self.drawn = [n + more for n, more in zip(self.drawn, counts, strict=False)]
-        self._check_limit(sum(sum(counts) for counts, _ in told))
+        self._check_limit(sum(sum(counts) for counts, _ in gathered))
 
     def _check_limit(self, good_in_batch: int) -> None:
         few = _FEW if self.source.count is None else min(_FEW, self.source.count)

@@ -20,13 +20,13 @@ from clipkit.data.source import Wanted, clean_text
 from clipkit.errors import DataError
 
 ROWS = 16
-"""Rows of a Parquet file read at a time, pictures and all, on the way to the one that is wanted."""
+"""Rows of a Parquet file read at a time, images and all, on the way to the one that is wanted."""
 SHARDS = 16
-"""Tars whose contents are remembered: with 10,000 pictures each they take about 40 MiB."""
+"""Tars whose contents are remembered: with 10,000 images each they take about 40 MiB."""
 
 
-class Pictures(Protocol):
-    """What gives pictures by key; safe to ask from several threads."""
+class ImageReader(Protocol):
+    """What gives images by key; safe to ask from several threads."""
 
     def read(self, key: str) -> bytes | None:
         """The content of one, as its file would hold it; None where there is none of that key.
@@ -36,29 +36,29 @@ class Pictures(Protocol):
         """
 
 
-def holds_pictures(where: str) -> bool:
-    """Whether a source, by its absolute path, is of a kind that holds pictures inside."""
+def holds_images(where: str) -> bool:
+    """Whether a source, by its absolute path, is of a kind that holds images inside."""
     named = is_tar(where) or Path(where).suffix.lower() in (".parquet", ".zip")
     # A folder that is not one of images consists of tables, tars or zip archives.
     return os.path.isabs(where) and (named or _is_saved(where) or os.path.isdir(where))
 
 
-def open_pictures(where: str) -> Pictures:
-    """The pictures of a source by its absolute path, as ``open_source`` would find its keys.
+def open_image_reader(where: str) -> ImageReader:
+    """The images of a source by its absolute path, as ``open_source`` would find its keys.
 
     Raises:
-        DataError: it is not there any more, damaged, or its pictures' column has no usual name.
+        DataError: it is not there any more, damaged, or its images' column has no usual name.
     """
     if _is_saved(where):
-        return _SavedPictures(where)
+        return _SavedReader(where)
     files = find_shards(Path(where)) if os.path.isdir(where) else find_files(Path(where))
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{where} is not there any more; put it back")
     if is_tar(files[0]):
-        return _TarPictures(files)
+        return _TarReader(files)
     if files[0].suffix.lower() == ".zip":
-        return _ZipPictures(files)
-    return _TablePictures(files)
+        return _ZipReader(files)
+    return _TableReader(files)
 
 
 def _is_saved(where: str) -> bool:
@@ -86,8 +86,8 @@ class _Places:
         return found
 
 
-class _TablePictures:
-    """Of Parquet files: the rows of a group before a picture are read on the way to it."""
+class _TableReader:
+    """Of Parquet files: the rows of a group before an image are read on the way to it."""
 
     def __init__(self, files: list[Path]) -> None:
         self._rows = ParquetRows.open(files, Wanted(caption="", label=""), [], [])
@@ -133,7 +133,7 @@ class _TablePictures:
                     yield from ((clean_text(key), number) for key in keys if key is not None)
 
 
-class _TarPictures:
+class _TarReader:
     """Images in WebDataset shards: the headers of a shard are read once, its images one by one."""
 
     def __init__(self, files: list[Path]) -> None:
@@ -157,7 +157,7 @@ class _TarPictures:
             return self._members[shard]
 
 
-class _ZipPictures:
+class _ZipReader:
     """Images in zip archives, each of which stays open."""
 
     def __init__(self, files: list[Path]) -> None:
@@ -182,7 +182,7 @@ class _ZipPictures:
             ) from None
 
 
-class _SavedPictures:
+class _SavedReader:
     """Of a saved ``datasets`` directory, whose rows stay on disk, mapped into memory."""
 
     def __init__(self, where: str) -> None:

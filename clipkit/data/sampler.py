@@ -220,7 +220,7 @@ def require_labels(source: Source, weights: Mapping[str, float]) -> None:
         some = ", ".join(known[:_SHOWN]) + (", …" if len(known) > _SHOWN else "")
         hint = f"did you mean {close[0]!r}" if close else f"its labels are: {some or 'none'}"
         raise DataError(
-            f"data.caption_weights names {label!r}, which is no label of {source.spec} ({hint})"
+            f"data.caption_weights names {label!r}, which is not a label of {source.spec} ({hint})"
         )
 
 

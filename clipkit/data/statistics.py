@@ -102,7 +102,7 @@ class Survey:
         """The appearance of each readable image (see ``look``), uint8 [n, 456]."""
         return np.frombuffer(bytes(self._looks), np.uint8).reshape(-1, LOOK)
 
-    def tell(self, key: str, reason: str, detail: str = "") -> None:
+    def add_problem(self, key: str, reason: str, detail: str = "") -> None:
         """Record a problem with an item; only the examples show ``detail``, after the reason."""
         kind = re.sub(r"(?<![\w-])\d[\d.,]*\b", "…", reason)
         self.problems.setdefault(kind, Problem(kind)).add(
@@ -119,7 +119,7 @@ class Survey:
         self.forms[seen.form] += 1
         self.size += seen.size
         if min(seen.width, seen.height) < TINY:
-            self.tell(key, f"is tiny ({seen.width} x {seen.height} pixels)")
+            self.add_problem(key, f"is tiny ({seen.width} x {seen.height} pixels)")
 
 
 def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
@@ -140,17 +140,17 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
         key = row.key
         found.rows += 1
         if key in keys:
-            found.tell(key, "has the same key as an earlier item")
+            found.add_problem(key, "has the same key as an earlier item")
         keys.add(key)
         if isinstance(seen, _Seen):
             found.add_image(key, seen)
         else:
-            found.tell(key, seen)
+            found.add_problem(key, seen)
         found.per_image[len(row.captions)] += 1
         for caption in row.captions:
             on_caption(caption)
             if warning := caption_warning(caption, key):
-                found.tell(key, warning, repr(caption[:100]))
+                found.add_problem(key, warning, repr(caption[:100]))
         if not row.captions:
             missing["has no caption"].add(Skipped(key, "has no caption"))
         if row.label is None:
@@ -158,7 +158,7 @@ def survey(source: Source, on_caption: Callable[[str], None]) -> Survey:
         else:
             found.labels[row.label] += 1
     for item in source.skipped:
-        found.tell(item.key, item.reason)
+        found.add_problem(item.key, item.reason)
     # If no image at all has a caption (or label), this source has none, and none is missing.
     for reason, problem in missing.items():
         if 0 < problem.count < found.rows:

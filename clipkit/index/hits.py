@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from clipkit.data.images import read_image
-from clipkit.data.random_access import Pictures, holds_pictures, open_pictures
+from clipkit.data.random_access import ImageReader, holds_images, open_image_reader
 from clipkit.display.dataframe import data_frame
 from clipkit.display.html import gallery
 from clipkit.display.thumbnails import thumbnail
@@ -101,7 +101,7 @@ class Hits(Sequence[Hit]):
             ]
         return data_frame(columns)
 
-    def picture(self, hit: Hit) -> bytes | None:
+    def image_bytes(self, hit: Hit) -> bytes | None:
         """A JPEG thumbnail of a hit; None if its image is on the hub, missing or unreadable."""
         try:
             found: Path | bytes | None = file_of(self.roots, hit.key)
@@ -112,11 +112,11 @@ class Hits(Sequence[Hit]):
             return None
 
     @cached_property
-    def _inside(self) -> "InsidePictures":
-        return InsidePictures(self.roots)
+    def _inside(self) -> "EmbeddedImages":
+        return EmbeddedImages(self.roots)
 
     def _repr_html_(self) -> str:
-        items = ((self.picture(hit), _score(hit), hit.key) for hit in self)
+        items = ((self.image_bytes(hit), _score(hit), hit.key) for hit in self)
         title = f"“{self.query}”" if self.query else f"{len(self)} hits"
         if self.matched is False:
             title += ": no good match"
@@ -127,7 +127,7 @@ def _score(hit: Hit) -> str:
     return f"{hit.score:.3f}" if hit.probability is None else f"{hit.probability:.0%}"
 
 
-class InsidePictures:
+class EmbeddedImages:
     """Reads images inside tables, tars and saved datasets; opens each container once.
 
     No part of a key is used as a path. Thread-safe.
@@ -138,20 +138,20 @@ class InsidePictures:
 
     def __init__(self, roots: Sequence[Root]) -> None:
         self._roots = roots
-        self._opened: dict[str, Pictures] = {}
+        self._opened: dict[str, ImageReader] = {}
         self._lock = threading.Lock()
 
     def hold(self, key: str) -> bool:
         """Whether the image of a key, if it exists, is inside a container."""
         root = owner(self._roots, key)
-        return not root.folder and holds_pictures(root.where)
+        return not root.folder and holds_images(root.where)
 
-    def open(self, key: str) -> Pictures:
+    def open(self, key: str) -> ImageReader:
         """Open the container of a key's image; raises DataError if that fails."""
         where = owner(self._roots, key).where
         with self._lock:
             if where not in self._opened:
-                self._opened[where] = open_pictures(where)
+                self._opened[where] = open_image_reader(where)
             return self._opened[where]
 
     def read(self, key: str) -> bytes | None:

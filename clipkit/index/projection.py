@@ -31,7 +31,7 @@ def principal_components(vectors: Vectors, dims: int = COMPONENTS) -> Vectors:
     return np.ascontiguousarray(centred @ directions[:, best], np.float32)
 
 
-def lay_out(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
+def project(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
     """Lay vectors out on the unit square by t-SNE, float32 [n, 2], x and y on the same scale.
 
     This uses openTSNE (Poličar et al. 2024), whose cost is linear in n rather than quadratic. It

@@ -20,7 +20,7 @@ from clipkit.data.open_source import open_source
 from clipkit.display.html import data_uri
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ArtifactError, DataError, ImageError
-from clipkit.index.projection import cluster, lay_out, name_clusters, require_enough
+from clipkit.index.projection import cluster, name_clusters, project, require_enough
 from clipkit.index.roots import file_of, roots_of
 from clipkit.index.vector_index import VectorIndex
 from clipkit.reports.map import Cluster, MapPage, render_map
@@ -96,7 +96,7 @@ def draw_map(
     opened = _open(collection)
     require_enough(min(len(opened), max_items))
     vectors, records = _sample(opened, max_items)
-    points = lay_out(vectors)
+    points = project(vectors)
     wanted = clusters or min(MAX_CLUSTERS, max(2, round(math.sqrt(len(vectors) / 2))))
     assigned = cluster(vectors, min(wanted, len(vectors)))
     manifest = opened.manifest

@@ -145,7 +145,7 @@ class RunDirectory:
         partial = [path for path in steps if not is_complete(path)]
         for path in (*partial, *self.path.glob(".step-*.partial")):
             shutil.rmtree(path)
-        for pattern in (".step-*.lock", ".pictures-*"):
+        for pattern in (".step-*.lock", ".images-*"):
             for path in self.path.glob(pattern):
                 path.unlink()
 

@@ -24,7 +24,7 @@ from clipkit.data.formats.huggingface import HUB
 from clipkit.data.images import Reduction, content_hash, read_image
 from clipkit.display.thumbnails import encode_jpeg, thumbnail
 from clipkit.errors import DataError, ImageError
-from clipkit.index.hits import InsidePictures
+from clipkit.index.hits import EmbeddedImages
 from clipkit.index.roots import Root, file_of, owner
 from clipkit.web.batching import Vector
 from clipkit.web.schemas import RequestError
@@ -64,7 +64,7 @@ class IndexImages:
         self, roots: list[Root], recorded: Callable[[str], tuple[int, str | None]]
     ) -> None:
         self._roots, self._recorded = roots, recorded
-        self._containers = InsidePictures(roots)
+        self._containers = EmbeddedImages(roots)
 
     def why_missing(self, key: str) -> str | None:
         """Why the image of a key has no file and no container; None if it has one.

@@ -7,8 +7,8 @@ from clipkit.artifacts import read_manifest
 from clipkit.classifiers.heads import ARRAYS, open_classifier, save_classifier
 from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.errors import ArtifactError
+from tests.helpers.colours import COLOURS
 from tests.helpers.models import save_tiny
-from tests.helpers.pictures import COLOURS
 
 LABELS = list(COLOURS)
 

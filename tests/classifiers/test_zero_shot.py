@@ -12,7 +12,7 @@ from clipkit.classifiers.zero_shot import ZeroShotClassifier, background_weights
 from clipkit.data.labels import Label, imagenet_labels
 from clipkit.data.prompts import BACKGROUND, read_labels, read_templates
 from clipkit.errors import CaptionError
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 from tests.helpers.toys import unit_rows
 
 LABELS = list(COLOURS)

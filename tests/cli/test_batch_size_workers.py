@@ -8,7 +8,7 @@ import pytest
 
 from clipkit.index.vector_index import VectorIndex
 from clipkit.models import embed_source
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 
 GIVEN = ("--batch-size", 5, "--workers", 2)
 IGNORED = {"measured", "milliseconds"}

@@ -24,8 +24,8 @@ from clipkit.index.vector_index import VectorIndex
 from clipkit.models.loading import DEFAULT_MODEL
 from clipkit.models.tokenizer import CaptionTruncationWarning
 from clipkit.store.embedding_store import EmbeddingStore
+from tests.helpers.colours import COLOURS
 from tests.helpers.models import tiny_model
-from tests.helpers.pictures import COLOURS
 
 LABELS = list(COLOURS)
 

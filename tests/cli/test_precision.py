@@ -11,7 +11,7 @@ import clipkit
 from clipkit.cli import main
 from clipkit.models import loading
 from clipkit.tasks.index import build_index
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 
 
 @pytest.fixture

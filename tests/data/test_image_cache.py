@@ -1,4 +1,4 @@
-"""Pictures kept come back bit for bit, within bounds, and leave nothing behind."""
+"""Images kept come back bit for bit, within bounds, and leave nothing behind."""
 
 import os
 import threading

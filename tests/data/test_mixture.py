@@ -17,8 +17,8 @@ from clipkit.errors import ConfigError
 from clipkit.tasks.train import train
 from clipkit.training.data import open_training_data
 from clipkit.training.run_directory import read_log
+from tests.helpers.colours import write_colours
 from tests.helpers.pairs import batches, loader, png, row, same, source
-from tests.helpers.pictures import write_colours
 from tests.helpers.runs import configured
 from tests.helpers.toys import write_tar
 

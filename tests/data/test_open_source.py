@@ -632,7 +632,7 @@ def test_saved_splits(tmp_path):
 def test_a_damaged_saved_dataset(tmp_path):
     dataset().save_to_disk(tmp_path / "d")
     put(tmp_path / "d" / "state.json", "{")
-    assert "is no intact saved dataset" in refusal(tmp_path / "d")
+    assert "is not an intact saved dataset" in refusal(tmp_path / "d")
 
 
 @pytest.mark.parametrize(

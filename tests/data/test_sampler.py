@@ -17,8 +17,8 @@ from clipkit.training.data import count_tokens, pair_loader
 from clipkit.training.distributed import World
 from clipkit.training.loss import info_nce
 from clipkit.training.run_directory import read_log
+from tests.helpers.colours import COLOURS
 from tests.helpers.pairs import loader, row, source
-from tests.helpers.pictures import COLOURS
 from tests.helpers.runs import configured
 
 

@@ -1,4 +1,4 @@
-"""Pictures in a terminal, read back from what is printed."""
+"""Images in a terminal, read back from what is printed."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.cli.output import print_pictures
+from clipkit.cli.output import print_images
 from clipkit.display.terminal import COLUMNS, ROWS, find_drawer, half_blocks
 from clipkit.display.thumbnails import thumbnail
 from clipkit.index.hits import Hit, Hits
@@ -80,7 +80,7 @@ def test_hits_are_shown_under_their_keys(hits, monkeypatch, capsys):
     for name in ("KITTY_WINDOW_ID", "TERM_PROGRAM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    print_pictures(hits)
+    print_images(hits)
     out = capsys.readouterr().out
     wanted = half_blocks(thumbnail(square("red")))
     assert f"   1  red.png\n{wanted}" in out
@@ -91,7 +91,7 @@ def test_hits_are_shown_under_their_keys(hits, monkeypatch, capsys):
 
 def test_a_pipe_gets_no_images(hits, monkeypatch, capsys):
     monkeypatch.setenv("COLORTERM", "truecolor")
-    print_pictures(hits)
+    print_images(hits)
     told = capsys.readouterr()
     assert told.out == ""
     assert "--html" in told.err

@@ -16,8 +16,8 @@ from PIL import Image
 
 from clipkit.cli import app
 from scripts.docs import readme
+from tests.helpers.colours import COLOURS
 from tests.helpers.paths import ROOT
-from tests.helpers.pictures import COLOURS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)

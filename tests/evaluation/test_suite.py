@@ -16,7 +16,7 @@ from clipkit.errors import ConfigError, DataError
 from clipkit.evaluation.clip_benchmark import open_benchmark
 from clipkit.evaluation.suite import read_suite
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
-from tests.helpers.pictures import COLOURS, picture
+from tests.helpers.colours import COLOURS, picture
 from tests.helpers.toys import png, write_tar
 
 LABELS = list(COLOURS)

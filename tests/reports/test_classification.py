@@ -7,7 +7,7 @@ import shutil
 
 from PIL import Image
 
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 
 LABELS = list(COLOURS)
 

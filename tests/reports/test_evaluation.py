@@ -16,7 +16,7 @@ from clipkit.reports.evaluation import (
     confusion_table,
     metrics_table,
 )
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 
 
 class Balanced(HTMLParser):

@@ -94,5 +94,5 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         app(["plot", "run", "--by", "time"])
     assert not end.value.code
-    assert capsys.readouterr().out.split() == ["picture", "runs.png"]
+    assert capsys.readouterr().out.split() == ["image", "runs.png"]
     assert (tmp_path / "runs.png").is_file()

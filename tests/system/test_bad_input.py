@@ -44,7 +44,7 @@ def bomb(width, height):
 
 
 def write_good(folder):
-    """Pictures of every unusual kind that can be read; returns their keys."""
+    """Images of every unusual kind that can be read; returns their keys."""
     red = Image.new("RGB", (24, 16), (200, 30, 20))
     red.convert("CMYK").save(folder / "cmyk.jpg")
     deep = np.full((16, 16), 40_000, np.uint16)

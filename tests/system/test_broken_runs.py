@@ -21,8 +21,8 @@ from clipkit.training import loop as timetable
 from clipkit.training.loop import TrainingLoop
 from clipkit.training.run_directory import RunDirectory, read_log
 from clipkit.training.step import Trainer
+from tests.helpers.colours import write_colours
 from tests.helpers.faults import dies
-from tests.helpers.pictures import write_colours
 from tests.helpers.runs import assert_same_run, configured, facts
 
 

@@ -15,8 +15,8 @@ from clipkit.artifacts import ArtifactWriter
 from clipkit.models.checkpoint import load_training_state
 from clipkit.tasks.train import train
 from clipkit.training.step import Trainer
+from tests.helpers.colours import COLOURS
 from tests.helpers.faults import in_a_child
-from tests.helpers.pictures import COLOURS
 from tests.helpers.runs import assert_same_run, configured, facts
 
 STEPS = 16

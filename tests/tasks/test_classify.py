@@ -13,7 +13,7 @@ from clipkit.classifiers.zero_shot import ZeroShotClassifier
 from clipkit.data.labels import imagenet_labels, parents, parse_label
 from clipkit.data.prompts import read_labels, read_templates
 from clipkit.errors import CaptionError, DataError
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 
 LABELS = list(COLOURS)
 MODEL = ModelRef("toy", "", "toy", 8)

@@ -8,8 +8,8 @@ import pytest
 import clipkit
 from clipkit.data.open_source import open_source
 from clipkit.tasks.compare import compare
+from tests.helpers.colours import COLOURS, write_albums
 from tests.helpers.models import save_tiny
-from tests.helpers.pictures import COLOURS, write_albums
 
 LABELS = list(COLOURS)
 

@@ -14,8 +14,8 @@ from clipkit.data.open_source import open_source
 from clipkit.errors import CaptionError, DataError, ModelMismatchError
 from clipkit.evaluation.classification import measure_classification
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
+from tests.helpers.colours import COLOURS, write_albums
 from tests.helpers.models import save_tiny
-from tests.helpers.pictures import COLOURS, write_albums
 
 LABELS = list(COLOURS)
 

@@ -15,10 +15,10 @@ from clipkit.data.prompts import check_labels
 from clipkit.errors import ArtifactError, DataError
 from clipkit.index.projection import (
     cluster,
-    lay_out,
     name_clusters,
     neighbours,
     principal_components,
+    project,
     unit_square,
 )
 from clipkit.index.vector_index import VectorIndex
@@ -71,12 +71,12 @@ def test_many_copies_of_a_point_are_each_others_neighbours():
 
 def test_what_is_alike_lies_together_and_again_in_the_same_place(rng):
     vectors, group = three_groups(rng)
-    places = lay_out(vectors)
+    places = project(vectors)
     nearest, _ = neighbours(places, 1)
     assert (group[nearest[:, 0]] == group).all()
     assert places.min() >= 0
     assert places.max() <= 1
-    np.testing.assert_array_equal(places, lay_out(vectors))
+    np.testing.assert_array_equal(places, project(vectors))
 
 
 def test_the_square_keeps_proportions():

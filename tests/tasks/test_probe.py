@@ -11,7 +11,7 @@ from clipkit.classifiers.few_shot import METHODS, Labelled
 from clipkit.data.open_source import open_source
 from clipkit.errors import DataError
 from clipkit.tasks.probe import draw, probe
-from tests.helpers.pictures import write_albums
+from tests.helpers.colours import write_albums
 from tests.helpers.toys import unit_rows
 
 

@@ -13,7 +13,7 @@ from clipkit.data.open_source import open_source
 from clipkit.evaluation.suite import read_suite
 from clipkit.tasks.evaluate import evaluate_retrieval, evaluate_zero_shot
 from clipkit.tasks.suite import evaluate_suite
-from tests.helpers.pictures import COLOURS, picture
+from tests.helpers.colours import COLOURS, picture
 from tests.helpers.toys import png, write_tar
 
 LABELS = list(COLOURS)

@@ -24,8 +24,8 @@ from clipkit.errors import (
 )
 from clipkit.tasks.train import train
 from clipkit.training.run_directory import read_log
+from tests.helpers.colours import COLOURS
 from tests.helpers.models import tiny_model
-from tests.helpers.pictures import COLOURS
 from tests.helpers.runs import assert_same_run, configured, curve, last_weights
 
 

@@ -169,7 +169,7 @@ def test_an_unreadable_image_is_left_out_of_features_too(squares, tmp_path, weig
 
 @pytest.fixture
 def held_out(squares, tmp_path):
-    """Pictures to measure on: one is broken, one has no caption, one a caption that is cut."""
+    """Images to measure on: one is broken, one has no caption, one a caption that is cut."""
     folder = tmp_path / "held"
     shutil.copytree(squares, folder)
     (folder / "red-0.png").write_bytes(b"no image")

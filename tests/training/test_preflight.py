@@ -16,7 +16,7 @@ from clipkit.errors import DataError
 from clipkit.models.tokenizer import TruncationReport
 from clipkit.tasks.train import train
 from clipkit.training.preflight import Facts, preflight_warnings
-from tests.helpers.pictures import COLOURS
+from tests.helpers.colours import COLOURS
 from tests.helpers.runs import configured
 
 FINE = Facts(pairs=10_000, steps=1000, captions=9000, cut=TruncationReport(10_000, 5), shared=None)

@@ -1,4 +1,4 @@
-"""Pictures inside tables, tars and saved data sets are shown by key, and no others."""
+"""Images inside tables, tars and saved data sets are shown by key, and no others."""
 
 import json
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from clipkit.artifacts import MANIFEST
 from clipkit.data import random_access as inside
 from clipkit.data.images import read_image
 from clipkit.data.open_source import open_source
-from clipkit.data.random_access import open_pictures
+from clipkit.data.random_access import open_image_reader
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import DataError
 from clipkit.index.hits import Hit, Hits
@@ -80,7 +80,7 @@ def test_each_image_is_the_one_that_a_walk_over_the_source_meets(tmp_path, kind)
     spec = made(kind, tmp_path)
     rows = {row.key: row.image.data for row in open_source(spec).rows}
     assert len(rows) == {"two files": 16, "tars": 5}.get(kind, 8)
-    pictures = open_pictures(str(spec))
+    pictures = open_image_reader(str(spec))
     for key, data in reversed(rows.items()):
         assert pictures.read(key) == data
     for key in ("", "9", "00", "-1", "x/../a-0.tar/red.png", "a-0.tar", "a-0.tar/", "red/red.png"):
@@ -89,7 +89,7 @@ def test_each_image_is_the_one_that_a_walk_over_the_source_meets(tmp_path, kind)
 
 def test_a_tar_forgotten_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(inside, "SHARDS", 1)
-    pictures = open_pictures(str(shards(tmp_path / "tars")))
+    pictures = open_image_reader(str(shards(tmp_path / "tars")))
     for _ in range(2):
         assert pictures.read("a-0.tar/red.png") == PNGS["red"]
         assert pictures.read("a-1.tar/red.png") == PNGS["cyan"]
@@ -100,7 +100,7 @@ def test_keys_of_one_hash_are_told_apart(tmp_path, monkeypatch):
     table(tmp_path / "t.parquet", [f"{n}" for n in range(8)])
     saved(tmp_path / "saved")
     for where in ("t.parquet", "saved"):
-        pictures = open_pictures(str(tmp_path / where))
+        pictures = open_image_reader(str(tmp_path / where))
         assert [pictures.read(f"{n}") for n in range(8)] == list(PNGS.values())
         assert pictures.read("x") is None
 
@@ -126,12 +126,12 @@ def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
     index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     rows = {row.key: row.image.data for row in open_source(spec).rows}
     hits = Hits([Hit(key, 1.0) for key in (*rows, "none")], "", roots_of(index.manifest))
-    shown = [hits.picture(hit) for hit in hits]
+    shown = [hits.image_bytes(hit) for hit in hits]
     assert shown == [*(thumbnail(read_image(data)) for data in rows.values()), None]
     files = list(tmp_path.glob("*.parquet"))
     for file in files:
         file.unlink()
-    assert not files or Hits(hits, "", hits.roots).picture(hits[0]) is None
+    assert not files or Hits(hits, "", hits.roots).image_bytes(hits[0]) is None
 
 
 def test_a_source_that_changed_never_shows_another_image(tmp_path):
@@ -183,7 +183,7 @@ def test_a_damaged_tar_is_reported(tmp_path):
         answer = ask.get("/image/a-1.tar/red.png")
         assert (answer.status_code, "cannot read" in answer.text) == (404, True)
     with pytest.raises(DataError, match="is not there any more"):
-        open_pictures(str(tmp_path / "tars" / "b-{0..1}.tar"))
+        open_image_reader(str(tmp_path / "tars" / "b-{0..1}.tar"))
 
 
 def test_giant_images_are_not_read(tmp_path, monkeypatch):

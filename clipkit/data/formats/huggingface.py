@@ -43,7 +43,7 @@ def open_saved(path: Path, split: str | None, wanted: Wanted, streaming: bool | 
             rows = load_from_disk(str(path))
     # Damaged directories raise FileNotFoundError, JSON, Arrow, key and type errors alike.
     except Exception as error:
-        raise DataError(f"{path} is no intact saved dataset: {_line(error)}") from error
+        raise DataError(f"{path} is not an intact saved dataset: {_line(error)}") from error
     if isinstance(rows, Dataset):
         if split is not None:
             raise DataError(f"{path} holds no splits, but {split!r} was asked for; leave it out")

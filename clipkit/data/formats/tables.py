@@ -44,7 +44,7 @@ _TEXT_GROWTH = 4  # memory for the rows of a text table while it is read, per by
 _HEAD_BYTES = 4 << 20  # of a text table read ahead
 _CHUNK = 4096  # rows of a text table in a batch
 _CHUNK_BYTES = 32 << 20  # likewise, which matters if the images are inside
-_ROWS = 256  # of a Parquet file, pictures and all
+_ROWS = 256  # of a Parquet file, images and all
 _STREAMED_ROWS = 64  # likewise, of which a shuffled stream holds some for each of 16 row groups
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.index.projection import lay_out
+from clipkit.index.projection import project
 from clipkit.reports.map import Cluster, MapPage, render_map
 from scripts.benchmarks.common.timing import ratios, spread
 from tests.helpers.browser import chromium, missing
@@ -121,7 +121,7 @@ def layout(count: int, dim: int) -> None:
     vectors = middles[rng.integers(0, 200, count)] + 1.5 * rng.standard_normal((count, dim))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     start = time.perf_counter()
-    lay_out(vectors.astype(np.float32))
+    project(vectors.astype(np.float32))
     print(f"projection of {count:,} x {dim}: {time.perf_counter() - start:.0f} s")
 
 

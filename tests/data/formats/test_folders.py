@@ -14,9 +14,9 @@ import pytest
 
 from clipkit.data.images import Skipped, find_images
 from clipkit.data.open_source import open_source
-from clipkit.data.random_access import open_pictures
+from clipkit.data.random_access import open_image_reader
 from clipkit.errors import DataError
-from clipkit.index.hits import InsidePictures
+from clipkit.index.hits import EmbeddedImages
 from clipkit.index.roots import file_of, roots_of
 from clipkit.index.vector_index import VectorIndex
 from clipkit.tasks.index import build_index
@@ -338,7 +338,7 @@ def test_folders_of_shards(tmp_path, kind):
     beside = ["files that were not used: 3 .parquet, 3 .json"] if kind == "img2dataset" else []
     assert [note.partition(": ")[2] for note in source.notes] == beside
     index = build_index(tmp_path / "shards", tmp_path / "index", encoder=ColourEncoder())
-    inside = InsidePictures(roots_of(index.manifest))
+    inside = EmbeddedImages(roots_of(index.manifest))
     for key, data in rows.items():
         assert inside.hold(key)
         assert inside.read(key) == data
@@ -413,7 +413,7 @@ def test_a_zip_is_read_as_a_folder_is(tmp_path):
     ]
     held = open_source(tmp_path / "p.zip", streaming=False)
     assert found(held) == found(source)
-    pictures = open_pictures(str(tmp_path / "p.zip"))
+    pictures = open_image_reader(str(tmp_path / "p.zip"))
     for row in source.rows:
         assert pictures.read(row.key) == row.image.data
     for key in ("p.zip/photos/captions.txt", "p.zip", "p.zip/", "p.zip/../in/photos/warm/red.png"):
@@ -485,7 +485,7 @@ def test_a_zip_with_a_damaged_image(tmp_path):
     assert source.skipped[0].key == "p.zip/a.png"
     assert source.skipped[0].reason.startswith("cannot be read: Bad CRC-32")
     with pytest.raises(DataError, match=r"cannot read .*p.zip: Bad CRC-32"):
-        open_pictures(str(tmp_path / "p.zip")).read("p.zip/a.png")
+        open_image_reader(str(tmp_path / "p.zip")).read("p.zip/a.png")
 
 
 def test_names_in_zips_of_macos_are_utf8(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from clipkit.data.formats.webdataset import find_members
 from clipkit.data.images import Skipped
 from clipkit.data.open_source import open_source
-from clipkit.data.random_access import open_pictures
+from clipkit.data.random_access import open_image_reader
 from clipkit.errors import DataError
 from clipkit.tasks.embed import embed
 from tests.helpers.paths import SHARED
@@ -183,7 +183,7 @@ def test_items_are_found_read_from_anywhere_and_looked_up(tmp_path, kind, file):
     assert source.skipped == []
     for at in (0, 14, 15, 16, 17, 31, 38):
         assert [row for row, _ in source.rows.rows(shard, passed[at][1])] == rows[at + 1 :]
-    pictures = open_pictures(str(tmp_path / file))
+    pictures = open_image_reader(str(tmp_path / file))
     assert [pictures.read(row.key) for row in rows] == [image(n) for n in NUMBERS]
     assert len(find_members(tmp_path / file)) == len(rows)
 
@@ -246,7 +246,7 @@ def test_repeated_keys_are_each_reported(tmp_path):
     assert [row.image.data for row in source.rows] == [image(0)]
     reason = "repeats the name of an earlier image in the tar (at byte {})"
     assert source.skipped == [Skipped("s.tar/same.jpg", reason.format(2048 * n)) for n in (1, 2, 3)]
-    assert open_pictures(str(tmp_path / "s.tar")).read("s.tar/same.jpg") == image(0)
+    assert open_image_reader(str(tmp_path / "s.tar")).read("s.tar/same.jpg") == image(0)
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
@@ -289,7 +289,7 @@ def test_links_are_followed_within_the_tar(tmp_path, compress):
         Skipped("s.tar/up.jpg", "is a link to ../../etc/passwd, which is not a file in the tar"),
         Skipped("s.tar/pipe.jpg", "is not a file in the tar"),
     ]
-    pictures = open_pictures(str(tmp_path / "s.tar"))
+    pictures = open_image_reader(str(tmp_path / "s.tar"))
     assert {key: pictures.read(key) for key in found} == found
 
 
@@ -362,7 +362,7 @@ def test_any_names_are_read_alike_from_anywhere_and_by_key(tmp_path, seed):
         assert row.key == f"s.tar/{name.replace('JPG', 'jpg')}"
     for at in range(0, len(rows), 3):
         assert [row for row, _ in source.rows.rows(shard, passed[at][1])] == rows[at + 1 :]
-    pictures = open_pictures(str(tmp_path / "s.tar"))
+    pictures = open_image_reader(str(tmp_path / "s.tar"))
     assert [pictures.read(row.key) for row in rows] == [row.image.data for row in rows]
 
 
@@ -385,5 +385,5 @@ def test_cases_as_people_have_them(name):
     assert len(rows) == IMAGES.get(name, 24)
     assert sum(len(row.captions) for row in rows) == CAPTIONS.get(name, len(rows))
     assert len(source.skipped) == (23 if name == "dup" else 0)
-    pictures = open_pictures(str(file))
+    pictures = open_image_reader(str(file))
     assert all(pictures.read(row.key) == row.image.data for row in rows)

@@ -1,4 +1,4 @@
-"""Pictures of three colours, plain and with noise."""
+"""Images of three colours, plain and with noise."""
 
 from pathlib import Path
 

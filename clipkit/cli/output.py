@@ -262,7 +262,7 @@ def print_images(hits: "Hits") -> None:
         )
         return
     for rank, hit in enumerate(hits, 1):
-        image = hits.image_bytes(hit)
+        image = hits.thumbnail(hit)
         print(f"\n{rank:4}  {printable(hit.key)}")
         print(
             draw(image) if image else "      the image cannot be read\n",

@@ -101,7 +101,7 @@ class Hits(Sequence[Hit]):
             ]
         return data_frame(columns)
 
-    def image_bytes(self, hit: Hit) -> bytes | None:
+    def thumbnail(self, hit: Hit) -> bytes | None:
         """A JPEG thumbnail of a hit; None if its image is on the hub, missing or unreadable."""
         try:
             found: Path | bytes | None = file_of(self.roots, hit.key)
@@ -116,7 +116,7 @@ class Hits(Sequence[Hit]):
         return EmbeddedImages(self.roots)
 
     def _repr_html_(self) -> str:
-        items = ((self.image_bytes(hit), _score(hit), hit.key) for hit in self)
+        items = ((self.thumbnail(hit), _score(hit), hit.key) for hit in self)
         title = f"“{self.query}”" if self.query else f"{len(self)} hits"
         if self.matched is False:
             title += ": no good match"

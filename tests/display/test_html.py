@@ -52,9 +52,9 @@ def test_hits_show_no_file_outside_their_root(tmp_path):
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
     square("red").save(tmp_path / "root" / "a.png")
     hits = Hits([], "", [Root("", str(tmp_path / "root"), True)])
-    assert hits.image_bytes(Hit("a.png", 1.0))
+    assert hits.thumbnail(Hit("a.png", 1.0))
     for key in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png", ""):
-        assert hits.image_bytes(Hit(key, 1.0)) is None
+        assert hits.thumbnail(Hit(key, 1.0)) is None
 
 
 def test_a_key_is_looked_for_in_its_own_root(tmp_path):

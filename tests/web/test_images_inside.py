@@ -126,12 +126,12 @@ def test_hits_show_them_in_notebooks_and_terminals(tmp_path, kind):
     index = build_index(spec, tmp_path / "index", encoder=ServedEncoder())
     rows = {row.key: row.image.data for row in open_source(spec).rows}
     hits = Hits([Hit(key, 1.0) for key in (*rows, "none")], "", roots_of(index.manifest))
-    shown = [hits.image_bytes(hit) for hit in hits]
+    shown = [hits.thumbnail(hit) for hit in hits]
     assert shown == [*(thumbnail(read_image(data)) for data in rows.values()), None]
     files = list(tmp_path.glob("*.parquet"))
     for file in files:
         file.unlink()
-    assert not files or Hits(hits, "", hits.roots).image_bytes(hits[0]) is None
+    assert not files or Hits(hits, "", hits.roots).thumbnail(hits[0]) is None
 
 
 def test_a_source_that_changed_never_shows_another_image(tmp_path):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import OUTPUT, IndexModel, Json
+from clipkit.cli.options import OUTPUT, Json, Model
 from clipkit.cli.output import load_encoder, note, print_facts, print_json
 
 
@@ -20,7 +20,7 @@ def draw(
     clusters: Annotated[
         int, typer.Option(min=0, help="Number of clusters; 0 chooses it from the number of items.")
     ] = 0,
-    model: IndexModel = None,
+    model: Model = None,
     as_json: Json = False,
     html: Annotated[
         Path,

@@ -74,14 +74,6 @@ Encoding = Annotated[
 
 Model = Annotated[str | None, typer.Option(help=MODEL_HELP, rich_help_panel=MACHINE)]
 RequiredModel = Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel=MACHINE)]
-IndexModel = Annotated[
-    str | None,
-    typer.Option(
-        help=f"The model that made the vectors, if the index does not know it or the model has "
-        f"moved. {MODEL_HELP}",
-        rich_help_panel=MACHINE,
-    ),
-]
 PrecisionName = Literal["auto", "fp32", "bf16"]
 Precision = Annotated[
     PrecisionName | None,

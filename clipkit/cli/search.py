@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, IndexModel, Json, Precision
+from clipkit.cli.options import OUTPUT, Csv, Device, Html, Index, Json, Model, Precision
 from clipkit.cli.output import (
     load_encoder,
     load_maker,
@@ -49,7 +49,7 @@ def search(
         typer.Option("--from", help="A file of queries, one a line; - reads stdin."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
-    model: IndexModel = None,
+    model: Model = None,
     precision: Precision = None,
     device: Device = None,
     as_json: Json = False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.options import Device, Index, IndexModel, Precision
+from clipkit.cli.options import Device, Index, Model, Precision
 from clipkit.cli.output import load_encoder, note
 
 
@@ -25,7 +25,7 @@ def serve(
     cache: Annotated[
         Path | None, typer.Option(help="Thumbnail folder; default: the user's cache.")
     ] = None,
-    model: IndexModel = None,
+    model: Model = None,
     precision: Precision = None,
     device: Device = None,
 ) -> None:

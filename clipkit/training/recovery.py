@@ -39,11 +39,15 @@ def roll_back(run: RunDirectory, trainer: Trainer, reason: str) -> tuple[dict[st
             f"train.precision to fp32, and start a new run (model.init_from={run.path} continues "
             "from the last checkpoint)"
         )
-    good = _good_checkpoints(run, recovery)
-    for path in run_checkpoints(run.path):
-        if path not in good:
-            run.remove(path)
-    name = trainer.world.broadcast(good[-1].name if good else "")
+    name = ""
+    # The others would read checkpoints while the main process removes them.
+    if trainer.world.is_main_process:
+        good = _good_checkpoints(run, recovery)
+        for path in run_checkpoints(run.path):
+            if path not in good:
+                run.remove(path)
+        name = good[-1].name if good else ""
+    name = trainer.world.broadcast(name)
     state = trainer.restore(run.path / name) if name else trainer.restart()
     trainer.recovery = replace(
         recovery,

@@ -185,6 +185,7 @@ def _print_report(
         print_facts(
             [
                 ("model", report.model),
+                ("precision", report.model.precision),
                 ("data", report.data),
                 *report.counts.items(),
                 *((name, with_interval(value)) for name, value in report.estimates.items()),

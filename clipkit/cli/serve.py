@@ -50,3 +50,4 @@ def serve(
         device=device,
         on_ready=ready,
     )
+    raise KeyboardInterrupt  # only an interrupt ends the server, and uvicorn may swallow it

@@ -45,8 +45,8 @@ def benchmark_rows() -> str:
             ours, peer, ratio = benchmarks.figures(entry)
             rows.append(f"| {entry['what']}, {entry['unit']} | {ours} | {peer} | {ratio} |")
     note = (
-        "\nTwo AMD EPYC cores with AVX-512; medians with their range. [All results, with date, "
-        "machine and command](scripts/benchmarks/README.md)."
+        "\nTwo AVX-512 cores, with or without AMX; medians with their range. "
+        "[All results, with date, machine and command](scripts/benchmarks/README.md)."
     )
     return "\n".join(["| | clipkit | peer | ratio |", "|---|---|---|---|", *rows, note])
 

@@ -1,8 +1,7 @@
-"""Batches that several processes share.
+"""Load image–caption pairs in batches: read, decode, augment and collate them in threads.
 
-Pairs put together into a batch.
-
-Image–caption pairs as batches, the same ones whenever asked.
+Batches depend on the seed and the epoch alone, so a run resumes exactly; several processes each
+read a part of every batch.
 """
 
 import random
@@ -36,25 +35,27 @@ class Share:
     """The part of every batch that this process reads.
 
     Attributes:
-        rank: this process's number.
-        size: how many processes there are.
-        exchange: what each process has to tell, in the order of ranks: values that JSON can hold.
+        rank: rank of this process.
+        size: number of processes.
+        all_gather: gathers a value of every process, by rank; the values must be JSON-serialisable.
+            It is called once a batch, with counts and the rows that could not be used, because
+            every process must stop at the same batch if too many are bad.
     """
 
     rank: int = 0
     size: int = 1
-    exchange: Callable[[Any], list[Any]] = field(default=_alone)
+    all_gather: Callable[[Any], list[Any]] = field(default=_alone)
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What the training loop eats.
+    """A batch for the training loop.
 
     Attributes:
-        images: uint8 [n, 3, height, width]; or stored features of them, float32 [n, …].
+        images: uint8 [n, 3, height, width], or cached features of them, float32 [n, …].
         tokens: int64 [n, 77].
-        keys: of the images.
-        weights: of the pairs in the loss, float32 [n]; None where all weigh the same.
+        keys: the keys of the images.
+        weights: float32 [n], weights of the pairs in the loss; None if all are equal.
     """
 
     images: Tensor
@@ -81,14 +82,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Rows of a batch whose captions are still to be read.
+class Collated:
+    """A batch whose captions are not tokenized yet.
 
     Attributes:
-        images: as of ``PairBatch``.
-        captions, keys, weights: of the same pairs.
-        parts: the number of each pair's part of a mixture.
-        bad: rows that are missing.
+        images: as in ``PairBatch``.
+        captions, keys, weights: those of the same pairs.
+        parts: for each pair, the number of its source in a mixture.
+        bad: rows that could not be used.
     """
 
     images: Tensor
@@ -99,19 +100,17 @@ class Gathered:
     bad: list[Skipped]
 
     @classmethod
-    def of(
-        cls, rows: Sequence[Pair | Skipped], nothing: NDArray[Any], *, pinned: bool
-    ) -> "Gathered":
-        """Put rows together.
+    def of(cls, rows: Sequence[Pair | Skipped], blank: NDArray[Any], *, pinned: bool) -> "Collated":
+        """Collate the rows of a batch.
 
         Args:
-            rows: of a batch.
-            nothing: what has the form of an image, for a batch without any.
-            pinned: images into memory that a CUDA device can fetch by itself.
+            rows: pairs, and rows that could not be used.
+            blank: an array of the shape of an image, for a batch without images.
+            pinned: put images into pinned memory, from which a CUDA device copies asynchronously.
         """
         pairs = [row for row in rows if isinstance(row, Pair)]
-        arrays = [pair.image for pair in pairs] or [nothing]
-        if nothing.dtype == np.uint8:
+        arrays = [pair.image for pair in pairs] or [blank]
+        if blank.dtype == np.uint8:
             images = as_batch(arrays, pinned=pinned)
         else:
             images = torch.from_numpy(np.stack(arrays))
@@ -124,27 +123,27 @@ class Gathered:
             [row for row in rows if isinstance(row, Skipped)],
         )
 
-    def read(
+    def tokenized(
         self, tokenize: Callable[[Sequence[str]], NDArray[np.int64]], *, weighted: bool
     ) -> PairBatch:
-        """The batch, with weights if they are to count."""
+        """The batch with tokens, and with weights if ``weighted``."""
         tokens = torch.from_numpy(tokenize(self.captions))
         weights = torch.tensor(self.weights) if weighted else None
         return PairBatch(self.images, tokens, self.keys, weights)
 
 
-# Rows a thread reads at a time: one look-up in the table for all of them, yet enough parts in a
-# batch to keep every thread busy.
+# Rows that a thread reads at a time: enough to share one table look-up, few enough to keep every
+# thread busy.
 _CHUNK = 16
-# Fewer rows than this say little about the share that is bad.
+# The limit on bad rows applies as if at least so many rows had been seen.
 _FEW = 1000
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows, or their numbers in the table, that one thread reads; ``last`` ends a batch.
+    """Rows, or row numbers of the table, for one thread; ``last`` marks the end of a batch.
 
-    Of a stream, ``place`` is where the next batch begins.
+    For a stream, ``place`` is where the next batch begins.
     """
 
     rows: Sequence[Any]
@@ -154,32 +153,33 @@ class _Chunk:
 
 @dataclass
 class PairLoader:
-    """Batches of a source's pairs.
+    """Batches of the pairs of a source.
 
-    Order, choice of caption and augmentation depend on the seed, the epoch and the row's key
-    alone, never on workers, timing or what is cached, so that a run resumes exactly.
+    Order, choice of caption and augmentation depend only on the seed, the epoch and the row's key,
+    never on workers, timing or caches, so a run resumes exactly.
 
     Attributes:
-        preprocess: an image, uint8 [h, w, 3], and its random generator to uint8
-            [height, width, 3], of one size for all; called from several threads.
-        tokenize: captions to ``int64 [n, 77]``; called from the thread that asks for batches.
-        split: parts a caption that is too long into several; None leaves captions whole.
-        workers: threads that decode and preprocess; 0 does it in the thread that asks.
-        skip_limit: the share of the rows seen, 0 to 1, that may be bad.
-        reduction: how much smaller images may be read; None: not at all.
-        classes: of a table, each row's class, int64 [rows], to draw each equally often; None: all
-            rows are drawn once an epoch.
-        count_tokens: the number of tokens of each caption, int64 [n], to make batches of captions
-            of similar length; None: of any length.
-        weights: of the pairs of a label in the loss; 1 for labels not named.
-        cache: where decoded images of a table are kept, if anywhere.
-        features: of the images, where they are stored: then no image is read.
-        pinned: put images into memory that a CUDA device can fetch by itself.
-        share: the part of each batch that this process reads; the batches are those of one that
-            reads alone, and so is what is skipped.
-        skipped: rows that were left out, key to reason.
-        seen, bad: rows of this epoch up to the last batch, and those of them left out.
-        drawn: pairs drawn from each part of a mixture in all epochs, up to the last batch.
+        preprocess: maps an image, uint8 [h, w, 3], and a random generator to uint8
+            [height, width, 3], of one size for all images; called from several threads.
+        tokenize: maps captions to int64 [n, 77]; called from the thread that asks for batches.
+        split: splits a caption that is too long into several; None leaves captions whole.
+        workers: threads that decode and preprocess; 0 uses the thread that asks.
+        skip_limit: maximum fraction of bad rows among those seen, in [0, 1].
+        reduction: the factor by which images may be decoded smaller; None: full size.
+        classes: int64 [rows], the class of each row of a table, to draw all classes equally often;
+            None draws every row once an epoch.
+        count_tokens: counts the tokens of captions, int64 [n], for length bucketing; None turns it
+            off.
+        weights: loss weights by label; 1 for labels that are not named.
+        cache: cache of decoded images of a table, if any.
+        features: cached features of the images; no image is read then.
+        pinned: put images into pinned memory, from which a CUDA device copies asynchronously.
+        share: the part of each batch that this process reads; batches and skipped rows are those of
+            a single process.
+        skipped: reasons by key, of the rows that were left out.
+        seen, bad: number of rows of this epoch up to the last batch, and of those left out.
+        drawn: number of pairs drawn from each source of a mixture in all epochs, up to the last
+            batch.
 
     Raises:
         DataError: the source has no rows.
@@ -234,7 +234,7 @@ class PairLoader:
         return self._sampler.batches if self._sampler else None
 
     def state(self) -> dict[str, Any]:
-        """What the rest of an epoch needs to know of the batches before, for a checkpoint."""
+        """The state after the last batch, for a checkpoint."""
         state = {
             "skipped": self.skipped,
             "seen": self.seen,
@@ -244,25 +244,25 @@ class PairLoader:
         return state | ({"place": self._place} if self._place else {})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what ``state`` gave."""
+        """Continue from what ``state`` returned."""
         self.skipped.update(state["skipped"])
         self.seen, self.bad = state["seen"], state["bad"]
         self.drawn = [*state.get("drawn", self.drawn)]
-        self._place = state.get("place")  # not there: of a table, or of an earlier version
+        self._place = state.get("place")  # absent for tables and in old checkpoints
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The batches of an epoch from number ``start`` on.
 
-        An incomplete last batch is dropped, unless it is the only one. A row that is bad (its
-        image cannot be read, it has no caption) is missing from its batch and listed in
-        ``skipped``. A stream goes on at ``start`` by reading the few rows before that wait with
-        the next ones, where ``restore`` has brought its place, and else all rows before.
+        An incomplete last batch is dropped, unless it is the only one. A bad row (an unreadable
+        image, or no caption) is left out of its batch and listed in ``skipped``. After ``restore``
+        a stream continues at ``start`` by reading again only the rows that wait in its shuffle
+        buffer; otherwise it reads all rows before.
 
         Raises:
             SkipLimitError: more than ``skip_limit`` of the rows seen, or a whole batch, are bad.
         """
         chunks = self._chunks(epoch, start)
-        # One whole batch ahead, so that decoding goes on while the step of the last one runs.
+        # One whole batch ahead, so that decoding continues during a training step.
         ahead = -(-self.batch_size // _CHUNK) + 2 * self.workers
         work = map_ordered(
             lambda chunk: (self._read(chunk), chunk),
@@ -272,9 +272,9 @@ class PairLoader:
         )
         if not start:
             self.seen = self.bad = 0
-        # The next batch is put together meanwhile, for which a GPU would wait.
+        # Collate the next batch in the background: a GPU would wait for it.
         ready = map_ordered(
-            lambda one: (Gathered.of(one[0], self._nothing(), pinned=self.pinned), one[1]),
+            lambda one: (Collated.of(one[0], self._blank(), pinned=self.pinned), one[1]),
             _joined(work),
             workers=min(self.workers, 1),
             ahead=2,
@@ -282,7 +282,7 @@ class PairLoader:
         for batch, place in ready:
             self._count(batch.parts, batch.bad)
             self._place = place
-            yield batch.read(self.tokenize, weighted=bool(self.weights))
+            yield batch.tokenized(self.tokenize, weighted=bool(self.weights))
 
     def _chunks(self, epoch: int, start: int) -> Iterator[_Chunk]:
         plan: Iterator[tuple[Sequence[Any], dict[str, Any] | None]]
@@ -304,7 +304,7 @@ class PairLoader:
                 yield _Chunk(own[i : i + _CHUNK], last=i + _CHUNK >= len(own), place=place)
 
     def _plan(self, epoch: int, start: int) -> Iterator[tuple[list[tuple[int, int]], None]]:
-        """Batches of row numbers, each with how often the run has drawn the row before."""
+        """Batches of row numbers, each with the number of earlier draws of that row."""
         for draws in self._sampler.plan(epoch)[start:] if self._sampler else ():
             yield [(row, before) for row, before in draws.tolist()], None
 
@@ -344,8 +344,8 @@ class PairLoader:
         return pixels
 
     def _caption(self, key: str, captions: list[str], before: int) -> str:
-        # In turn from a random first one: n draws read each of n captions once, which leaves none
-        # out by chance. Pieces of a split caption take their turns among its turns.
+        # Round robin from a random first one, so n draws read each of n captions once. The pieces
+        # of a split caption take turns, too.
         turn = first_turn(self.seed, key) + before
         caption = captions[turn % len(captions)]
         if self.split is None:
@@ -362,17 +362,17 @@ class PairLoader:
             texts.append(captions[(first_turn(self.seed, row.key) + before) % len(captions)])
         return self.count_tokens(texts)
 
-    def _nothing(self) -> NDArray[Any]:
-        """What has the form of an image, for a share of a batch without any."""
+    def _blank(self) -> NDArray[Any]:
+        """An array of the shape of an image, for a share of a batch without images."""
         if self.features is not None:
             features: NDArray[Any] = self.features.values[0, 0]
             return features
         return np.empty((1, 1, 3), np.uint8)
 
     def _count(self, parts: Sequence[int], bad: Sequence[Skipped]) -> None:
-        """Count the pairs of a batch by their parts, with those that other processes read of it."""
+        """Count the pairs of a batch by source, over all processes."""
         counts = np.bincount(parts, minlength=len(self.drawn) or 1).tolist()
-        gathered = self.share.exchange((counts, [(row.key, row.reason) for row in bad]))
+        gathered = self.share.all_gather((counts, [(row.key, row.reason) for row in bad]))
         for counts, rows in gathered:
             self.skipped.update(rows)
             self.bad += len(rows)
@@ -400,7 +400,7 @@ class PairLoader:
 def _joined(
     chunks: Iterable[tuple[list[Pair | Skipped], _Chunk]],
 ) -> Iterator[tuple[list[Pair | Skipped], dict[str, Any] | None]]:
-    """The rows of whole batches, and where the next one begins."""
+    """The rows of each whole batch, and where the next one begins."""
     batch: list[Pair | Skipped] = []
     for rows, chunk in chunks:
         batch += rows

@@ -11,7 +11,7 @@ import torch
 
 from clipkit.data import loader as collate
 from clipkit.data.images import Skipped
-from clipkit.data.loader import Gathered, Pair
+from clipkit.data.loader import Collated, Pair
 from clipkit.data.open_source import open_source
 from clipkit.data.workers import map_ordered
 from clipkit.errors import DataError, SkipLimitError
@@ -262,22 +262,22 @@ def as_numbers(captions):
 def test_rows_are_put_together_in_their_order():
     images, (first, *others) = plain_pairs(3)
     bad = Skipped("bad.png", "no image")
-    gathered = Gathered.of([first, bad, *others], images[0], pinned=False)
-    assert gathered.bad == [bad]
-    assert gathered.images.is_contiguous(memory_format=torch.channels_last)
-    assert gathered.images.permute(0, 2, 3, 1).numpy().tolist() == images.tolist()
-    batch = gathered.read(as_numbers, weighted=True)
+    collated = Collated.of([first, bad, *others], images[0], pinned=False)
+    assert collated.bad == [bad]
+    assert collated.images.is_contiguous(memory_format=torch.channels_last)
+    assert collated.images.permute(0, 2, 3, 1).numpy().tolist() == images.tolist()
+    batch = collated.tokenized(as_numbers, weighted=True)
     assert batch.keys == ["0.png", "1.png", "2.png"]
     assert batch.tokens[:, 5].tolist() == [0, 1, 2]
     assert batch.weights.tolist() == [1, 2, 3]
-    assert gathered.read(as_numbers, weighted=False).weights is None
+    assert collated.tokenized(as_numbers, weighted=False).weights is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_a_batch_without_pairs_has_the_form_of_others(dtype):
     images, some = plain_pairs(2, dtype)
-    full = Gathered.of(some, images[0], pinned=False).read(as_numbers, weighted=False)
-    empty = Gathered.of([], images[0], pinned=False).read(as_numbers, weighted=False)
+    full = Collated.of(some, images[0], pinned=False).tokenized(as_numbers, weighted=False)
+    empty = Collated.of([], images[0], pinned=False).tokenized(as_numbers, weighted=False)
     assert len(empty) == 0
     assert empty.images.shape == (0, *full.images.shape[1:])
     assert empty.images.dtype == full.images.dtype
@@ -286,7 +286,7 @@ def test_a_batch_without_pairs_has_the_form_of_others(dtype):
 
 def test_features_stay_as_they_are():
     features, some = plain_pairs(2, np.float32)
-    assert Gathered.of(some, features[0], pinned=False).images.tolist() == features.tolist()
+    assert Collated.of(some, features[0], pinned=False).images.tolist() == features.tolist()
 
 
 def test_the_next_batch_is_put_together_meanwhile(monkeypatch):

@@ -25,13 +25,13 @@ def run(monkeypatch, capsys):
         lambda clip, setting, *a: (asked.append(setting), prepare(clip, setting, *a))[1],
     )
 
-    def run(*words):
+    def run(*words, code=0):
         asked.clear()
         monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, words)])
         with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
             main()
         printed = capsys.readouterr()
-        assert not end.value.code, printed.err
+        assert (end.value.code or 0) == code, printed.err
         return list(asked), printed.out
 
     return run
@@ -84,8 +84,8 @@ def test_a_server_encodes_in_the_precision_that_was_named(
         lambda app: SimpleNamespace(run=lambda sockets: served.append(app)),
     )
     words = ["serve", index.path, "--port", "0", "--cache", tmp_path / "thumbs"]
-    assert run(*words, "--precision", "bf16")[0] == ["bf16"]
-    assert run(*words)[0] == ["auto"]
+    assert run(*words, "--precision", "bf16", code=130)[0] == ["bf16"]
+    assert run(*words, code=130)[0] == ["auto"]
     assert len(served) == 2
 
 

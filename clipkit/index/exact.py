@@ -6,11 +6,11 @@ of equal rows differently, depending on their place in a block and on the number
 float64 equal rows score equal, and ties come in row order. Memory holds one block and its scores,
 so that memory-mapped vectors of any number can be searched.
 
-FAISS's ``knn`` with ``distance_compute_blas_threshold`` lowered is as fast for large batches: 64
-queries × 500,000 × 512 take it 0.26 to 0.36 s, this module 0.31 to 0.36 s. It does not replace this
-module, because it is slower for the common single text query (100,000 × 512, minimum of five on two
-busy cores: 1 query 69 ms against 27 ms, 8 queries 640 ms against 149 ms, 64 queries 71 ms against
-96 ms), does not order ties, and takes no float16 rows.
+FAISS's own product (``distance_compute_blas_threshold`` lowered to 1) is faster for batches and
+slower for the common single query. 500,000 × 512, two quiet cores, in ms, FAISS against this
+module: 1 query 91–112 and 59–61, 4 queries 102–113 and 136–161, 64 queries 214–225 and 259–265, 256
+queries 545–571 and 634–667. It does not replace this module, because it does not order ties and
+takes no float16 rows.
 """
 
 from collections.abc import Iterable

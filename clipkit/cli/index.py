@@ -13,6 +13,7 @@ from clipkit.cli.options import (
     CaptionColumn,
     Device,
     Encoding,
+    Html,
     ImageColumn,
     ImageRoot,
     Images,
@@ -418,6 +419,7 @@ def check(index: Index, as_json: Json = False) -> None:
 def calibrate(
     index: Index,
     as_json: Json = False,
+    html: Html = None,
 ) -> None:
     """Calibrate the scores of an index as probabilities.
 
@@ -429,6 +431,11 @@ def calibrate(
     from clipkit.tasks.index import calibrate_index
 
     found = calibrate_index(index)
+    if html is not None:
+        from clipkit.reports.evaluation import write_calibration
+
+        write_calibration(found.calibration, index, html)
+        note(f"wrote {html}")
     if as_json:
         print_json(found.to_dict())
         return

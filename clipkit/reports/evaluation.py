@@ -17,9 +17,10 @@ from clipkit.display.svg import Scale, Series, chart
 from clipkit.display.thumbnails import thumbnail
 from clipkit.errors import ImageError
 from clipkit.evaluation.bootstrap import Estimate
-from clipkit.evaluation.calibration import reliability
+from clipkit.evaluation.calibration import Bin, reliability
 from clipkit.evaluation.classification import ClassificationResult, per_class
 from clipkit.evaluation.report import ClassificationOutcome, Report, RetrievalOutcome
+from clipkit.index.calibration import Calibration
 from clipkit.reports.classification import inline_image
 
 _STYLE = """
@@ -294,16 +295,44 @@ def confused_pairs(pairs: Sequence[Confused]) -> str:
 def _reliability(outcome: ClassificationOutcome) -> str:
     result, scale = outcome.result, outcome.logit_scale
     bins = reliability(result.confidence, result.correct)
-    points = [(one.confidence, one.accuracy) for one in bins]
     text = (
         "Accuracy of images in bins of equal confidence: below the diagonal, the model is "
         f"overconfident; above it, underconfident. The logit scale is {scale:.3g}"
     )
     if outcome.fitted is not None:
         text += f"; {scale * outcome.fitted:.3g} fits these images best"
-    lines = [Series("model", points), Series("perfect calibration", [(0.0, 0.0), (1.0, 1.0)])]
-    drawing = chart(lines, "confidence", Scale(low=0.0, high=1.0))
+    drawing = _reliability_diagram(bins, "model", "confidence")
     return f'<p class="soft">{escape(text)}.</p>{drawing}'
+
+
+def _reliability_diagram(bins: Sequence[Bin], name: str, axis: str) -> str:
+    points = [(one.confidence, one.accuracy) for one in bins]
+    lines = [Series(name, points), Series("perfect calibration", [(0.0, 0.0), (1.0, 1.0)])]
+    return chart(lines, axis, Scale(low=0.0, high=1.0))
+
+
+def render_calibration(found: Calibration) -> str:
+    """The reliability diagrams of an index's probabilities as HTML; a sentence if it has none."""
+    parts = []
+    for one, what in ((found.hit, "a hit matches"), (found.any_match, "any of the ten best does")):
+        if one is not None:
+            title = f"Probability that {what}: calibration error {one.error:.3f}"
+            drawing = _reliability_diagram(one.reliability, "index", "stated probability")
+            parts.append(f"<h2>{title}</h2>{drawing}")
+    if not parts:
+        return '<p class="soft">This index has no captions to calibrate probabilities with.</p>'
+    text = (
+        f"Matches among the hits stated with each probability, for {found.captions:,} "
+        f"{found.source}, cross-fitted: below the diagonal, probabilities are too high."
+    )
+    return f'<p class="soft">{escape(text)}</p>{"".join(parts)}'
+
+
+def write_calibration(found: Calibration, index: Path, file: Path) -> None:
+    """Write the reliability diagrams of an index as an HTML page."""
+    lead = f"How far the probabilities of {index} can be trusted."
+    body = render_calibration(found)
+    write_text(file, document("Calibration", lead, body, "Written by clipkit index calibrate."))
 
 
 def _read_images(source: Source, keys: Iterable[str]) -> dict[str, bytes]:

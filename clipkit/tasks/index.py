@@ -215,6 +215,11 @@ class Calibrated:
         """Convert to plain data for JSON."""
         return {**self.measured.to_dict(), **self.calibration.figures()}
 
+    def _repr_html_(self) -> str:
+        from clipkit.reports.evaluation import render_calibration
+
+        return render_calibration(self.calibration)
+
 
 def calibrate_index(
     index: str | Path | VectorIndex, encoder: "Encoder | QueryEncoder | None" = None

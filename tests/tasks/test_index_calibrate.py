@@ -219,3 +219,21 @@ def test_an_untrained_network_gives_no_probability(tiny_checkpoint):
     )
     found = calibrate(own, lambda: [images], lambda rows: {int(n): [texts[n]] for n in rows})
     assert not found.informative
+
+
+def test_a_page_shows_reliability_diagrams(index, tmp_path, monkeypatch, capsys):
+    found = calibrate_index(index, Told())
+    monkeypatch.setattr("clipkit.tasks.index.calibrate_index", lambda path: found)
+    monkeypatch.setattr(
+        sys, "argv", ["clipkit", "index", "calibrate", str(index), "--html", f"{tmp_path}/p.html"]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code, capsys.readouterr().err
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert f"a hit matches: calibration error {found.calibration.hit.error:.3f}" in page
+    assert f"calibration error {found.calibration.any_match.error:.3f}" in page
+    assert found._repr_html_() in page
+    without = replace(found.calibration, hit=None, any_match=None)
+    assert "no captions to calibrate" in replace(found, calibration=without)._repr_html_()

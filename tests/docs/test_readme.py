@@ -1,5 +1,6 @@
 """Every command block of the README runs, in order, in one workspace."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -56,22 +58,28 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def run_command(line, capsys):
+def run_command(line):
     """What a command prints on stdout."""
-    with pytest.raises(SystemExit) as end:
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as end:
         app(shlex.split(line)[1:])
-    out, errors = capsys.readouterr()
-    assert not end.value.code, f"{line}: {errors}"
-    return out
+    assert not end.value.code, f"{line}: {errors.getvalue()}"
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def printed(workspace, tiny_checkpoint):
+    """What each command prints; the later blocks use what the commands write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        # The default model is downloaded; a tiny one stands in for it.
+        patch.setattr("clipkit.models.loading.DEFAULT_MODEL", str(tiny_checkpoint))
+        return [run_command(line) for line in COMMANDS]
 
 
 @pytest.mark.filterwarnings("default")
-def test_every_clipkit_command_works_as_shown(workspace, tiny_checkpoint, monkeypatch, capsys):
-    monkeypatch.chdir(workspace)
-    # The default model is downloaded; a tiny one stands in for it.
-    monkeypatch.setattr("clipkit.models.loading.DEFAULT_MODEL", str(tiny_checkpoint))
+def test_every_clipkit_command_works_as_shown(printed):
     assert len(COMMANDS) >= 15
-    printed = [run_command(line, capsys) for line in COMMANDS]
     shown = "".join(block for language, block in BLOCKS if language == "text")
     for line, out in zip(COMMANDS, printed, strict=True):
         assert out.strip() or "--csv" in line, f"{line} printed nothing"
@@ -86,10 +94,11 @@ def test_every_clipkit_command_works_as_shown(workspace, tiny_checkpoint, monkey
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_python_block_works_as_shown(workspace, monkeypatch, capsys):
+def test_the_python_block_works_as_shown(printed, workspace, monkeypatch, capsys):
     pytest.importorskip("pandas")
     monkeypatch.chdir(workspace)
-    assert (workspace / "run").is_dir(), "the commands run first"
+    assert printed
+    assert (workspace / "run").is_dir()
     (code,) = (block for language, block in BLOCKS if language == "python")
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -100,9 +109,11 @@ def test_the_python_block_works_as_shown(workspace, monkeypatch, capsys):
     assert "text_to_image_r1" in capsys.readouterr().out
 
 
-def test_the_server_answers_as_shown(workspace):
+@pytest.mark.filterwarnings("default")
+def test_the_server_answers_as_shown(printed, workspace):
     """The same words, on a port that is free."""
-    assert (workspace / "index").is_dir(), "the commands run first"
+    assert printed
+    assert (workspace / "index").is_dir()
     (line,) = SERVED
     command = [sys.executable, "-m", *shlex.split(line), "--port", "0"]
     with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True) as server:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from clipkit.arguments import require_items
 from clipkit.classifiers.heads import LinearHead, NeighbourHead, TipAdapterHead, one_hot
 from clipkit.classifiers.zero_shot import Classifier, Vectors, ZeroShotClassifier
 from clipkit.errors import ConfigError
@@ -143,9 +144,7 @@ def require_methods(names: Sequence[str]) -> list[str]:
         TypeError: ``names`` is a single string.
         ConfigError: a method is unknown.
     """
-    if isinstance(names, str):
-        raise TypeError(f"methods is one string, {names!r}, expected a list such as ['linear']")
-    found = [name.strip() for name in names]
+    found = [name.strip() for name in require_items("methods", names, "['linear']")]
     for name in found:
         if name not in METHODS:
             raise ConfigError(

@@ -135,7 +135,7 @@ class Collated:
 # Rows that a thread reads at a time: enough to share one table look-up, few enough to keep every
 # thread busy.
 _CHUNK = 16
-# The limit on bad rows applies as if at least so many rows had been seen.
+# Fewest rows that the fraction of bad rows is taken of, so that an early one does not stop a run.
 _FEW = 1000
 
 

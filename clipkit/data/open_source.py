@@ -97,17 +97,7 @@ def open_source(
         return mix([_source(item) for item in data])
     root = None if image_root is None else os.fspath(image_root)
     wanted = Wanted(image, caption, label, metadata, root, encoding)
-    paths, items = ([], ()) if is_in_memory(data) else _paths_or_items(data)
-    paths = [split_folder(part) or part for path in paths for part in split_data(path)]
-    if is_in_memory(data):
-        source = open_in_memory(data, wanted, streaming)
-    elif not paths:
-        source = open_pairs(items)
-    elif len(paths) == 1:
-        source = _open(paths[0], wanted, streaming)
-    else:
-        source = _open_several(paths, wanted, streaming)
-    spec = paths[0] if len(paths) == 1 else source.spec
+    source, spec = _open_data(data, wanted, streaming)
     if root is not None and source.kind in {*FOLDER_KINDS, "tars", "zip"} - {"metadata"}:
         source.notes.append(f"{source.spec} is not a table, so the image root is not used")
     if encoding is not None and source.kind not in ("csv", "metadata", "mixture"):
@@ -125,6 +115,19 @@ def open_source(
     if source.kind in FOLDER_KINDS and not os.path.isdir(spec):
         return source  # several images: their common folder is a path that can be opened again
     return replace(source, spec=spec)
+
+
+def _open_data(data: Any, wanted: Wanted, streaming: bool | None) -> tuple[Source, str]:
+    """The source, and what names it."""
+    if is_in_memory(data):
+        source = open_in_memory(data, wanted, streaming)
+        return source, source.spec
+    paths, items = _paths_or_items(data)
+    paths = [split_folder(part) or part for path in paths for part in split_data(path)]
+    if len(paths) == 1:
+        return _open(paths[0], wanted, streaming), paths[0]
+    source = _open_several(paths, wanted, streaming) if paths else open_pairs(items)
+    return source, source.spec
 
 
 def _paths_or_items(data: Any) -> tuple[list[str], Iterable[Any]]:

@@ -205,9 +205,8 @@ class ServedIndex:
         self._precision, self._device = precision or DEFAULT_PRECISION, device
         self._refreshing = threading.Lock()
         self._state = self._manifest_state()
-        if encoder is not None:
-            VectorIndex.open(path, encoder=encoder)  # refuses the wrong model
-        self.collection = self._open(encoder)
+        index = VectorIndex.open(path, encoder=encoder)  # refuses the wrong model
+        self.collection = self._collect(index, encoder)
 
     def refresh(self) -> bool:
         """Reload the index if its manifest has changed; return whether it has.
@@ -219,7 +218,8 @@ class ServedIndex:
             state = self._manifest_state()
             if state in (None, self._state):  # None: a writer is replacing the index right now
                 return False
-            self.collection = self._open(self.collection.encoder)
+            index = VectorIndex.open(self.path)
+            self.collection = self._collect(index, self.collection.encoder)
             self._state = state
             return True
 
@@ -230,8 +230,7 @@ class ServedIndex:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _open(self, encoder: Encoder | None) -> Collection:
-        index = VectorIndex.open(self.path)
+    def _collect(self, index: VectorIndex, encoder: Encoder | None) -> Collection:
         changed = encoder is not None and encoder.model.fingerprint != index.model.fingerprint
         if encoder is None or (changed and not index.model.external):
             encoder = load_model_ref(

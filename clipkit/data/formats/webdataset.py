@@ -324,7 +324,7 @@ def _has(group: list[Member], member: Member) -> bool:
 
 
 def _is_dotted(group: list[Member]) -> bool:
-    """Whether so many images agree up to the first dot that it cannot be what parts the items."""
+    """Whether too many images share a name up to the first dot for it to separate the items."""
     if len(group) < _MAX_IMAGES or _plain(group):
         return False
     return len({member.stem for member in group if member.is_image}) >= _MAX_IMAGES
